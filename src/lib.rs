@@ -1,0 +1,4 @@
+//! `portmap` forwards hostPorts of pods: a chained CNI plugin.
+
+pub mod model;
+pub mod sys;
