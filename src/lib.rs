@@ -1,4 +1,8 @@
 //! `portmap` forwards hostPorts of pods: a chained CNI plugin.
 
+pub mod cni;
+pub mod conf;
+pub mod error;
 pub mod model;
+pub mod record;
 pub mod sys;

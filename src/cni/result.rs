@@ -1,0 +1,249 @@
+//! The previous plugin's result: passed through as it came, and read for the pod's addresses.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::json::{RawObject, fold_keys};
+use super::version::{ResultForm, Version};
+use crate::error::{Error, Result};
+use crate::model::Family;
+
+/// Address and mask of a pod on its network, at most one per family.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PodAddresses {
+    /// In the order IPv4, IPv6.
+    pub networks: Vec<IpNetwork>,
+    /// Names of interfaces outside of any sandbox: the host's ends of the pod's links.
+    pub host_interfaces: Vec<String>,
+}
+
+#[derive(Deserialize, Default)]
+struct ReadModel {
+    #[serde(default)]
+    interfaces: Vec<Interface>,
+    #[serde(default)]
+    ips: Vec<Ip>,
+    ip4: Option<OldIp>,
+    ip6: Option<OldIp>,
+}
+
+#[derive(Deserialize)]
+struct Interface {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    sandbox: String,
+}
+
+#[derive(Deserialize)]
+struct Ip {
+    address: String,
+    interface: Option<i64>,
+}
+
+#[derive(Deserialize)]
+struct OldIp {
+    ip: String,
+}
+
+const NAMES: [&str; 9] = [
+    "interfaces",
+    "ips",
+    "ip4",
+    "ip6",
+    "name",
+    "sandbox",
+    "address",
+    "interface",
+    "ip",
+];
+
+/// `prevResult` in the configuration's `cniVersion`: every other member keeps its text. A result
+/// that says a version of another form cannot be passed on (specification section 5).
+pub fn pass_through(prev_result: &RawValue, version: Version) -> Result<RawObject> {
+    let mut members: RawObject = serde_json::from_str(prev_result.get())
+        .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
+    if let Some(raw) = members.get("cniVersion") {
+        let text: String = serde_json::from_str(raw.get()).map_err(|_| {
+            Error::Config(format!(
+                "prevResult.cniVersion is {}: it must be a string",
+                raw.get()
+            ))
+        })?;
+        let own = if text.is_empty() {
+            version
+        } else {
+            Version::parse(&text)?
+        };
+        if own.form() != version.form() {
+            return Err(Error::Config(format!(
+                "prevResult has cniVersion {text}, whose form differs from the configuration's {}",
+                version.as_str()
+            )));
+        }
+    }
+    let text = serde_json::value::to_raw_value(version.as_str())
+        .map_err(|error| Error::Decode(error.to_string()))?;
+    members.set_first("cniVersion", text);
+    Ok(members)
+}
+
+/// The pod's addresses: per family the first of `ips` that belongs to the container. An entry
+/// belongs to it if its `interface` is absent or out of range (Calico, older Cilium), or names the
+/// interface `ifname` inside a sandbox. The sandbox is not compared with CNI_NETNS: Cilium writes
+/// it in a form of its own.
+pub fn pod_addresses(
+    prev_result: &RawValue,
+    version: Version,
+    ifname: &str,
+) -> Result<PodAddresses> {
+    let mut value: Value = serde_json::from_str(prev_result.get())
+        .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
+    fold_keys(&mut value, &NAMES);
+    let model: ReadModel = serde_path_to_error::deserialize(value).map_err(|error| {
+        Error::Config(format!("prevResult.{}: {}", error.path(), error.inner()))
+    })?;
+
+    let candidates: Vec<String> = if version.form() == ResultForm::PerFamily {
+        [model.ip4, model.ip6]
+            .into_iter()
+            .flatten()
+            .map(|ip| ip.ip)
+            .collect()
+    } else {
+        let belongs = |ip: &Ip| {
+            let interface = ip
+                .interface
+                .and_then(|index| usize::try_from(index).ok())
+                .and_then(|index| model.interfaces.get(index));
+            interface
+                .is_none_or(|interface| interface.name == ifname && !interface.sandbox.is_empty())
+        };
+        model
+            .ips
+            .iter()
+            .filter(|ip| belongs(ip))
+            .map(|ip| ip.address.clone())
+            .collect()
+    };
+
+    let mut networks: Vec<IpNetwork> = Vec::new();
+    for text in candidates {
+        let network = parse_network(&text)?;
+        let family = Family::of(&network.ip());
+        if !networks
+            .iter()
+            .any(|known| Family::of(&known.ip()) == family)
+        {
+            networks.push(network);
+        }
+    }
+    networks.sort_by_key(|network| Family::of(&network.ip()));
+    let host_interfaces = model
+        .interfaces
+        .into_iter()
+        .filter(|interface| interface.sandbox.is_empty() && !interface.name.is_empty())
+        .map(|interface| interface.name)
+        .collect();
+    Ok(PodAddresses {
+        networks,
+        host_interfaces,
+    })
+}
+
+/// An address with its mask in CIDR form. `ipnetwork` alone would also take a bare address.
+fn parse_network(text: &str) -> Result<IpNetwork> {
+    let wrong = || {
+        Error::Config(format!(
+            "prevResult has the address {text:?}: it must be in CIDR form, such as 10.1.2.3/24"
+        ))
+    };
+    let (ip, prefix) = text.split_once('/').ok_or_else(wrong)?;
+    let ip: IpAddr = ip.parse().map_err(|_| wrong())?;
+    let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
+    IpNetwork::new(ip, prefix).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_owned()).unwrap()
+    }
+
+    fn addresses(text: &str, version: &str) -> Vec<String> {
+        pod_addresses(&raw(text), Version::parse(version).unwrap(), "eth0")
+            .unwrap()
+            .networks
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    #[test]
+    fn only_the_container_s_own_addresses_count() {
+        let interfaces = r#""interfaces":[{"name":"veth0"},{"name":"eth0","sandbox":"/n"},{"name":"net1","sandbox":"/n"}]"#;
+        for (ips, expected) in [
+            (
+                r#"[{"address":"10.0.0.1/24","interface":0},{"address":"10.0.0.2/24","interface":1}]"#,
+                vec!["10.0.0.2/24"],
+            ),
+            (r#"[{"address":"10.0.0.9/24","interface":2}]"#, vec![]),
+            (r#"[{"address":"10.0.0.2/24"}]"#, vec!["10.0.0.2/24"]),
+            (
+                r#"[{"address":"10.0.0.2/24","interface":7}]"#,
+                vec!["10.0.0.2/24"],
+            ),
+            (
+                r#"[{"address":"10.0.0.2/24","interface":-1}]"#,
+                vec!["10.0.0.2/24"],
+            ),
+            (
+                r#"[{"address":"fd00::2/64","interface":1},{"address":"10.0.0.2/24","interface":1},{"address":"10.0.0.3/24","interface":1}]"#,
+                vec!["10.0.0.2/24", "fd00::2/64"],
+            ),
+        ] {
+            assert_eq!(
+                addresses(&format!(r#"{{{interfaces},"IPs":{ips}}}"#), "1.0.0"),
+                expected,
+                "{ips}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_oldest_form_has_one_object_per_family() {
+        let text = r#"{"ip4":{"ip":"10.1.2.3/24"},"ip6":{"ip":"fd00::3/128"}}"#;
+        assert_eq!(addresses(text, "0.2.0"), ["10.1.2.3/24", "fd00::3/128"]);
+    }
+
+    #[test]
+    fn the_result_goes_out_as_it_came_in() {
+        let text = r#"{"cniVersion":"0.4.0","x":{"deep":[1.0]},"ips":[],"dns":{}}"#;
+        let out = pass_through(&raw(text), Version::parse("0.3.1").unwrap()).unwrap();
+        assert_eq!(
+            serde_json::to_string(&out).unwrap(),
+            r#"{"cniVersion":"0.3.1","x":{"deep":[1.0]},"ips":[],"dns":{}}"#
+        );
+        let modern = Version::parse("1.0.0").unwrap();
+        assert_eq!(pass_through(&raw(text), modern).unwrap_err().code(), 7);
+        pass_through(&raw(r#"{"ips":[]}"#), modern).unwrap();
+    }
+
+    #[test]
+    fn addresses_need_a_mask() {
+        for wrong in ["10.0.0.2", "10.0.0.2/33", "x/24", "10.0.0.2/255.255.255.0"] {
+            let text = format!(r#"{{"ips":[{{"address":"{wrong}"}}]}}"#);
+            let error =
+                pod_addresses(&raw(&text), Version::parse("1.0.0").unwrap(), "eth0").unwrap_err();
+            assert_eq!(error.code(), 7);
+            assert!(error.to_string().contains(wrong), "{error}");
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! Records: what an attachment asked for and what was done about it.
+//!
+//! Desired state is a pure function of all records, so a record holds everything that rendering
+//! needs. It is written before the kernel is changed and removed after.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256, Sha512};
+
+use crate::conf::Options;
+use crate::model::{Attachment, BackendKind, Claim, Family, Forward, Mapping};
+
+/// Version of the records' format. Readers leave newer ones alone.
+pub const FORMAT: u32 = 1;
+
+/// The pod behind a container, as Kubernetes runtimes name it in `CNI_ARGS`; empty if unknown.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PodIdentity {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+}
+
+/// One attachment with mappings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    pub format: u32,
+    #[serde(flatten)]
+    pub attachment: Attachment,
+    /// Path of the pod's network namespace, as the runtime gave it.
+    pub netns: String,
+    #[serde(default)]
+    pub pod: PodIdentity,
+    pub mappings: Vec<Mapping>,
+    /// The pod's address and mask, at most one per family, IPv4 first.
+    pub addresses: Vec<IpNetwork>,
+    #[serde(default)]
+    pub options: Options,
+    pub backend: BackendKind,
+    /// The attachment's chain in iptables' table nat.
+    pub chain: String,
+    /// The device whose `route_localnet` the attachment needs.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub localnet_device: Option<String>,
+    /// `conditionsV4` and `conditionsV6` as nft's JSON statements (nftables backend only).
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub statements_v4: Vec<serde_json::Value>,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub statements_v6: Vec<serde_json::Value>,
+    /// Nanoseconds since boot (CLOCK_BOOTTIME) of the ADD: the newest claim has the highest.
+    pub order: u64,
+    /// Seconds since 1970 of the ADD, for people.
+    pub time: u64,
+}
+
+/// Name of a record: hex digits, from all three parts of the key.
+#[must_use]
+pub fn record_id(attachment: &Attachment) -> String {
+    let mut hash = Sha256::new();
+    for part in [
+        &attachment.network,
+        &attachment.container_id,
+        &attachment.ifname,
+    ] {
+        // Lengths frame the parts, so that "ab" + "c" is not "a" + "bc".
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hex(&hash.finalize(), 32)
+}
+
+/// Upstream's chain name: `CNI-DN-` and 21 hex digits of SHA-512 over network name and container
+/// ID, 28 characters in all. Never change it: running pods have these chains.
+#[must_use]
+pub fn chain_name(network: &str, container_id: &str) -> String {
+    let mut hash = Sha512::new();
+    hash.update(network);
+    hash.update(container_id);
+    format!("CNI-DN-{}", hex(&hash.finalize(), 21))
+}
+
+/// The chain of a further interface of the same container on the same network, for which upstream
+/// would use the first one's.
+#[must_use]
+pub fn chain_name_of_interface(attachment: &Attachment) -> String {
+    let mut hash = Sha512::new();
+    for part in [
+        &attachment.network,
+        &attachment.container_id,
+        &attachment.ifname,
+    ] {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    format!("CNI-DN-{}", hex(&hash.finalize(), 21))
+}
+
+/// The chain that upstream before 0.7 made for masquerading; still to be removed on DEL.
+#[must_use]
+pub fn old_snat_chain(chain: &str) -> String {
+    chain.replacen("CNI-DN-", "CNI-SN-", 1)
+}
+
+fn hex(bytes: &[u8], digits: usize) -> String {
+    let mut text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    text.truncate(digits);
+    text
+}
+
+impl Record {
+    #[must_use]
+    pub fn id(&self) -> String {
+        record_id(&self.attachment)
+    }
+
+    /// The pod's address and mask of one family.
+    #[must_use]
+    pub fn network(&self, family: Family) -> Option<IpNetwork> {
+        self.addresses
+            .iter()
+            .copied()
+            .find(|network| Family::of(&network.ip()) == family)
+    }
+
+    /// Families in which the pod has an address.
+    pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
+        Family::ALL
+            .into_iter()
+            .filter(|family| self.network(*family).is_some())
+    }
+
+    /// Forwards of one family, in the order of the mappings.
+    #[must_use]
+    pub fn forwards(&self, family: Family) -> Vec<Forward> {
+        let Some(network) = self.network(family) else {
+            return Vec::new();
+        };
+        self.mappings
+            .iter()
+            .filter_map(|mapping| {
+                Some(Forward {
+                    claim: mapping.claim(family)?,
+                    target: SocketAddr::new(network.ip(), mapping.container_port),
+                })
+            })
+            .collect()
+    }
+
+    /// Claims of both families.
+    #[must_use]
+    pub fn claims(&self) -> BTreeSet<Claim> {
+        Family::ALL
+            .into_iter()
+            .flat_map(|family| self.forwards(family))
+            .map(|forward| forward.claim)
+            .collect()
+    }
+
+    /// Whether sources on the same node must be masqueraded although the mask does not show them:
+    /// a host prefix says nothing about neighbours, and their replies may bypass the host's stack
+    /// (Cilium, cilium/cilium#9784).
+    #[must_use]
+    pub fn masquerades_neighbours(&self, family: Family) -> bool {
+        !self.options.no_snat
+            && !self.options.masq_all
+            && self
+                .network(family)
+                .is_some_and(|network| network.prefix() == family.max_prefix())
+            && !self.forwards(family).is_empty()
+    }
+
+    /// Whether connections from 127.0.0.1 are to be forwarded.
+    #[must_use]
+    pub fn forwards_loopback(&self) -> bool {
+        !self.options.no_snat
+            && self
+                .forwards(Family::V4)
+                .iter()
+                .any(|forward| forward.claim.covers_loopback())
+    }
+
+    /// Who the rules belong to, for comments: network, start of the container ID and interface, cut
+    /// to nft's limit of 128 bytes with the terminator.
+    #[must_use]
+    pub fn owner(&self) -> String {
+        let Attachment {
+            network,
+            container_id,
+            ifname,
+        } = &self.attachment;
+        let container: String = container_id.chars().take(64).collect();
+        let mut owner = format!("{container} {ifname} {network}");
+        owner.truncate(127);
+        owner
+    }
+
+    /// What other records are found by: everything two records could compete for or share.
+    #[must_use]
+    pub fn index_keys(&self) -> BTreeSet<IndexKey> {
+        let ports = self
+            .mappings
+            .iter()
+            .map(|mapping| IndexKey::Port(format!("{}-{}", mapping.protocol, mapping.host_port)));
+        let pods = self
+            .addresses
+            .iter()
+            .map(|network| IndexKey::Pod(network.ip()));
+        let devices = self
+            .localnet_device
+            .iter()
+            .map(|device| IndexKey::Localnet(device.clone()));
+        ports
+            .chain(pods)
+            .chain(devices)
+            .chain([
+                IndexKey::Chain(self.chain.clone()),
+                IndexKey::Backend(self.backend),
+            ])
+            .chain(
+                self.parts()
+                    .into_iter()
+                    .map(|part| IndexKey::Part(self.backend, part)),
+            )
+            .collect()
+    }
+
+    /// The shared pieces of the backend's rules that the attachment needs.
+    #[must_use]
+    pub fn parts(&self) -> BTreeSet<Part> {
+        let mut parts = BTreeSet::new();
+        for family in self.families() {
+            parts.insert(Part::Base(family));
+            if self.options.no_snat {
+                continue;
+            }
+            match self.backend {
+                BackendKind::Iptables if self.options.external_set_mark_chain.is_none() => {
+                    parts.insert(Part::Mark(family, self.options.mark().trailing_zeros()));
+                }
+                BackendKind::Nftables if self.options.mark_masq_bit.is_some() => {
+                    parts.insert(Part::Mark(family, self.options.mark().trailing_zeros()));
+                }
+                BackendKind::Nftables => {
+                    if let Some(network) = self.network(family).filter(|_| !self.options.masq_all) {
+                        parts.insert(Part::Near(family, network.prefix()));
+                    }
+                }
+                BackendKind::Iptables => {}
+            }
+            if self.masquerades_neighbours(family) {
+                parts.insert(Part::Neighbours(family));
+            }
+        }
+        for family in self
+            .families()
+            .filter(|family| self.needs_own_chains(*family))
+        {
+            parts.insert(Part::OwnChains(family));
+        }
+        if self.localnet_device.is_some() {
+            parts.insert(Part::Guard);
+        }
+        parts
+    }
+
+    /// nftables: conditions and marks cannot be map elements.
+    #[must_use]
+    pub fn needs_own_chains(&self, family: Family) -> bool {
+        self.backend == BackendKind::Nftables
+            && (self.options.mark_masq_bit.is_some() || !self.options.conditions(family).is_empty())
+    }
+}
+
+/// A shared piece of a backend's rules, there as long as a record needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// Base chains and their jumps.
+    Base(Family),
+    /// Masquerading by this bit of the packet mark.
+    Mark(Family, u32),
+    /// nftables: masquerading sources in the pod's own network of this prefix length.
+    Near(Family, u8),
+    /// Masquerading sources that arrive over local pod links.
+    Neighbours(Family),
+    /// nftables: attachments whose rules are not map elements.
+    OwnChains(Family),
+    /// Packets to 127.0.0.0/8 from outside are dropped while `route_localnet` is on.
+    Guard,
+}
+
+impl Part {
+    /// Stable name, for the index.
+    #[must_use]
+    pub fn name(self) -> String {
+        let digit = |family| match family {
+            Family::V4 => 4,
+            Family::V6 => 6,
+        };
+        match self {
+            Part::Base(family) => format!("base{}", digit(family)),
+            Part::Mark(family, bit) => format!("mark{}-{bit}", digit(family)),
+            Part::Near(family, prefix) => format!("near{}-{prefix}", digit(family)),
+            Part::Neighbours(family) => format!("neighbours{}", digit(family)),
+            Part::OwnChains(family) => format!("own{}", digit(family)),
+            Part::Guard => "guard".to_owned(),
+        }
+    }
+
+    /// Reads what `name` wrote.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Part> {
+        if name == "guard" {
+            return Some(Part::Guard);
+        }
+        let (word, number) = name
+            .split_once('-')
+            .map_or((name, None), |(word, number)| (word, Some(number)));
+        let family = match word.chars().last()? {
+            '4' => Family::V4,
+            '6' => Family::V6,
+            _ => return None,
+        };
+        match (word.get(..word.len() - 1)?, number) {
+            ("base", None) => Some(Part::Base(family)),
+            ("mark", Some(bit)) => Some(Part::Mark(family, bit.parse().ok()?)),
+            ("near", Some(prefix)) => Some(Part::Near(family, prefix.parse().ok()?)),
+            ("neighbours", None) => Some(Part::Neighbours(family)),
+            ("own", None) => Some(Part::OwnChains(family)),
+            _ => None,
+        }
+    }
+}
+
+/// A way to find records without reading all.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum IndexKey {
+    /// Protocol and hostPort, such as `tcp-8080`.
+    Port(String),
+    Pod(IpAddr),
+    Chain(String),
+    Localnet(String),
+    Backend(BackendKind),
+    Part(BackendKind, Part),
+}
+
+impl IndexKey {
+    /// Directory and name of the key.
+    #[must_use]
+    pub fn path(&self) -> (String, String) {
+        match self {
+            IndexKey::Port(port) => ("ports".into(), port.clone()),
+            IndexKey::Pod(ip) => ("pods".into(), ip.to_string()),
+            IndexKey::Chain(chain) => ("chains".into(), chain.clone()),
+            IndexKey::Localnet(device) => ("localnet".into(), device.clone()),
+            IndexKey::Backend(kind) => ("backends".into(), kind.name().into()),
+            IndexKey::Part(kind, part) => (format!("parts-{kind}"), part.name()),
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod samples {
+    //! Records for tests of other modules.
+
+    use super::*;
+
+    /// A record of container `id` with the given addresses and mappings
+    /// (`protocol hostPort containerPort [hostIP]`).
+    pub fn record(
+        id: &str,
+        addresses: &[&str],
+        mappings: &[&str],
+        backend: BackendKind,
+        order: u64,
+    ) -> Record {
+        let mappings = mappings
+            .iter()
+            .map(|text| {
+                let mut words = text.split(' ');
+                let mut word = || words.next();
+                Mapping {
+                    protocol: crate::model::Protocol::parse(word().unwrap_or_default())
+                        .unwrap_or(crate::model::Protocol::Tcp),
+                    host_port: word().and_then(|port| port.parse().ok()).unwrap_or(1),
+                    container_port: word().and_then(|port| port.parse().ok()).unwrap_or(1),
+                    host_ip: word().and_then(|ip| ip.parse().ok()),
+                }
+            })
+            .collect();
+        Record {
+            format: FORMAT,
+            attachment: Attachment {
+                network: "portmap".into(),
+                container_id: id.into(),
+                ifname: "eth0".into(),
+            },
+            netns: String::new(),
+            pod: PodIdentity::default(),
+            mappings,
+            addresses: addresses
+                .iter()
+                .filter_map(|text| text.parse().ok())
+                .collect(),
+            options: Options::default(),
+            backend,
+            chain: chain_name("portmap", id),
+            localnet_device: None,
+            statements_v4: Vec::new(),
+            statements_v6: Vec::new(),
+            order,
+            time: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+
+    const ID: &str = "d629b42b837dcb40bc6a45f2486e76616c72ca15a3dc5cefe2f881ebd0d8222c";
+
+    #[test]
+    fn chain_names_are_upstream_s() {
+        assert_eq!(chain_name("portmap", ID), "CNI-DN-dae2e2caa00ed8d022728");
+        assert_eq!(chain_name("portmap", ID).len(), 28);
+        assert_eq!(
+            old_snat_chain("CNI-DN-dae2e2caa00ed8d022728"),
+            "CNI-SN-dae2e2caa00ed8d022728"
+        );
+    }
+
+    #[test]
+    fn all_three_parts_of_the_key_count() {
+        let key = |network: &str, container_id: &str, ifname: &str| {
+            record_id(&Attachment {
+                network: network.into(),
+                container_id: container_id.into(),
+                ifname: ifname.into(),
+            })
+        };
+        let all = [
+            key("ab", "c", "e"),
+            key("a", "bc", "e"),
+            key("a", "b", "ce"),
+            key("a", "b", "c"),
+        ];
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 4);
+        assert!(all.iter().all(|id| id.len() == 32));
+    }
+
+    #[test]
+    fn records_survive_their_file() {
+        let mut record = samples::record(
+            ID,
+            &["10.0.1.7/32", "fd00::7/128"],
+            &["tcp 80 8080 192.0.2.1", "udp 53 53"],
+            BackendKind::Nftables,
+            7,
+        );
+        record.options.conditions_v4 = vec!["ip saddr 10.0.0.0/8".into()];
+        let text = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
+        for part in record.parts() {
+            assert_eq!(Part::parse(&part.name()), Some(part));
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Running a tool: input from memory, both outputs captured, an error that carries its stderr.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Seek, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// Where tools are looked for: the absolute directories of PATH, in order.
+#[derive(Debug, Clone, Default)]
+pub struct Tools {
+    directories: Vec<PathBuf>,
+}
+
+/// Why a tool did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    #[error("{tool} is not installed (not in PATH)")]
+    Missing { tool: String },
+    #[error("{tool} cannot be started: {source}")]
+    Start { tool: String, source: io::Error },
+    #[error("{tool} {}: {stderr}", describe(*status))]
+    Failed {
+        tool: String,
+        /// Exit status; `None` if a signal ended it.
+        status: Option<i32>,
+        stderr: String,
+    },
+}
+
+fn describe(status: Option<i32>) -> String {
+    status.map_or_else(
+        || "was ended by a signal".to_owned(),
+        |code| format!("exited with status {code}"),
+    )
+}
+
+impl ToolError {
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        matches!(self, ToolError::Missing { .. })
+    }
+}
+
+impl Tools {
+    /// `path` is the PATH of the environment. Relative and empty entries, which mean the current
+    /// directory, are left out: the runtime's is arbitrary.
+    #[must_use]
+    pub fn new(path: Option<&OsStr>) -> Self {
+        let directories = path
+            .map(|path| {
+                std::env::split_paths(path)
+                    .filter(|dir| dir.is_absolute())
+                    .collect()
+            })
+            .unwrap_or_default();
+        Tools { directories }
+    }
+
+    /// The first executable file called `tool`.
+    #[must_use]
+    pub fn find(&self, tool: &str) -> Option<PathBuf> {
+        self.directories
+            .iter()
+            .map(|dir| dir.join(tool))
+            .find(|path| {
+                path.metadata()
+                    .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+            })
+    }
+
+    /// Runs `tool` with `input` on its stdin and returns its stdout. The child inherits the node's
+    /// lock, so that a change which outlives a killed plugin is still waited for.
+    pub fn run(&self, tool: &str, args: &[&str], input: &str) -> Result<String, ToolError> {
+        let path = self.find(tool).ok_or_else(|| ToolError::Missing {
+            tool: tool.to_owned(),
+        })?;
+        let start = |source| ToolError::Start {
+            tool: tool.to_owned(),
+            source,
+        };
+        let output = Command::new(path)
+            .args(args)
+            .env("LC_ALL", "C")
+            .stdin(memory_file(input).map_err(start)?)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .output()
+            .map_err(start)?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(ToolError::Failed {
+            tool: tool.to_owned(),
+            status: output.status.code(),
+            stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        })
+    }
+}
+
+/// Input as a file instead of a pipe: a tool that writes much before it has read all cannot block.
+fn memory_file(input: &str) -> io::Result<Stdio> {
+    let mut file = File::from(memfd_create(c"portmap-input", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(input.as_bytes())?;
+    file.rewind()?;
+    Ok(Stdio::from(file))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_status_and_stderr_are_kept_apart() {
+        let tools = Tools::new(Some(OsStr::new("/usr/bin:/bin")));
+        assert_eq!(tools.run("cat", &[], "text\n").unwrap(), "text\n");
+        let error = tools
+            .run("sh", &["-c", "echo out; echo why >&2; exit 3"], "")
+            .unwrap_err();
+        assert_eq!(error.to_string(), "sh exited with status 3: why");
+        let error = tools.run("sh", &["-c", "kill -9 $$"], "").unwrap_err();
+        assert!(error.to_string().contains("signal"), "{error}");
+    }
+
+    #[test]
+    fn an_empty_path_holds_no_tools() {
+        for path in [None, Some(OsStr::new("")), Some(OsStr::new(".:bin:"))] {
+            let error = Tools::new(path).run("sh", &[], "").unwrap_err();
+            assert!(error.is_missing(), "{error}");
+        }
+    }
+}
