@@ -97,18 +97,11 @@ impl NetConf {
     pub fn parse(envelope: &Envelope) -> Result<Self> {
         let backend = match text(envelope, "backend")?.as_deref() {
             None | Some("auto") => None,
-            Some(name) => Some(
-                BackendKind::ALL
-                    .into_iter()
-                    .find(|kind| kind.name() == name)
-                    .ok_or_else(|| {
-                        wrong(
-                            "backend",
-                            &name,
-                            "it must be \"auto\", \"iptables\" or \"nftables\"",
-                        )
-                    })?,
-            ),
+            Some(name) => {
+                Some(BackendKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(
+                    || wrong("backend", &name, "it must be \"auto\", \"iptables\" or \"nftables\""),
+                )?)
+            }
         };
         let options = Options {
             no_snat: !boolean(envelope, "snat")?.unwrap_or(true),
@@ -129,11 +122,7 @@ impl NetConf {
             None | Some("takeover") => ConflictPolicy::Takeover,
             Some("deny") => ConflictPolicy::Deny,
             Some(other) => {
-                return Err(wrong(
-                    "conflictPolicy",
-                    &other,
-                    "it must be \"takeover\" or \"deny\"",
-                ));
+                return Err(wrong("conflictPolicy", &other, "it must be \"takeover\" or \"deny\""));
             }
         };
         Ok(NetConf {
@@ -177,10 +166,9 @@ fn backend_for_options(
     if options.external_set_mark_chain.is_some() {
         required.push(("externalSetMarkChain".into(), BackendKind::Iptables));
     }
-    for (key, conditions) in [
-        ("conditionsV4", &options.conditions_v4),
-        ("conditionsV6", &options.conditions_v6),
-    ] {
+    for (key, conditions) in
+        [("conditionsV4", &options.conditions_v4), ("conditionsV6", &options.conditions_v6)]
+    {
         if let Some(first) = conditions.first() {
             // An iptables match is an option, possibly negated; nft's syntax has neither in front.
             let kind = if first.starts_with('-') || first == "!" || first.starts_with("! -") {
@@ -195,9 +183,7 @@ fn backend_for_options(
         return Ok(backend);
     };
     if let Some((other, _)) = required.iter().find(|(_, other)| other != kind) {
-        return Err(Error::Config(format!(
-            "{first} and {other} belong to different backends"
-        )));
+        return Err(Error::Config(format!("{first} and {other} belong to different backends")));
     }
     if let Some(chosen) = backend.filter(|chosen| chosen != kind) {
         let keys: Vec<&str> = required.iter().map(|(key, _)| key.as_str()).collect();
@@ -240,11 +226,7 @@ fn mark_masq_bit(envelope: &Envelope) -> Result<Option<u8>> {
     };
     match value.as_u64().and_then(|bit| u8::try_from(bit).ok()) {
         Some(bit @ 0..=31) => Ok(Some(bit)),
-        _ => Err(wrong_json(
-            "markMasqBit",
-            &value,
-            "it must be an integer from 0 to 31",
-        )),
+        _ => Err(wrong_json("markMasqBit", &value, "it must be an integer from 0 to 31")),
     }
 }
 
@@ -252,9 +234,7 @@ fn mark_masq_bit(envelope: &Envelope) -> Result<Option<u8>> {
 fn external_set_mark_chain(envelope: &Envelope) -> Result<Option<String>> {
     let chain = text(envelope, "externalSetMarkChain")?;
     if let Some(name) = &chain {
-        let plain = name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
+        let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b));
         if !plain || name.len() > 28 || name.starts_with('-') {
             return Err(wrong(
                 "externalSetMarkChain",
@@ -274,15 +254,10 @@ fn conditions(envelope: &Envelope, key: &str) -> Result<Vec<String>> {
     };
     let words: Vec<String> = serde_json::from_value(value.clone())
         .map_err(|_| wrong_json(key, &value, "it must be a list of strings"))?;
-    match words
-        .iter()
-        .find(|word| word.is_empty() || word.chars().any(char::is_control))
-    {
-        Some(word) => Err(wrong(
-            key,
-            word,
-            "its words must not be empty or hold control characters",
-        )),
+    match words.iter().find(|word| word.is_empty() || word.chars().any(char::is_control)) {
+        Some(word) => {
+            Err(wrong(key, word, "its words must not be empty or hold control characters"))
+        }
         None => Ok(words),
     }
 }
@@ -313,15 +288,8 @@ fn mappings(envelope: &Envelope) -> Result<Vec<Mapping>> {
     let raw: Vec<RawMapping> = serde_path_to_error::deserialize(list).map_err(|error| {
         let path = error.path().to_string();
         let path = if path == "." { String::new() } else { path };
-        let joint = if path.is_empty() || path.starts_with('[') {
-            ""
-        } else {
-            "."
-        };
-        Error::Config(format!(
-            "runtimeConfig.portMappings{joint}{path}: {}",
-            error.inner()
-        ))
+        let joint = if path.is_empty() || path.starts_with('[') { "" } else { "." };
+        Error::Config(format!("runtimeConfig.portMappings{joint}{path}: {}", error.inner()))
     })?;
     let mappings: Vec<Mapping> = raw
         .into_iter()
@@ -340,10 +308,7 @@ fn mappings(envelope: &Envelope) -> Result<Vec<Mapping>> {
 fn refuse_contradictions(mappings: &[Mapping]) -> Result<()> {
     let mut seen = std::collections::HashMap::new();
     for mapping in mappings {
-        for claim in Family::ALL
-            .into_iter()
-            .filter_map(|family| mapping.claim(family))
-        {
+        for claim in Family::ALL.into_iter().filter_map(|family| mapping.claim(family)) {
             let port = mapping.container_port;
             if let Some(other) = seen.insert(claim, port).filter(|other| *other != port) {
                 return Err(Error::Config(format!(
@@ -359,9 +324,7 @@ fn port<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
     let value = Value::deserialize(deserializer)?;
     match value.as_u64().and_then(|port| u16::try_from(port).ok()) {
         Some(port @ 1..) => Ok(port),
-        _ => Err(D::Error::custom(format!(
-            "it is {value} and must be an integer from 1 to 65535"
-        ))),
+        _ => Err(D::Error::custom(format!("it is {value} and must be an integer from 1 to 65535"))),
     }
 }
 
@@ -370,9 +333,9 @@ fn protocol<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Protoco
     match value.as_str() {
         Some("") => Ok(None),
         Some(name) if Protocol::parse(name).is_some() => Ok(Protocol::parse(name)),
-        _ => Err(D::Error::custom(format!(
-            "it is {value} and must be \"tcp\", \"udp\" or \"sctp\""
-        ))),
+        _ => {
+            Err(D::Error::custom(format!("it is {value} and must be \"tcp\", \"udp\" or \"sctp\"")))
+        }
     }
 }
 
@@ -386,9 +349,7 @@ fn host_ip<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<IpAddr>,
     match value.as_str() {
         Some("") => Ok(None),
         // Go prints and parses IPv4-mapped addresses as IPv4 (net.ParseIP).
-        Some(text) => Ok(Some(
-            text.parse::<IpAddr>().map_err(|_| wrong())?.to_canonical(),
-        )),
+        Some(text) => Ok(Some(text.parse::<IpAddr>().map_err(|_| wrong())?.to_canonical())),
         None => Err(wrong()),
     }
 }
@@ -405,9 +366,7 @@ mod tests {
     }
 
     fn one(mapping: &str) -> Result<Mapping> {
-        let conf = parse(&format!(
-            r#","runtimeConfig":{{"portMappings":[{mapping}]}}"#
-        ))?;
+        let conf = parse(&format!(r#","runtimeConfig":{{"portMappings":[{mapping}]}}"#))?;
         Ok(conf.mappings.into_iter().next().unwrap())
     }
 
@@ -441,42 +400,14 @@ mod tests {
     fn errors_name_the_field_its_value_and_what_is_allowed() {
         for (mapping, field, value) in [
             (r#"{"hostPort":0,"containerPort":80}"#, "[0].hostPort", "0"),
-            (
-                r#"{"hostPort":65536,"containerPort":80}"#,
-                "[0].hostPort",
-                "65536",
-            ),
-            (
-                r#"{"hostPort":-1,"containerPort":80}"#,
-                "[0].hostPort",
-                "-1",
-            ),
-            (
-                r#"{"hostPort":"80","containerPort":80}"#,
-                "[0].hostPort",
-                "\"80\"",
-            ),
-            (
-                r#"{"hostPort":80.5,"containerPort":80}"#,
-                "[0].hostPort",
-                "80.5",
-            ),
+            (r#"{"hostPort":65536,"containerPort":80}"#, "[0].hostPort", "65536"),
+            (r#"{"hostPort":-1,"containerPort":80}"#, "[0].hostPort", "-1"),
+            (r#"{"hostPort":"80","containerPort":80}"#, "[0].hostPort", "\"80\""),
+            (r#"{"hostPort":80.5,"containerPort":80}"#, "[0].hostPort", "80.5"),
             (r#"{"containerPort":80}"#, "[0]", "hostPort"),
-            (
-                r#"{"hostPort":1,"containerPort":70000}"#,
-                "[0].containerPort",
-                "70000",
-            ),
-            (
-                r#"{"hostPort":1,"containerPort":1,"protocol":"icmp"}"#,
-                "[0].protocol",
-                "icmp",
-            ),
-            (
-                r#"{"hostPort":1,"containerPort":1,"protocol":6}"#,
-                "[0].protocol",
-                "6",
-            ),
+            (r#"{"hostPort":1,"containerPort":70000}"#, "[0].containerPort", "70000"),
+            (r#"{"hostPort":1,"containerPort":1,"protocol":"icmp"}"#, "[0].protocol", "icmp"),
+            (r#"{"hostPort":1,"containerPort":1,"protocol":6}"#, "[0].protocol", "6"),
             (
                 r#"{"hostPort":1,"containerPort":1,"hostIP":"10.0.0.0/8"}"#,
                 "[0].hostIP",
@@ -487,20 +418,13 @@ mod tests {
                 "[0].hostIP",
                 "fe80::1%eth0",
             ),
-            (
-                r#"{"hostPort":1,"containerPort":1,"hostIP":"garbage"}"#,
-                "[0].hostIP",
-                "garbage",
-            ),
+            (r#"{"hostPort":1,"containerPort":1,"hostIP":"garbage"}"#, "[0].hostIP", "garbage"),
             (r"7", "[0]", "7"),
         ] {
             let error = one(mapping).unwrap_err();
             assert_eq!(error.code(), 7, "{mapping}");
             let message = error.to_string();
-            assert!(
-                message.contains(&format!("runtimeConfig.portMappings{field}")),
-                "{message}"
-            );
+            assert!(message.contains(&format!("runtimeConfig.portMappings{field}")), "{message}");
             assert!(message.contains(value), "{message}");
         }
     }
@@ -508,18 +432,9 @@ mod tests {
     #[test]
     fn options_of_the_other_backend_are_refused() {
         for (members, backend) in [
-            (
-                r#","externalSetMarkChain":"KUBE-MARK-MASQ""#,
-                Some(BackendKind::Iptables),
-            ),
-            (
-                r#","conditionsV4":["!","-s","10.0.0.0/8"]"#,
-                Some(BackendKind::Iptables),
-            ),
-            (
-                r#","conditionsV6":["ip6 saddr != fd00::/8"]"#,
-                Some(BackendKind::Nftables),
-            ),
+            (r#","externalSetMarkChain":"KUBE-MARK-MASQ""#, Some(BackendKind::Iptables)),
+            (r#","conditionsV4":["!","-s","10.0.0.0/8"]"#, Some(BackendKind::Iptables)),
+            (r#","conditionsV6":["ip6 saddr != fd00::/8"]"#, Some(BackendKind::Nftables)),
             (r#","backend":"auto","markMasqBit":5"#, None),
         ] {
             assert_eq!(parse(members).unwrap().backend, backend, "{members}");
@@ -554,16 +469,9 @@ mod tests {
                 r#","runtimeConfig":{{"portMappings":[{{"hostPort":80,"containerPort":1}},{other}]}}"#
             ))
         };
+        assert_eq!(list(r#"{"hostPort":80,"containerPort":2}"#).unwrap_err().code(), 7);
         assert_eq!(
-            list(r#"{"hostPort":80,"containerPort":2}"#)
-                .unwrap_err()
-                .code(),
-            7
-        );
-        assert_eq!(
-            list(r#"{"hostPort":80,"containerPort":2,"hostIP":"::"}"#)
-                .unwrap_err()
-                .code(),
+            list(r#"{"hostPort":80,"containerPort":2,"hostIP":"::"}"#).unwrap_err().code(),
             7
         );
         for fine in [

@@ -16,11 +16,7 @@ pub enum Error {
     #[error("cniVersion {version:?} is not supported: use one of {}", crate::cni::version::SUPPORTED.join(", "))]
     UnsupportedVersion { version: String },
     #[error("{verb} needs cniVersion {since} or newer, the network configuration says {version}")]
-    VerbTooNew {
-        verb: &'static str,
-        since: &'static str,
-        version: String,
-    },
+    VerbTooNew { verb: &'static str, since: &'static str, version: String },
     #[error("{0}")]
     Environment(String),
     #[error("cannot {action}")]
@@ -46,11 +42,7 @@ pub enum Error {
     #[error("{claim} belongs to container {owner}, which is alive, and conflictPolicy is \"deny\"")]
     PortTaken { claim: String, owner: String },
     #[error("{what} ({tool} failed)")]
-    Tool {
-        what: String,
-        tool: String,
-        details: String,
-    },
+    Tool { what: String, tool: String, details: String },
     #[error("externalSetMarkChain names {chain}, and table nat has no such chain ({family})")]
     MarkChainMissing { chain: String, family: Family },
     #[error("{0}")]
@@ -67,10 +59,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// A failed operation on the host; `action` completes "cannot …".
     pub fn io(action: impl Into<String>, source: io::Error) -> Self {
-        Error::Io {
-            action: action.into(),
-            source,
-        }
+        Error::Io { action: action.into(), source }
     }
 
     /// The CNI error code. STATUS turns failures into 50 or 51 by itself.
@@ -143,10 +132,7 @@ mod tests {
         };
         assert_eq!(several.details(), "hostPort is 0\nnot JSON");
         assert_eq!(several.code(), 105);
-        let single = Error::Several {
-            what: "GC".into(),
-            errors: vec![one()],
-        };
+        let single = Error::Several { what: "GC".into(), errors: vec![one()] };
         assert_eq!(single.code(), 7);
     }
 }

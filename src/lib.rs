@@ -1,5 +1,6 @@
 //! `portmap` forwards hostPorts of pods: a chained CNI plugin.
 
+pub mod backend;
 pub mod cni;
 pub mod conf;
 pub mod error;

@@ -62,11 +62,7 @@ pub struct Record {
 #[must_use]
 pub fn record_id(attachment: &Attachment) -> String {
     let mut hash = Sha256::new();
-    for part in [
-        &attachment.network,
-        &attachment.container_id,
-        &attachment.ifname,
-    ] {
+    for part in [&attachment.network, &attachment.container_id, &attachment.ifname] {
         // Lengths frame the parts, so that "ab" + "c" is not "a" + "bc".
         hash.update((part.len() as u64).to_be_bytes());
         hash.update(part);
@@ -89,11 +85,7 @@ pub fn chain_name(network: &str, container_id: &str) -> String {
 #[must_use]
 pub fn chain_name_of_interface(attachment: &Attachment) -> String {
     let mut hash = Sha512::new();
-    for part in [
-        &attachment.network,
-        &attachment.container_id,
-        &attachment.ifname,
-    ] {
+    for part in [&attachment.network, &attachment.container_id, &attachment.ifname] {
         hash.update((part.len() as u64).to_be_bytes());
         hash.update(part);
     }
@@ -121,17 +113,12 @@ impl Record {
     /// The pod's address and mask of one family.
     #[must_use]
     pub fn network(&self, family: Family) -> Option<IpNetwork> {
-        self.addresses
-            .iter()
-            .copied()
-            .find(|network| Family::of(&network.ip()) == family)
+        self.addresses.iter().copied().find(|network| Family::of(&network.ip()) == family)
     }
 
     /// Families in which the pod has an address.
     pub fn families(&self) -> impl Iterator<Item = Family> + '_ {
-        Family::ALL
-            .into_iter()
-            .filter(|family| self.network(*family).is_some())
+        Family::ALL.into_iter().filter(|family| self.network(*family).is_some())
     }
 
     /// Forwards of one family, in the order of the mappings.
@@ -168,9 +155,7 @@ impl Record {
     pub fn masquerades_neighbours(&self, family: Family) -> bool {
         !self.options.no_snat
             && !self.options.masq_all
-            && self
-                .network(family)
-                .is_some_and(|network| network.prefix() == family.max_prefix())
+            && self.network(family).is_some_and(|network| network.prefix() == family.max_prefix())
             && !self.forwards(family).is_empty()
     }
 
@@ -178,21 +163,14 @@ impl Record {
     #[must_use]
     pub fn forwards_loopback(&self) -> bool {
         !self.options.no_snat
-            && self
-                .forwards(Family::V4)
-                .iter()
-                .any(|forward| forward.claim.covers_loopback())
+            && self.forwards(Family::V4).iter().any(|forward| forward.claim.covers_loopback())
     }
 
     /// Who the rules belong to, for comments: network, start of the container ID and interface, cut
     /// to nft's limit of 128 bytes with the terminator.
     #[must_use]
     pub fn owner(&self) -> String {
-        let Attachment {
-            network,
-            container_id,
-            ifname,
-        } = &self.attachment;
+        let Attachment { network, container_id, ifname } = &self.attachment;
         let container: String = container_id.chars().take(64).collect();
         let mut owner = format!("{container} {ifname} {network}");
         owner.truncate(127);
@@ -206,26 +184,13 @@ impl Record {
             .mappings
             .iter()
             .map(|mapping| IndexKey::Port(format!("{}-{}", mapping.protocol, mapping.host_port)));
-        let pods = self
-            .addresses
-            .iter()
-            .map(|network| IndexKey::Pod(network.ip()));
-        let devices = self
-            .localnet_device
-            .iter()
-            .map(|device| IndexKey::Localnet(device.clone()));
+        let pods = self.addresses.iter().map(|network| IndexKey::Pod(network.ip()));
+        let devices = self.localnet_device.iter().map(|device| IndexKey::Localnet(device.clone()));
         ports
             .chain(pods)
             .chain(devices)
-            .chain([
-                IndexKey::Chain(self.chain.clone()),
-                IndexKey::Backend(self.backend),
-            ])
-            .chain(
-                self.parts()
-                    .into_iter()
-                    .map(|part| IndexKey::Part(self.backend, part)),
-            )
+            .chain([IndexKey::Chain(self.chain.clone()), IndexKey::Backend(self.backend)])
+            .chain(self.parts().into_iter().map(|part| IndexKey::Part(self.backend, part)))
             .collect()
     }
 
@@ -256,10 +221,7 @@ impl Record {
                 parts.insert(Part::Neighbours(family));
             }
         }
-        for family in self
-            .families()
-            .filter(|family| self.needs_own_chains(*family))
-        {
+        for family in self.families().filter(|family| self.needs_own_chains(*family)) {
             parts.insert(Part::OwnChains(family));
         }
         if self.localnet_device.is_some() {
@@ -317,9 +279,8 @@ impl Part {
         if name == "guard" {
             return Some(Part::Guard);
         }
-        let (word, number) = name
-            .split_once('-')
-            .map_or((name, None), |(word, number)| (word, Some(number)));
+        let (word, number) =
+            name.split_once('-').map_or((name, None), |(word, number)| (word, Some(number)));
         let family = match word.chars().last()? {
             '4' => Family::V4,
             '6' => Family::V6,
@@ -402,10 +363,7 @@ pub mod samples {
             netns: String::new(),
             pod: PodIdentity::default(),
             mappings,
-            addresses: addresses
-                .iter()
-                .filter_map(|text| text.parse().ok())
-                .collect(),
+            addresses: addresses.iter().filter_map(|text| text.parse().ok()).collect(),
             options: Options::default(),
             backend,
             chain: chain_name("portmap", id),
@@ -429,10 +387,7 @@ mod tests {
     fn chain_names_are_upstream_s() {
         assert_eq!(chain_name("portmap", ID), "CNI-DN-dae2e2caa00ed8d022728");
         assert_eq!(chain_name("portmap", ID).len(), 28);
-        assert_eq!(
-            old_snat_chain("CNI-DN-dae2e2caa00ed8d022728"),
-            "CNI-SN-dae2e2caa00ed8d022728"
-        );
+        assert_eq!(old_snat_chain("CNI-DN-dae2e2caa00ed8d022728"), "CNI-SN-dae2e2caa00ed8d022728");
     }
 
     #[test]
@@ -444,12 +399,8 @@ mod tests {
                 ifname: ifname.into(),
             })
         };
-        let all = [
-            key("ab", "c", "e"),
-            key("a", "bc", "e"),
-            key("a", "b", "ce"),
-            key("a", "b", "c"),
-        ];
+        let all =
+            [key("ab", "c", "e"), key("a", "bc", "e"), key("a", "b", "ce"), key("a", "b", "c")];
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 4);
         assert!(all.iter().all(|id| id.len() == 32));
     }

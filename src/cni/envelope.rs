@@ -40,20 +40,14 @@ impl Envelope {
             )));
         }
         let version = Version::parse(&string(&members, "cniVersion")?.unwrap_or_default())?;
-        Ok(Envelope {
-            version,
-            name,
-            members,
-        })
+        Ok(Envelope { version, name, members })
     }
 
     /// `cniVersion` as text, if stdin holds one: for replies to input that is otherwise unusable.
     #[must_use]
     pub fn peek_version(bytes: &[u8]) -> Option<String> {
         let members: RawObject = serde_json::from_slice(bytes).ok()?;
-        string(&members, "cniVersion")
-            .ok()?
-            .filter(|text| !text.is_empty())
+        string(&members, "cniVersion").ok()?.filter(|text| !text.is_empty())
     }
 
     /// The previous plugin's result, as text.
@@ -78,9 +72,8 @@ impl Envelope {
     /// (a nil slice of Go), which means "none valid"; without either key nothing may be removed.
     pub fn valid_attachments(&self) -> Result<Vec<ValidAttachment>> {
         const KEYS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
-        let Some((key, raw)) = KEYS
-            .into_iter()
-            .find_map(|key| Some((key, self.members.get_or_null(key)?)))
+        let Some((key, raw)) =
+            KEYS.into_iter().find_map(|key| Some((key, self.members.get_or_null(key)?)))
         else {
             return Err(Error::Config(format!(
                 "{} is absent: GC needs the list of valid attachments ([] if there is none)",

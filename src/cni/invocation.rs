@@ -16,14 +16,8 @@ pub enum Verb {
 }
 
 impl Verb {
-    pub const ALL: [Verb; 6] = [
-        Verb::Add,
-        Verb::Del,
-        Verb::Check,
-        Verb::Gc,
-        Verb::Status,
-        Verb::Version,
-    ];
+    pub const ALL: [Verb; 6] =
+        [Verb::Add, Verb::Del, Verb::Check, Verb::Gc, Verb::Status, Verb::Version];
 
     /// The value of `CNI_COMMAND`.
     #[must_use]
@@ -59,11 +53,7 @@ type Validator = fn(&str) -> Option<&'static str>;
 
 /// Who needs which variable, and what it must look like.
 const VARIABLES: [(&str, &[Verb], Validator); 3] = [
-    (
-        "CNI_CONTAINERID",
-        &[Verb::Add, Verb::Del, Verb::Check],
-        container_id,
-    ),
+    ("CNI_CONTAINERID", &[Verb::Add, Verb::Del, Verb::Check], container_id),
     ("CNI_NETNS", &[Verb::Add, Verb::Check], |_| None),
     ("CNI_IFNAME", &[Verb::Add, Verb::Del, Verb::Check], ifname),
 ];
@@ -77,14 +67,11 @@ impl Invocation {
         if command.is_empty() {
             return Ok(None);
         }
-        let verb = Verb::ALL
-            .into_iter()
-            .find(|verb| verb.name() == command)
-            .ok_or_else(|| {
-                Error::Environment(format!(
-                    "CNI_COMMAND is {command:?}: it must be ADD, DEL, CHECK, GC, STATUS or VERSION"
-                ))
-            })?;
+        let verb = Verb::ALL.into_iter().find(|verb| verb.name() == command).ok_or_else(|| {
+            Error::Environment(format!(
+                "CNI_COMMAND is {command:?}: it must be ADD, DEL, CHECK, GC, STATUS or VERSION"
+            ))
+        })?;
 
         let missing: Vec<&str> = VARIABLES
             .iter()
@@ -125,9 +112,7 @@ impl Invocation {
 #[must_use]
 pub fn is_identifier(text: &str) -> bool {
     text.starts_with(|first: char| first.is_ascii_alphanumeric())
-        && text
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "_.-".contains(c))
 }
 
 fn container_id(value: &str) -> Option<&'static str> {
@@ -142,10 +127,7 @@ fn ifname(value: &str) -> Option<&'static str> {
         Some("it must have 1 to 15 bytes")
     } else if value == "." || value == ".." {
         Some("it must not be \".\" or \"..\"")
-    } else if value
-        .chars()
-        .any(|c| c == '/' || c == ':' || c.is_whitespace() || c.is_control())
-    {
+    } else if value.chars().any(|c| c == '/' || c == ':' || c.is_whitespace() || c.is_control()) {
         Some("it must not contain '/', ':', spaces or control characters")
     } else {
         None
@@ -158,10 +140,8 @@ mod tests {
     use super::*;
 
     fn read(pairs: &[(&str, &str)]) -> Result<Option<Invocation>> {
-        let pairs: BTreeMap<String, String> = pairs
-            .iter()
-            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-            .collect();
+        let pairs: BTreeMap<String, String> =
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         Invocation::read(|name| pairs.get(name).cloned())
     }
 
@@ -181,25 +161,17 @@ mod tests {
     #[test]
     fn all_missing_variables_are_named_at_once() {
         let error = read(&[("CNI_COMMAND", "ADD"), ("CNI_NETNS", "")]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "ADD needs CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME: not set"
-        );
+        assert_eq!(error.to_string(), "ADD needs CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME: not set");
         assert_eq!(error.code(), 4);
     }
 
     #[test]
     fn del_needs_no_netns_and_gc_needs_nothing() {
-        let del = read(&[
-            ("CNI_COMMAND", "DEL"),
-            ("CNI_CONTAINERID", "c1"),
-            ("CNI_IFNAME", "eth0"),
-        ]);
+        let del =
+            read(&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0")]);
         assert_eq!(del.unwrap().unwrap().netns, "");
         for verb in ["GC", "STATUS", "VERSION"] {
-            read(&[("CNI_COMMAND", verb), ("CNI_IFNAME", "dummy/dummy")])
-                .unwrap()
-                .unwrap();
+            read(&[("CNI_COMMAND", verb), ("CNI_IFNAME", "dummy/dummy")]).unwrap().unwrap();
         }
     }
 

@@ -110,10 +110,7 @@ mod tests {
         let text = r#"{"zeta":1.50,"CNIVersion":"0.3.1","big":123456789012345678901234567890}"#;
         let mut object: RawObject = serde_json::from_str(text).unwrap();
         assert_eq!(object.get("cniVersion").unwrap().get(), "\"0.3.1\"");
-        object.set_first(
-            "cniVersion",
-            RawValue::from_string("\"1.0.0\"".into()).unwrap(),
-        );
+        object.set_first("cniVersion", RawValue::from_string("\"1.0.0\"".into()).unwrap());
         assert_eq!(
             serde_json::to_string(&object).unwrap(),
             r#"{"cniVersion":"1.0.0","zeta":1.50,"big":123456789012345678901234567890}"#
@@ -124,9 +121,6 @@ mod tests {
     fn keys_fold_at_every_depth() {
         let mut value = json!({"RuntimeConfig": {"PORTMAPPINGS": [{"HostPort": 1, "hostport": 2, "Other": null}]}});
         fold_keys(&mut value, &["runtimeConfig", "portMappings", "hostPort"]);
-        assert_eq!(
-            value["runtimeConfig"]["portMappings"][0],
-            json!({"hostPort": 1})
-        );
+        assert_eq!(value["runtimeConfig"]["portMappings"][0], json!({"hostPort": 1}));
     }
 }

@@ -54,18 +54,12 @@ impl VersionReply {
     /// The specification wants the version of the input back.
     #[must_use]
     pub fn new(version: Option<&str>) -> Self {
-        VersionReply {
-            cni_version: supported_or_newest(version),
-            supported_versions: SUPPORTED,
-        }
+        VersionReply { cni_version: supported_or_newest(version), supported_versions: SUPPORTED }
     }
 }
 
 fn supported_or_newest(version: Option<&str>) -> String {
-    version
-        .and_then(|text| Version::parse(text).ok())
-        .map_or(NEWEST, Version::as_str)
-        .to_owned()
+    version.and_then(|text| Version::parse(text).ok()).map_or(NEWEST, Version::as_str).to_owned()
 }
 
 fn replace_ignoring_case(text: &str, from: &str, to: &str) -> String {
@@ -94,10 +88,7 @@ mod tests {
         };
         let reply = ErrorReply::new(&error, Some("0.3.1")).without_success_words();
         assert_eq!(reply.msg, "cannot remove: Chain missing (iptables failed)");
-        assert_eq!(
-            reply.details,
-            "exec: the file is missing (os error 2), é missing"
-        );
+        assert_eq!(reply.details, "exec: the file is missing (os error 2), é missing");
         assert_eq!(reply.cni_version, "0.3.1");
     }
 }

@@ -50,17 +50,8 @@ struct OldIp {
     ip: String,
 }
 
-const NAMES: [&str; 9] = [
-    "interfaces",
-    "ips",
-    "ip4",
-    "ip6",
-    "name",
-    "sandbox",
-    "address",
-    "interface",
-    "ip",
-];
+const NAMES: [&str; 9] =
+    ["interfaces", "ips", "ip4", "ip6", "name", "sandbox", "address", "interface", "ip"];
 
 /// `prevResult` in the configuration's `cniVersion`: every other member keeps its text. A result
 /// that says a version of another form cannot be passed on (specification section 5).
@@ -69,16 +60,9 @@ pub fn pass_through(prev_result: &RawValue, version: Version) -> Result<RawObjec
         .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
     if let Some(raw) = members.get("cniVersion") {
         let text: String = serde_json::from_str(raw.get()).map_err(|_| {
-            Error::Config(format!(
-                "prevResult.cniVersion is {}: it must be a string",
-                raw.get()
-            ))
+            Error::Config(format!("prevResult.cniVersion is {}: it must be a string", raw.get()))
         })?;
-        let own = if text.is_empty() {
-            version
-        } else {
-            Version::parse(&text)?
-        };
+        let own = if text.is_empty() { version } else { Version::parse(&text)? };
         if own.form() != version.form() {
             return Err(Error::Config(format!(
                 "prevResult has cniVersion {text}, whose form differs from the configuration's {}",
@@ -109,11 +93,7 @@ pub fn pod_addresses(
     })?;
 
     let candidates: Vec<String> = if version.form() == ResultForm::PerFamily {
-        [model.ip4, model.ip6]
-            .into_iter()
-            .flatten()
-            .map(|ip| ip.ip)
-            .collect()
+        [model.ip4, model.ip6].into_iter().flatten().map(|ip| ip.ip).collect()
     } else {
         let belongs = |ip: &Ip| {
             let interface = ip
@@ -123,22 +103,14 @@ pub fn pod_addresses(
             interface
                 .is_none_or(|interface| interface.name == ifname && !interface.sandbox.is_empty())
         };
-        model
-            .ips
-            .iter()
-            .filter(|ip| belongs(ip))
-            .map(|ip| ip.address.clone())
-            .collect()
+        model.ips.iter().filter(|ip| belongs(ip)).map(|ip| ip.address.clone()).collect()
     };
 
     let mut networks: Vec<IpNetwork> = Vec::new();
     for text in candidates {
         let network = parse_network(&text)?;
         let family = Family::of(&network.ip());
-        if !networks
-            .iter()
-            .any(|known| Family::of(&known.ip()) == family)
-        {
+        if !networks.iter().any(|known| Family::of(&known.ip()) == family) {
             networks.push(network);
         }
     }
@@ -149,10 +121,7 @@ pub fn pod_addresses(
         .filter(|interface| interface.sandbox.is_empty() && !interface.name.is_empty())
         .map(|interface| interface.name)
         .collect();
-    Ok(PodAddresses {
-        networks,
-        host_interfaces,
-    })
+    Ok(PodAddresses { networks, host_interfaces })
 }
 
 /// An address with its mask in CIDR form. `ipnetwork` alone would also take a bare address.
@@ -196,14 +165,8 @@ mod tests {
             ),
             (r#"[{"address":"10.0.0.9/24","interface":2}]"#, vec![]),
             (r#"[{"address":"10.0.0.2/24"}]"#, vec!["10.0.0.2/24"]),
-            (
-                r#"[{"address":"10.0.0.2/24","interface":7}]"#,
-                vec!["10.0.0.2/24"],
-            ),
-            (
-                r#"[{"address":"10.0.0.2/24","interface":-1}]"#,
-                vec!["10.0.0.2/24"],
-            ),
+            (r#"[{"address":"10.0.0.2/24","interface":7}]"#, vec!["10.0.0.2/24"]),
+            (r#"[{"address":"10.0.0.2/24","interface":-1}]"#, vec!["10.0.0.2/24"]),
             (
                 r#"[{"address":"fd00::2/64","interface":1},{"address":"10.0.0.2/24","interface":1},{"address":"10.0.0.3/24","interface":1}]"#,
                 vec!["10.0.0.2/24", "fd00::2/64"],

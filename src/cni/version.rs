@@ -4,9 +4,7 @@ use crate::error::{Error, Result};
 
 /// Every version this plugin speaks, oldest first. Runtimes look for their list's version
 /// literally (libcni compares strings).
-pub const SUPPORTED: [&str; 7] = [
-    "0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0",
-];
+pub const SUPPORTED: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// The newest version: what is said where the input names none that is supported.
 pub const NEWEST: &str = "1.1.0";
@@ -35,9 +33,7 @@ impl Version {
             .iter()
             .position(|supported| *supported == text)
             .map(Version)
-            .ok_or_else(|| Error::UnsupportedVersion {
-                version: text.to_owned(),
-            })
+            .ok_or_else(|| Error::UnsupportedVersion { version: text.to_owned() })
     }
 
     #[must_use]
@@ -60,11 +56,7 @@ impl Version {
         if known.is_some_and(|since| self.0 >= since) {
             return Ok(());
         }
-        Err(Error::VerbTooNew {
-            verb,
-            since,
-            version: self.as_str().to_owned(),
-        })
+        Err(Error::VerbTooNew { verb, since, version: self.as_str().to_owned() })
     }
 }
 
@@ -86,15 +78,7 @@ mod tests {
     fn verbs_are_refused_below_the_version_that_has_them() {
         let old = Version::parse("0.3.1").unwrap();
         assert_eq!(old.require("CHECK", "0.4.0").unwrap_err().code(), 1);
-        Version::parse("0.4.0")
-            .unwrap()
-            .require("CHECK", "0.4.0")
-            .unwrap();
-        assert!(
-            Version::parse("1.0.0")
-                .unwrap()
-                .require("GC", "1.1.0")
-                .is_err()
-        );
+        Version::parse("0.4.0").unwrap().require("CHECK", "0.4.0").unwrap();
+        assert!(Version::parse("1.0.0").unwrap().require("GC", "1.1.0").is_err());
     }
 }

@@ -51,11 +51,7 @@ impl Tools {
     #[must_use]
     pub fn new(path: Option<&OsStr>) -> Self {
         let directories = path
-            .map(|path| {
-                std::env::split_paths(path)
-                    .filter(|dir| dir.is_absolute())
-                    .collect()
-            })
+            .map(|path| std::env::split_paths(path).filter(|dir| dir.is_absolute()).collect())
             .unwrap_or_default();
         Tools { directories }
     }
@@ -63,25 +59,17 @@ impl Tools {
     /// The first executable file called `tool`.
     #[must_use]
     pub fn find(&self, tool: &str) -> Option<PathBuf> {
-        self.directories
-            .iter()
-            .map(|dir| dir.join(tool))
-            .find(|path| {
-                path.metadata()
-                    .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-            })
+        self.directories.iter().map(|dir| dir.join(tool)).find(|path| {
+            path.metadata()
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        })
     }
 
     /// Runs `tool` with `input` on its stdin and returns its stdout. The child inherits the node's
     /// lock, so that a change which outlives a killed plugin is still waited for.
     pub fn run(&self, tool: &str, args: &[&str], input: &str) -> Result<String, ToolError> {
-        let path = self.find(tool).ok_or_else(|| ToolError::Missing {
-            tool: tool.to_owned(),
-        })?;
-        let start = |source| ToolError::Start {
-            tool: tool.to_owned(),
-            source,
-        };
+        let path = self.find(tool).ok_or_else(|| ToolError::Missing { tool: tool.to_owned() })?;
+        let start = |source| ToolError::Start { tool: tool.to_owned(), source };
         let output = Command::new(path)
             .args(args)
             .env("LC_ALL", "C")
@@ -118,9 +106,7 @@ mod tests {
     fn output_status_and_stderr_are_kept_apart() {
         let tools = Tools::new(Some(OsStr::new("/usr/bin:/bin")));
         assert_eq!(tools.run("cat", &[], "text\n").unwrap(), "text\n");
-        let error = tools
-            .run("sh", &["-c", "echo out; echo why >&2; exit 3"], "")
-            .unwrap_err();
+        let error = tools.run("sh", &["-c", "echo out; echo why >&2; exit 3"], "").unwrap_err();
         assert_eq!(error.to_string(), "sh exited with status 3: why");
         let error = tools.run("sh", &["-c", "kill -9 $$"], "").unwrap_err();
         assert!(error.to_string().contains("signal"), "{error}");

@@ -69,16 +69,10 @@ pub fn is_recorded(dir: &Path, id: &str) -> bool {
 /// Whether records could be kept in `dir`, as far as can be told without writing.
 pub fn check_usable(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(|error| {
-        Error::io(
-            format!("create the state directory {}", dir.display()),
-            error,
-        )
+        Error::io(format!("create the state directory {}", dir.display()), error)
     })?;
     nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).map_err(|error| {
-        Error::io(
-            format!("write to the state directory {}", dir.display()),
-            error.into(),
-        )
+        Error::io(format!("write to the state directory {}", dir.display()), error.into())
     })
 }
 
@@ -87,15 +81,9 @@ impl Store {
     /// earlier boot is discarded: the rules it describes are gone.
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
         fs::create_dir_all(dir).map_err(|error| {
-            Error::io(
-                format!("create the state directory {}", dir.display()),
-                error,
-            )
+            Error::io(format!("create the state directory {}", dir.display()), error)
         })?;
-        let store = Store {
-            dir: dir.to_owned(),
-            _lock: lock(&dir.join("lock"))?,
-        };
+        let store = Store { dir: dir.to_owned(), _lock: lock(&dir.join("lock"))? };
         let boot = store.dir.join("boot");
         match fs::read_to_string(&boot) {
             Ok(known) if known == boot_id => return Ok(store),
@@ -137,18 +125,12 @@ impl Store {
             self.index_add(key, &id)?;
         }
         let path = record_path(&self.dir, &id);
-        let text = serde_json::to_vec(record).map_err(|error| Error::Record {
-            path: path.clone(),
-            reason: error.to_string(),
-        })?;
+        let text = serde_json::to_vec(record)
+            .map_err(|error| Error::Record { path: path.clone(), reason: error.to_string() })?;
         create_parent(&path)
             .and_then(|()| write_atomically(&path, &text))
             .map_err(|error| Error::io(format!("write record {}", path.display()), error))?;
-        for key in replaced
-            .map(Record::index_keys)
-            .unwrap_or_default()
-            .difference(&keys)
-        {
+        for key in replaced.map(Record::index_keys).unwrap_or_default().difference(&keys) {
             self.index_remove(key, &id)?;
         }
         Ok(())
@@ -184,9 +166,8 @@ impl Store {
                 Found::Damaged(reason) => {
                     problems.push(format!("record {id} is damaged: {reason}"))
                 }
-                Found::Newer(format) => problems.push(format!(
-                    "record {id} has format {format}, written by a newer portmap"
-                )),
+                Found::Newer(format) => problems
+                    .push(format!("record {id} has format {format}, written by a newer portmap")),
             }
         }
         records.sort_by_key(|record| record.order);
@@ -201,10 +182,7 @@ impl Store {
                 if other == id || found.contains_key(&other) {
                     continue;
                 }
-                match self
-                    .get(&other)?
-                    .record()
-                    .filter(|record| record.index_keys().contains(key))
+                match self.get(&other)?.record().filter(|record| record.index_keys().contains(key))
                 {
                     Some(record) => {
                         found.insert(other, record);
@@ -285,15 +263,9 @@ impl Store {
         })?;
         match fs::remove_dir(&dir) {
             Err(error)
-                if !matches!(
-                    error.kind(),
-                    ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty
-                ) =>
+                if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) =>
             {
-                Err(Error::io(
-                    format!("remove the index entry {}", dir.display()),
-                    error,
-                ))
+                Err(Error::io(format!("remove the index entry {}", dir.display()), error))
             }
             _ => Ok(()),
         }
@@ -371,10 +343,7 @@ fn lock(path: &Path) -> Result<Flock<File>> {
     match receiver.recv_timeout(LOCK_DEADLINE) {
         Ok(Ok(lock)) => Ok(lock),
         Ok(Err(error)) => Err(Error::io(format!("lock {}", path.display()), error.into())),
-        Err(_) => Err(Error::Busy {
-            path: path.to_owned(),
-            seconds: LOCK_DEADLINE.as_secs(),
-        }),
+        Err(_) => Err(Error::Busy { path: path.to_owned(), seconds: LOCK_DEADLINE.as_secs() }),
     }
 }
 
@@ -451,33 +420,15 @@ mod tests {
         let dir = Dir::new("index");
         let store = Store::open(&dir.0, "boot").unwrap();
         let before = dir.files();
-        let old = record(
-            "a",
-            &["10.0.0.2/24"],
-            &["tcp 80 80", "udp 53 53"],
-            BackendKind::Iptables,
-            1,
-        );
-        let new = record(
-            "b",
-            &["10.0.0.3/24"],
-            &["tcp 80 81"],
-            BackendKind::Iptables,
-            2,
-        );
+        let old =
+            record("a", &["10.0.0.2/24"], &["tcp 80 80", "udp 53 53"], BackendKind::Iptables, 1);
+        let new = record("b", &["10.0.0.3/24"], &["tcp 80 81"], BackendKind::Iptables, 2);
         store.put(&old, None).unwrap();
         store.put(&new, None).unwrap();
         let port = BTreeSet::from([IndexKey::Port("tcp-80".into())]);
         assert_eq!(store.sharing(&port, &new.id()).unwrap(), [old.clone()]);
-        assert_eq!(
-            store.sharing(&port, "").unwrap(),
-            [old.clone(), new.clone()]
-        );
-        assert!(
-            store
-                .has_other(&IndexKey::Backend(BackendKind::Iptables), &new.id())
-                .unwrap()
-        );
+        assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
+        assert!(store.has_other(&IndexKey::Backend(BackendKind::Iptables), &new.id()).unwrap());
         assert!(
             store
                 .parts(BackendKind::Iptables)
@@ -485,13 +436,7 @@ mod tests {
                 .contains(&Part::Base(crate::model::Family::V4))
         );
 
-        let moved = record(
-            "b",
-            &["10.0.0.3/24"],
-            &["tcp 81 81"],
-            BackendKind::Iptables,
-            3,
-        );
+        let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
         store.put(&moved, Some(&new)).unwrap();
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone()]);
         store.remove(&old).unwrap();
@@ -508,23 +453,14 @@ mod tests {
         let key = IndexKey::Port("tcp-80".into());
         store.index_add(&key, "gone").unwrap();
         assert!(!store.has_other(&key, "").unwrap());
-        assert_eq!(
-            store.sharing(&BTreeSet::from([key.clone()]), "").unwrap(),
-            []
-        );
+        assert_eq!(store.sharing(&BTreeSet::from([key.clone()]), "").unwrap(), []);
         assert_eq!(store.users(&key).unwrap(), Vec::<String>::new());
     }
 
     #[test]
     fn a_reboot_discards_and_newer_formats_are_told_apart() {
         let dir = Dir::new("boot");
-        let record = record(
-            "a",
-            &["10.0.0.2/24"],
-            &["tcp 80 80"],
-            BackendKind::Iptables,
-            1,
-        );
+        let record = record("a", &["10.0.0.2/24"], &["tcp 80 80"], BackendKind::Iptables, 1);
         let store = Store::open(&dir.0, "first").unwrap();
         store.put(&record, None).unwrap();
         store.set_note("backend", Some("iptables")).unwrap();

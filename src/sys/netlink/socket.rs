@@ -27,10 +27,7 @@ impl NetlinkSocket {
         socket.connect(&SocketAddr::new(0, 0))?;
         // A dump of 100,000 conntrack entries must not end in ENOBUFS.
         socket.set_rx_buf_sz(4 * 1024 * 1024_u32).ok();
-        Ok(Self {
-            socket,
-            sequence: 0,
-        })
+        Ok(Self { socket, sequence: 0 })
     }
 
     /// Sends one message and waits for the kernel's acknowledgement. `flags` are added to
@@ -57,9 +54,7 @@ impl NetlinkSocket {
                 return Ok(());
             }
         }
-        Err(io::Error::other(
-            "the kernel's table kept changing during a netlink dump",
-        ))
+        Err(io::Error::other("the kernel's table kept changing during a netlink dump"))
     }
 
     /// Returns whether a dump was interrupted.
@@ -107,8 +102,5 @@ impl NetlinkSocket {
 const NLM_F_DUMP_INTR: u16 = 0x10;
 
 fn malformed(error: impl std::fmt::Display) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        format!("malformed netlink message: {error}"),
-    )
+    io::Error::new(io::ErrorKind::InvalidData, format!("malformed netlink message: {error}"))
 }

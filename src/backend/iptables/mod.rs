@@ -1,0 +1,4 @@
+pub mod check;
+pub mod listing;
+pub mod rules;
+pub mod script;

@@ -1,0 +1,3 @@
+pub mod objects;
+pub mod scaffold;
+pub mod script;

@@ -1,0 +1,195 @@
+//! What is sent to `nft -j -f -`. Pure, golden-tested. One input is one transaction.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use nftables::expr::{Elem, Expression, NamedExpression, Verdict};
+use nftables::schema::{Element as NftElement, NfCmd, NfListObject};
+use nftables::stmt::JumpTarget;
+use nftables::types::NfFamily;
+use serde_json::{Value, json};
+
+use super::objects::{Atom, ChainRules, Data, Element, Objects, Place, digit};
+use super::scaffold::{self, TABLE, add_rule, command, table};
+use crate::model::Family;
+use crate::record::{Part, Record};
+
+/// What the table knows of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeFacts {
+    /// Devices that lead out of the node.
+    pub uplinks: BTreeSet<String>,
+    /// The node's own addresses.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+impl NodeFacts {
+    /// The elements of the sets `uplinks`, `nodes4` and `nodes6` in a table with these parts.
+    fn places(&self, parts: &BTreeSet<Part>) -> Vec<Place> {
+        let uplinks = self
+            .uplinks
+            .iter()
+            .map(|name| Place { set: "uplinks".into(), key: vec![Atom::Device(name.clone())] });
+        let nodes =
+            self.addresses.iter().filter(|ip| parts.contains(&Part::Base(Family::of(ip)))).map(
+                |ip| Place {
+                    set: format!("nodes{}", digit(Family::of(ip))),
+                    key: vec![Atom::Ip(*ip)],
+                },
+            );
+        uplinks.chain(nodes).collect()
+    }
+}
+
+/// Makes the whole table anew from all records, oldest first; without records it is removed.
+#[must_use]
+pub fn restore(records: &[&Record], facts: &NodeFacts) -> String {
+    let mut commands = vec![command(NfCmd::Add(table())), command(NfCmd::Delete(table()))];
+    if !records.is_empty() {
+        let parts: BTreeSet<Part> = records.iter().flat_map(|record| record.parts()).collect();
+        commands.push(command(NfCmd::Add(table())));
+        commands.extend(scaffold::commands(&parts));
+        commands.extend(elements(&fact_elements(facts.places(&parts)), Change::Add));
+        commands.extend(difference(&Objects::default(), &Objects::of(records)));
+    }
+    document(commands)
+}
+
+/// From one state of some objects to another, in a table whose scaffold stays as it is; `facts` are
+/// those that the table has and those that it should have.
+#[must_use]
+pub fn change(
+    before: &Objects,
+    after: &Objects,
+    facts: Option<(&NodeFacts, &NodeFacts)>,
+    parts: &BTreeSet<Part>,
+) -> String {
+    let mut commands = Vec::new();
+    if let Some((old, new)) = facts {
+        let (old, new) = (old.places(parts), new.places(parts));
+        let only = |these: &[Place], those: &[Place]| {
+            fact_elements(these.iter().filter(|place| !those.contains(place)).cloned().collect())
+        };
+        commands.extend(elements(&only(&old, &new), Change::Delete));
+        commands.extend(elements(&only(&new, &old), Change::Add));
+    }
+    commands.extend(difference(before, after));
+    document(commands)
+}
+
+fn fact_elements(places: Vec<Place>) -> Vec<(Place, Element)> {
+    places
+        .into_iter()
+        .map(|place| (place, Element { data: Data::None, owner: String::new() }))
+        .collect()
+}
+
+/// Element by element. Owners alone are no difference: an element that another record goes on
+/// needing keeps its comment.
+fn difference(before: &Objects, after: &Objects) -> Vec<Value> {
+    let missing_in = |these: &Objects, those: &Objects| -> Vec<(Place, Element)> {
+        these
+            .elements
+            .iter()
+            .filter(|(place, element)| {
+                those.elements.get(*place).is_none_or(|other| other.data != element.data)
+            })
+            .map(|(place, element)| (place.clone(), element.clone()))
+            .collect()
+    };
+    let mut commands = elements(&missing_in(before, after), Change::Delete);
+    for (name, rules) in &after.chains {
+        let known = before.chains.get(name);
+        if known != Some(rules) {
+            commands.extend(chain(name, rules, known.is_some()));
+        }
+    }
+    commands.extend(elements(&missing_in(after, before), Change::Add));
+    for name in before.chains.keys().filter(|name| !after.chains.contains_key(*name)) {
+        commands.push(chain_command("delete", name));
+    }
+    commands
+}
+
+fn chain(name: &str, rules: &ChainRules, exists: bool) -> Vec<Value> {
+    let mut commands = vec![chain_command(if exists { "flush" } else { "add" }, name)];
+    commands
+        .extend(rules.iter().map(|(statements, owner)| add_rule(name, json!(statements), owner)));
+    commands
+}
+
+fn chain_command(verb: &str, name: &str) -> Value {
+    json!({verb: {"chain": {"family": "inet", "table": TABLE, "name": name}}})
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Add,
+    Delete,
+}
+
+/// One command for each set, in the order of the elements (which are sorted by set).
+fn elements(list: &[(Place, Element)], change: Change) -> Vec<Value> {
+    list.chunk_by(|(a, _), (b, _)| a.set == b.set)
+        .filter_map(|chunk| {
+            let (Place { set, .. }, _) = chunk.first()?;
+            let object = NfListObject::Element(NftElement {
+                family: NfFamily::INet,
+                table: TABLE.into(),
+                name: set.as_str().into(),
+                elem: chunk
+                    .iter()
+                    .map(|(place, element)| expression(place, element, change))
+                    .collect::<Vec<_>>()
+                    .into(),
+            });
+            Some(command(match change {
+                Change::Add => NfCmd::Add(object),
+                Change::Delete => NfCmd::Delete(object),
+            }))
+        })
+        .collect()
+}
+
+fn expression<'a>(place: &'a Place, element: &'a Element, change: Change) -> Expression<'a> {
+    let mut atoms: Vec<Expression> = place
+        .key
+        .iter()
+        .map(|atom| match atom {
+            Atom::Ip(ip) => Expression::String(ip.to_string().into()),
+            Atom::Protocol(protocol) => Expression::String(protocol.name().into()),
+            Atom::Port(port) => Expression::Number(u32::from(*port)),
+            Atom::Device(name) => Expression::String(name.as_str().into()),
+        })
+        .collect();
+    let key = if atoms.len() == 1 {
+        atoms.swap_remove(0)
+    } else {
+        Expression::Named(NamedExpression::Concat(atoms))
+    };
+    if change == Change::Delete {
+        return key;
+    }
+    let key = if element.owner.is_empty() {
+        key
+    } else {
+        Expression::Named(NamedExpression::Elem(Elem {
+            val: Box::new(key),
+            comment: Some(element.owner.as_str().into()),
+            ..Elem::default()
+        }))
+    };
+    let data = match &element.data {
+        Data::None => return key,
+        Data::Ip(ip) => Expression::String(ip.to_string().into()),
+        Data::Port(port) => Expression::Number(u32::from(*port)),
+        Data::Jump(chain) => {
+            Expression::Verdict(Verdict::Jump(JumpTarget { target: chain.as_str().into() }))
+        }
+    };
+    Expression::List(vec![key, data])
+}
+
+fn document(commands: Vec<Value>) -> String {
+    json!({ "nftables": commands }).to_string()
+}
