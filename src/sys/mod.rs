@@ -2,3 +2,4 @@
 //! sysctls and clocks. Everything outside of it is a function of its arguments.
 
 pub mod netlink;
+pub mod sysctl;
