@@ -4,3 +4,4 @@
 pub mod command;
 pub mod netlink;
 pub mod store;
+pub mod sysctl;

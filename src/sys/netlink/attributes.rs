@@ -1,0 +1,62 @@
+//! Taking attributes (`struct nlattr`) apart.
+
+use netlink_packet_core::NlasIterator;
+
+/// The attributes in `bytes` as (number, value), in order. The flags in the upper two bits of the
+/// number are removed. What does not parse ends the iteration: the kernel sends no such thing.
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    NlasIterator::new(bytes).map_while(|attribute| {
+        let attribute = attribute.ok()?;
+        let (kind, length) = (attribute.kind(), usize::from(attribute.length()));
+        Some((kind, attribute.into_inner().get(4..length)?))
+    })
+}
+
+/// The value of the first attribute with this number.
+pub(super) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(found, _)| *found == kind).map(|(_, value)| value)
+}
+
+/// Text up to the first NUL: the kernel terminates most, but not all of its strings.
+pub(super) fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|byte| *byte == 0);
+    String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_padded_to_four_bytes() {
+        let bytes = [
+            5, 0, 3, 0x80, b'a', 0xff, 0xff,
+            0xff, // one byte and three of padding, nested flag
+            8, 0, 7, 0x40, 1, 2, 3, 4, // network byte order flag
+        ];
+        let all: Vec<_> = attributes(&bytes).collect();
+        assert_eq!(all, [(3, &b"a"[..]), (7, &[1, 2, 3, 4][..])]);
+        assert_eq!(find(&bytes, 7), Some(&[1, 2, 3, 4][..]));
+        assert_eq!(find(&bytes, 8), None);
+    }
+
+    #[test]
+    fn broken_attributes_end_the_iteration() {
+        for broken in [
+            &[1, 0, 1, 0][..],            // shorter than its own header
+            &[9, 0, 1, 0, 1, 2, 3, 4],    // longer than the buffer
+            &[8, 0],                      // half a header
+            &[8, 0, 1, 0, 1, 2, 3, 4, 1], // rubbish behind a good one
+        ] {
+            assert!(attributes(broken).count() <= 1);
+        }
+    }
+
+    #[test]
+    fn text_ends_at_nul() {
+        assert_eq!(text(b"eth0\0"), "eth0");
+        assert_eq!(text(b"eth0"), "eth0");
+        assert_eq!(text(b"a\0b\0"), "a");
+        assert_eq!(text(b""), "");
+    }
+}
