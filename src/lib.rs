@@ -4,6 +4,7 @@ pub mod backend;
 pub mod cni;
 pub mod conf;
 pub mod error;
+pub mod facts;
 pub mod model;
 pub mod record;
 pub mod sys;

@@ -1,5 +1,162 @@
 //! Ways to forward. Each backend renders records (pure), changes the kernel in one transaction,
-//! and reads it back.
+//! and reads it back. Inside each: what follows from records, the scripts sent, the way back.
 
 pub mod iptables;
 pub mod nftables;
+
+use std::collections::BTreeSet;
+
+use crate::error::Result;
+use crate::facts::NodeFacts;
+use crate::model::{Attachment, BackendKind, Family};
+use crate::record::{Part, Record};
+use crate::sys::Host;
+
+/// A step from one set of records to another.
+pub struct Change<'a> {
+    pub added: Option<&'a Record>,
+    pub removed: Option<&'a Record>,
+    /// Every other record of this backend that shares a port or a pod address with these two,
+    /// oldest first.
+    pub related: &'a [Record],
+    /// Parts that records need before and after the step.
+    pub parts_before: &'a BTreeSet<Part>,
+    pub parts_after: &'a BTreeSet<Part>,
+    /// The node as the rules know it, and as it is.
+    pub facts_before: &'a NodeFacts,
+    pub facts: &'a NodeFacts,
+    /// Families whose base chains were there before this plugin came.
+    pub keep_base: &'a BTreeSet<Family>,
+}
+
+impl Change<'_> {
+    /// Families of either record.
+    #[must_use]
+    pub fn families(&self) -> BTreeSet<Family> {
+        self.added.iter().chain(&self.removed).flat_map(|record| record.families()).collect()
+    }
+
+    /// Parts that nothing needs any more.
+    #[must_use]
+    pub fn gone(&self) -> BTreeSet<Part> {
+        self.parts_before.difference(self.parts_after).copied().collect()
+    }
+
+    /// Whether a part is needed for the first time.
+    #[must_use]
+    pub fn begins_a_part(&self) -> bool {
+        !self.parts_after.is_subset(self.parts_before)
+    }
+}
+
+/// What the whole of a backend's rules should be.
+pub struct Desired<'a> {
+    /// All records of this backend, oldest first.
+    pub records: &'a [Record],
+    /// Chains of attachments that must be gone.
+    pub purge: &'a BTreeSet<String>,
+    /// Families that must be brought in order even if no record has them.
+    pub families: &'a BTreeSet<Family>,
+    pub facts: &'a NodeFacts,
+    pub keep_base: &'a BTreeSet<Family>,
+    /// Families in which this is the first record: base chains that exist are somebody else's.
+    pub first_in: &'a BTreeSet<Family>,
+}
+
+/// How a transaction on the fast path ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    /// The kernel is not in the state the step begins from, or the step is of a kind that only
+    /// the slow path can do. Nothing was changed, or not in every table.
+    NeedsRestore(String),
+}
+
+/// Reading.
+pub trait Observe {
+    /// Whether the backend works on this node, tried out in a network namespace of its own.
+    fn probe(&self, host: &Host) -> Result<(), String>;
+
+    /// Where the kernel differs from what the record asks for, in the field's terms. `related` as in
+    /// `Change`; `parts` are those that all records need. `recorded` is false for an attachment
+    /// that upstream's plugin made.
+    fn problems(
+        &self,
+        host: &Host,
+        record: &Record,
+        related: &[Record],
+        parts: &BTreeSet<Part>,
+        recorded: bool,
+    ) -> Result<Vec<String>>;
+}
+
+/// Writing.
+pub trait Apply {
+    /// The fast path.
+    fn change(&self, host: &Host, change: &Change) -> Result<Outcome>;
+
+    /// The slow path: from whatever there is to what is desired. Returns the families whose base
+    /// chains were there before.
+    fn restore(&self, host: &Host, desired: &Desired) -> Result<BTreeSet<Family>>;
+
+    /// Removes what upstream's plugin made for attachments of which there is no record: of
+    /// `attachment`, or of every container of its network that `keep` does not name.
+    fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()>;
+}
+
+/// Attachments without a record.
+pub enum Unrecorded<'a> {
+    One {
+        attachment: &'a Attachment,
+        chain: &'a str,
+    },
+    /// All of a network but these container IDs. `recorded` are chains that have a record.
+    AllBut {
+        network: &'a str,
+        keep: &'a BTreeSet<&'a str>,
+        recorded: &'a BTreeSet<String>,
+    },
+}
+
+/// A backend, both ways.
+pub trait Backend: Observe + Apply {}
+
+impl<T: Observe + Apply> Backend for T {}
+
+/// The implementation of a kind.
+#[must_use]
+pub fn of(kind: BackendKind) -> &'static dyn Backend {
+    match kind {
+        BackendKind::Iptables => &iptables::Iptables,
+        BackendKind::Nftables => &nftables::Nftables,
+    }
+}
+
+/// An attachment that uses everything a backend has to be able to do, for probes. Its addresses are
+/// of the ranges for documentation (RFC 5737).
+fn probe_record(backend: BackendKind) -> Record {
+    use crate::model::{Mapping, Protocol};
+    let attachment =
+        Attachment { network: "probe".into(), container_id: "probe".into(), ifname: "eth0".into() };
+    Record {
+        format: crate::record::FORMAT,
+        chain: crate::record::chain_name(&attachment.network, &attachment.container_id),
+        attachment,
+        netns: String::new(),
+        pod: crate::record::PodIdentity::default(),
+        mappings: vec![
+            Mapping { protocol: Protocol::Tcp, host_port: 1, container_port: 1, host_ip: None },
+            Mapping { protocol: Protocol::Udp, host_port: 1, container_port: 1, host_ip: None },
+        ],
+        addresses: ipnetwork::Ipv4Network::new(std::net::Ipv4Addr::new(192, 0, 2, 1), 32)
+            .map(|network| vec![network.into()])
+            .unwrap_or_default(),
+        options: crate::conf::Options::default(),
+        backend,
+        localnet_device: Some("eth0".into()),
+        statements_v4: Vec::new(),
+        statements_v6: Vec::new(),
+        order: 0,
+        time: 0,
+    }
+}

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use crate::error::Error;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Where tools are looked for: the absolute directories of PATH, in order.
@@ -39,6 +40,17 @@ fn describe(status: Option<i32>) -> String {
 }
 
 impl ToolError {
+    /// The error of a verb: `what` says what could not be done.
+    #[must_use]
+    pub fn into_error(self, what: String) -> Error {
+        let tool = match &self {
+            ToolError::Missing { tool }
+            | ToolError::Start { tool, .. }
+            | ToolError::Failed { tool, .. } => tool.clone(),
+        };
+        Error::Tool { what, tool, details: self.to_string() }
+    }
+
     #[must_use]
     pub fn is_missing(&self) -> bool {
         matches!(self, ToolError::Missing { .. })

@@ -1,7 +1,101 @@
 //! The one module tree that touches the host: processes, files under the state directory, netlink,
 //! sysctls and clocks. Everything outside of it is a function of its arguments.
+#![allow(clippy::disallowed_methods, reason = "this is the tree that is allowed to")]
 
 pub mod command;
+pub mod iptables;
+pub mod namespace;
 pub mod netlink;
+pub mod nft;
 pub mod store;
 pub mod sysctl;
+
+use std::ffi::OsStr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::error::{Error, Result};
+use crate::facts::NodeFacts;
+use command::Tools;
+
+/// The node as a verb sees it.
+pub struct Host {
+    pub tools: Tools,
+    warnings: Mutex<Vec<String>>,
+}
+
+impl Host {
+    /// `path` is the PATH of the environment.
+    #[must_use]
+    pub fn new(path: Option<&OsStr>) -> Self {
+        Host { tools: Tools::new(path), warnings: Mutex::default() }
+    }
+
+    /// Notes something that the operator should know and that is no reason to fail; it goes to
+    /// stderr, which runtimes show when a call succeeds.
+    pub fn warn(&self, text: impl Into<String>) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(text.into());
+    }
+
+    /// The warnings so far.
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut *self.warnings.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Identifies this boot of the kernel; empty where /proc does not tell.
+    #[must_use]
+    pub fn boot_id(&self) -> String {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .map(|id| id.trim().to_owned())
+            .unwrap_or_default()
+    }
+
+    /// Nanoseconds since boot, which only ever grow.
+    #[must_use]
+    pub fn since_boot(&self) -> u64 {
+        clock_gettime(ClockId::CLOCK_BOOTTIME)
+            .ok()
+            .and_then(|time| {
+                let seconds = u64::try_from(time.tv_sec()).ok()?;
+                seconds.checked_mul(1_000_000_000)?.checked_add(u64::try_from(time.tv_nsec()).ok()?)
+            })
+            .unwrap_or_default()
+    }
+
+    /// Seconds since 1970.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs()).unwrap_or_default()
+    }
+
+    /// Major and minor version of the running kernel.
+    #[must_use]
+    pub fn kernel_version(&self) -> Option<(u32, u32)> {
+        let name = nix::sys::utsname::uname().ok()?;
+        let mut numbers = name.release().to_str()?.split(['.', '-']).map(str::parse);
+        Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+    }
+
+    /// Asks the kernel for addresses and devices of this network namespace.
+    pub fn node_facts(&self) -> Result<NodeFacts> {
+        use netlink::route;
+        let read = || -> std::io::Result<NodeFacts> {
+            Ok(NodeFacts::new(&route::links()?, &route::addresses()?, &route::default_routes()?))
+        };
+        read().map_err(|error| {
+            Error::io("read the node's devices, addresses and routes (netlink)", error)
+        })
+    }
+
+    /// Name of the device that leads to an address.
+    pub fn device_towards(&self, ip: std::net::IpAddr) -> Result<Option<String>> {
+        let failed = |error| Error::io(format!("find the route to {ip} (netlink)"), error);
+        let Some(index) = netlink::route::device_towards(ip).map_err(failed)? else {
+            return Ok(None);
+        };
+        let name = nix::net::if_::if_indextoname(index).map_err(|error| failed(error.into()))?;
+        Ok(Some(name.to_string_lossy().into_owned()))
+    }
+}

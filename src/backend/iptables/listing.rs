@@ -6,6 +6,14 @@ use std::net::{IpAddr, SocketAddr};
 use super::rules::DNAT;
 use crate::model::{Claim, Family, Forward, Protocol};
 
+/// An attachment as an entry rule names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundAttachment {
+    pub network: String,
+    pub container_id: String,
+    pub chain: String,
+}
+
 /// The chains of one table, and their rules as printed after `-A CHAIN `.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Listing {
@@ -62,6 +70,27 @@ impl Listing {
     #[must_use]
     pub fn forwards(&self, chain: &str, family: Family) -> BTreeSet<Forward> {
         self.rules(chain).iter().filter_map(|rule| forward(rule, family)).collect()
+    }
+
+    /// The attachments that `CNI-HOSTPORT-DNAT` leads to, as their comments name them.
+    #[must_use]
+    pub fn attachments(&self) -> Vec<FoundAttachment> {
+        self.rules(DNAT)
+            .iter()
+            .filter_map(|rule| {
+                let comment = option(rule, "--comment")?;
+                let (network, id) =
+                    comment.strip_prefix("dnat name: \"")?.split_once("\" id: \"")?;
+                // A comment that was cut does not name anybody.
+                let container_id = id.strip_suffix('"')?;
+                let chain = target_of(rule).filter(|chain| chain.starts_with("CNI-DN-"))?;
+                Some(FoundAttachment {
+                    network: network.into(),
+                    container_id: container_id.into(),
+                    chain,
+                })
+            })
+            .collect()
     }
 
     /// Chains that `CNI-HOSTPORT-DNAT` leads to.

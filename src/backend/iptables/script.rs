@@ -379,3 +379,17 @@ pub fn restore_raw(guard: bool, listing: &Listing) -> String {
     }
     raw.finish("raw")
 }
+
+/// Removes chains of attachments that have no record, and what leads to them. Shared chains stay, as
+/// they do when upstream removes an attachment.
+#[must_use]
+pub fn purge(chains: &BTreeSet<String>, listing: &Listing) -> String {
+    let mut nat = Table::default();
+    for chain in chains.iter().flat_map(|chain| [chain.clone(), old_snat_chain(chain)]) {
+        for rule in listing.jumps(DNAT, &chain) {
+            nat.line("-D", DNAT, rule);
+        }
+        drop_chain(&mut nat, listing, &chain);
+    }
+    nat.finish("nat")
+}

@@ -1,7 +1,6 @@
 //! What is sent to `nft -j -f -`. Pure, golden-tested. One input is one transaction.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use nftables::expr::{Elem, Expression, NamedExpression, Verdict};
 use nftables::schema::{Element as NftElement, NfCmd, NfListObject};
@@ -11,34 +10,21 @@ use serde_json::{Value, json};
 
 use super::objects::{Atom, ChainRules, Data, Element, Objects, Place, digit};
 use super::scaffold::{self, TABLE, add_rule, command, table};
+use crate::facts::NodeFacts;
 use crate::model::Family;
 use crate::record::{Part, Record};
 
-/// What the table knows of the node.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct NodeFacts {
-    /// Devices that lead out of the node.
-    pub uplinks: BTreeSet<String>,
-    /// The node's own addresses.
-    pub addresses: BTreeSet<IpAddr>,
-}
-
-impl NodeFacts {
-    /// The elements of the sets `uplinks`, `nodes4` and `nodes6` in a table with these parts.
-    fn places(&self, parts: &BTreeSet<Part>) -> Vec<Place> {
-        let uplinks = self
-            .uplinks
-            .iter()
-            .map(|name| Place { set: "uplinks".into(), key: vec![Atom::Device(name.clone())] });
-        let nodes =
-            self.addresses.iter().filter(|ip| parts.contains(&Part::Base(Family::of(ip)))).map(
-                |ip| Place {
-                    set: format!("nodes{}", digit(Family::of(ip))),
-                    key: vec![Atom::Ip(*ip)],
-                },
-            );
-        uplinks.chain(nodes).collect()
-    }
+/// The elements of the sets `uplinks`, `nodes4` and `nodes6` in a table with these parts.
+fn fact_places(facts: &NodeFacts, parts: &BTreeSet<Part>) -> Vec<Place> {
+    let uplinks = facts
+        .uplinks
+        .iter()
+        .map(|name| Place { set: "uplinks".into(), key: vec![Atom::Device(name.clone())] });
+    let nodes =
+        facts.addresses.iter().filter(|ip| parts.contains(&Part::Base(Family::of(ip)))).map(|ip| {
+            Place { set: format!("nodes{}", digit(Family::of(ip))), key: vec![Atom::Ip(*ip)] }
+        });
+    uplinks.chain(nodes).collect()
 }
 
 /// Makes the whole table anew from all records, oldest first; without records it is removed.
@@ -49,7 +35,7 @@ pub fn restore(records: &[&Record], facts: &NodeFacts) -> String {
         let parts: BTreeSet<Part> = records.iter().flat_map(|record| record.parts()).collect();
         commands.push(command(NfCmd::Add(table())));
         commands.extend(scaffold::commands(&parts));
-        commands.extend(elements(&fact_elements(facts.places(&parts)), Change::Add));
+        commands.extend(elements(&fact_elements(fact_places(facts, &parts)), Change::Add));
         commands.extend(difference(&Objects::default(), &Objects::of(records)));
     }
     document(commands)
@@ -66,7 +52,7 @@ pub fn change(
 ) -> String {
     let mut commands = Vec::new();
     if let Some((old, new)) = facts {
-        let (old, new) = (old.places(parts), new.places(parts));
+        let (old, new) = (fact_places(old, parts), fact_places(new, parts));
         let only = |these: &[Place], those: &[Place]| {
             fact_elements(these.iter().filter(|place| !those.contains(place)).cloned().collect())
         };

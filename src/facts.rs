@@ -1,0 +1,144 @@
+//! What planning needs to know of the node: its addresses, and which devices lead out of it. Pure.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Family;
+use crate::sys::netlink::route::{Address, DefaultRoute, Link};
+
+/// The node as the rules see it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeFacts {
+    /// Devices that lead out of the node. Packets that arrive over any other one come from local pods.
+    pub uplinks: BTreeSet<String>,
+    /// The node's own addresses, of both families and all scopes.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// kube-proxy in IPVS mode binds the address of every Service to this device: they are no node
+/// addresses.
+const IPVS_DEVICE: &str = "kube-ipvs0";
+
+impl NodeFacts {
+    /// Sorts devices by where they lead: out of the node are those with the default route, and those
+    /// of any kind that pods are not connected with. A veth or netkit pair is a pod's link unless it
+    /// carries a subnet (as the uplink of a nested node does); a bridge belongs to the pods unless
+    /// another uplink is its port.
+    #[must_use]
+    pub fn new(links: &[Link], addresses: &[Address], default_routes: &[DefaultRoute]) -> Self {
+        let has_default =
+            |link: &Link| default_routes.iter().any(|route| route.index == link.index);
+        let has_subnet = |link: &Link| {
+            addresses.iter().any(|address| {
+                let full = Family::of(&address.ip).max_prefix();
+                address.index == link.index && address.global && address.prefix < full
+            })
+        };
+        let pod_side = |link: &Link| matches!(link.kind.as_deref(), Some("veth" | "netkit"));
+        let leads_out = |link: &Link| match link.kind.as_deref() {
+            _ if link.loopback => false,
+            _ if has_default(link) => true,
+            Some("veth" | "netkit") => has_subnet(link),
+            Some("dummy" | "ifb") => false,
+            Some("bridge") => links
+                .iter()
+                .any(|port| port.master == Some(link.index) && !port.loopback && !pod_side(port)),
+            _ => true,
+        };
+        let ignored: BTreeSet<u32> =
+            links.iter().filter(|link| link.name == IPVS_DEVICE).map(|link| link.index).collect();
+        NodeFacts {
+            uplinks: links
+                .iter()
+                .filter(|link| leads_out(link))
+                .map(|link| link.name.clone())
+                .collect(),
+            addresses: addresses
+                .iter()
+                .filter(|address| !ignored.contains(&address.index))
+                .map(|address| address.ip)
+                .collect(),
+        }
+    }
+
+    /// Whether the node has the address. All of 127.0.0.0/8 is local, whatever `lo` is given.
+    #[must_use]
+    pub fn is_local(&self, ip: &IpAddr) -> bool {
+        ip.is_loopback() || self.addresses.contains(ip)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, name: &str, kind: Option<&str>, master: Option<u32>) -> Link {
+        Link {
+            index,
+            name: name.into(),
+            kind: kind.map(Into::into),
+            master,
+            peer: None,
+            up: true,
+            loopback: name == "lo",
+        }
+    }
+
+    fn address(index: u32, text: &str) -> Address {
+        let (ip, prefix) = text.split_once('/').unwrap();
+        Address {
+            index,
+            ip: ip.parse().unwrap(),
+            prefix: prefix.parse().unwrap(),
+            global: !text.starts_with("fe80"),
+        }
+    }
+
+    #[test]
+    fn devices_are_told_apart_by_where_they_lead() {
+        let links = [
+            link(1, "lo", None, None),
+            link(2, "ens5", None, None),
+            link(3, "cni0", Some("bridge"), None),
+            link(4, "veth1", Some("veth"), Some(3)),
+            link(5, "lxc1", Some("veth"), None),
+            link(6, "cilium_host", Some("veth"), None),
+            link(7, "cilium_vxlan", Some("vxlan"), None),
+            link(8, "br-ex", Some("bridge"), None),
+            link(9, "ens6", None, Some(8)),
+            link(10, "kube-ipvs0", Some("dummy"), None),
+            link(11, "eth9", Some("veth"), None),
+        ];
+        let addresses = [
+            address(1, "127.0.0.1/8"),
+            address(2, "192.0.2.1/24"),
+            address(3, "10.88.0.1/24"),
+            address(5, "fe80::1/64"),
+            address(6, "10.0.1.254/32"),
+            address(10, "10.96.0.1/32"),
+            address(11, "198.51.100.1/24"),
+        ];
+        let facts =
+            NodeFacts::new(&links, &addresses, &[DefaultRoute { family: Family::V4, index: 2 }]);
+        let uplinks: Vec<&str> = facts.uplinks.iter().map(String::as_str).collect();
+        assert_eq!(uplinks, ["br-ex", "cilium_vxlan", "ens5", "ens6", "eth9"]);
+        assert!(facts.is_local(&"10.88.0.1".parse().unwrap()));
+        assert!(facts.is_local(&"127.1.2.3".parse().unwrap()));
+        assert!(!facts.is_local(&"10.96.0.1".parse().unwrap()));
+    }
+
+    #[test]
+    fn the_uplink_of_a_nested_node_is_a_veth_with_the_default_route() {
+        let links = [link(2, "eth0", Some("veth"), None), link(3, "veth7", Some("veth"), None)];
+        let facts = NodeFacts::new(
+            &links,
+            &[address(3, "10.244.0.1/32")],
+            &[DefaultRoute { family: Family::V6, index: 2 }],
+        );
+        assert_eq!(facts.uplinks, BTreeSet::from(["eth0".to_owned()]));
+    }
+}

@@ -1,0 +1,119 @@
+//! The iptables tools. Reading goes through the `iptables` crate; it is given no part in decisions,
+//! because most of its functions take every failure for an empty answer.
+
+use iptables::IPTables;
+
+use super::Host;
+use super::command::ToolError;
+use crate::backend::iptables::listing::Listing;
+use crate::model::Family;
+
+/// Seconds to wait for the xtables lock, which iptables-legacy has and which other tools may hold.
+const WAIT: &str = "20";
+
+fn tool(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    }
+}
+
+/// Sends `text` to iptables-restore: each table is one transaction. Empty text does nothing.
+pub fn restore(host: &Host, family: Family, text: &str) -> Result<(), ToolError> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let tool = match family {
+        Family::V4 => "iptables-restore",
+        Family::V6 => "ip6tables-restore",
+    };
+    host.tools.run(tool, &["--noflush", "-w", WAIT], text).map(drop).map_err(|error| match error {
+        ToolError::Failed { tool, status, stderr } => {
+            let stderr = with_failed_line(&stderr, text);
+            ToolError::Failed { tool, status, stderr }
+        }
+        other => other,
+    })
+}
+
+/// The tool names the line that failed by its number alone.
+fn with_failed_line(stderr: &str, text: &str) -> String {
+    let number =
+        stderr.split_once("line ").or_else(|| stderr.split_once("line: ")).and_then(|(_, rest)| {
+            rest.trim_start().split(|c: char| !c.is_ascii_digit()).next()?.parse::<usize>().ok()
+        });
+    match number.and_then(|number| text.lines().nth(number.checked_sub(1)?)) {
+        Some(line) => format!("{stderr} (the line is `{line}`)"),
+        None => stderr.to_owned(),
+    }
+}
+
+/// All chains of a table.
+pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolError> {
+    execute(host, family, table, "-S")
+}
+
+/// Some chains of a table; those that do not exist are left out. iptables-nft reads a chain by itself
+/// much faster than the table (0.2 against 56 ms at 1,000 chains); iptables-legacy cannot.
+pub fn list_chains(
+    host: &Host,
+    family: Family,
+    table: &str,
+    chains: &[&str],
+) -> Result<Listing, ToolError> {
+    let resolved = host.tools.find(tool(family)).and_then(|path| path.canonicalize().ok());
+    let nft = resolved.is_some_and(|path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().contains("nft"))
+    });
+    if !nft {
+        return list(host, family, table);
+    }
+    let mut listing = Listing::default();
+    for chain in chains {
+        match execute(host, family, table, &format!("-S {chain}")) {
+            Ok(found) => listing.chains.extend(found.chains),
+            // Of a chain that does not exist (exit status 1 since iptables 1.8).
+            Err(ToolError::Failed { status: Some(1), .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listing)
+}
+
+fn execute(host: &Host, family: Family, table: &str, command: &str) -> Result<Listing, ToolError> {
+    let tool = tool(family);
+    if host.tools.find(tool).is_none() {
+        return Err(ToolError::Missing { tool: tool.to_owned() });
+    }
+    // Without the crate's own `--wait`, which has no limit.
+    let crate_tool = IPTables { cmd: tool, has_check: true, has_wait: false, is_numeric: false };
+    let output = crate_tool.execute(table, &format!("-w {WAIT} {command}")).map_err(|error| {
+        ToolError::Start { tool: tool.to_owned(), source: std::io::Error::other(error.to_string()) }
+    })?;
+    if !output.status.success() {
+        return Err(ToolError::Failed {
+            tool: tool.to_owned(),
+            status: output.status.code(),
+            stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        });
+    }
+    Ok(Listing::parse(&String::from_utf8_lossy(&output.stdout)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_failed_line_is_shown() {
+        let text = "*nat\n-C OUTPUT -j X\nCOMMIT\n";
+        for stderr in ["iptables-restore: line 2 failed", "Error occurred at line: 2"] {
+            assert_eq!(
+                with_failed_line(stderr, text),
+                format!("{stderr} (the line is `-C OUTPUT -j X`)")
+            );
+        }
+        assert_eq!(with_failed_line("line 99", text), "line 99");
+        assert_eq!(with_failed_line("Permission denied", text), "Permission denied");
+    }
+}

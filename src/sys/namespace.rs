@@ -1,0 +1,44 @@
+//! Network namespaces: whose one is, and one to try things in.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use nix::sched::{CloneFlags, unshare};
+
+/// Device and inode of a namespace file: equal for equal namespaces.
+fn identity(path: &str) -> io::Result<(u64, u64)> {
+    fs::metadata(path).map(|meta| (meta.dev(), meta.ino()))
+}
+
+/// Whether `path` is the network namespace of this process. A path that is none of any is not.
+#[must_use]
+pub fn is_own(path: &str) -> bool {
+    matches!((identity(path), identity("/proc/self/ns/net")), (Ok(theirs), Ok(own)) if theirs == own)
+}
+
+/// Whether `path` is some network namespace that still exists. What remains of `ip netns` after a
+/// crash or a reboot is a plain file; namespaces are files of nsfs, all on the device of our own.
+#[must_use]
+pub fn exists(path: &str) -> bool {
+    !path.is_empty()
+        && matches!((identity(path), identity("/proc/self/ns/net")), (Ok((theirs, _)), Ok((own, _))) if theirs == own)
+}
+
+/// Runs `action` in a network namespace of its own, which is gone afterwards. Other threads keep
+/// theirs: unshare(2) changes the calling thread alone.
+pub fn in_scratch_netns<T: Send>(
+    action: impl FnOnce() -> Result<T, String> + Send,
+) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).map_err(|error| {
+                    format!("no network namespace to try it in (CAP_SYS_ADMIN): {error}")
+                })?;
+                action()
+            })
+            .join()
+            .unwrap_or_else(|_| Err("the trial ended unexpectedly".into()))
+    })
+}
