@@ -3,7 +3,7 @@
 
 use std::io;
 
-use netlink_packet_core::{DefaultNla, Emitable, parse_u32_be};
+use netlink_packet_core::{DefaultNla, Nla, parse_u32_be};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, DataAttribute, ListAttribute, RuleAttribute, SetElementAttribute,
     SetElementList, TableAttribute,
@@ -196,11 +196,7 @@ impl NftReader {
     }
 }
 
-fn message<N: netlink_packet_core::Nla>(
-    kind: libc::c_int,
-    family: NftFamily,
-    attributes: &[N],
-) -> Message {
+fn message<N: Nla>(kind: libc::c_int, family: NftFamily, attributes: &[N]) -> Message {
     let family = match family {
         NftFamily::Inet => NetfilterProtoFamily::Inet,
         NftFamily::Ip => NetfilterProtoFamily::IPv4,
@@ -276,7 +272,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
     use super::*;
-    use netlink_packet_core::NLA_F_NESTED;
+    use netlink_packet_core::{Emitable, NLA_F_NESTED};
 
     fn nla(kind: u16, value: &[u8]) -> Vec<u8> {
         let nla = DefaultNla::new(kind, value.to_vec());
@@ -310,7 +306,10 @@ mod tests {
     #[test]
     fn elements_of_sets_maps_and_verdict_maps() {
         let key = nla(1 | NLA_F_NESTED, &nla(NFTA_DATA_VALUE, &[0, 80]));
-        assert_eq!(element(&answer(&[key.clone()])), Some(Element::default()));
+        assert_eq!(
+            element(&answer(std::slice::from_ref(&key))),
+            Some(Element::default())
+        );
 
         let data = nla(NFTA_SET_ELEM_DATA, &nla(NFTA_DATA_VALUE, &[10, 0, 0, 2]));
         let comment = nla(NFTA_SET_ELEM_USERDATA, b"\x00\x04pod\0");
