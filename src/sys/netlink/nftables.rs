@@ -142,7 +142,7 @@ impl NftReader {
         let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWRULE);
         self.socket.dump(&request, |kind, payload| {
             let rest = payload.get(NFGENMSG_LENGTH..)?;
-            // Linux before 4.10 sends the rules of every chain.
+            // Old kernels ignore the names, and send the rules of every chain.
             let ours = kind == new
                 && named(rest, NFTA_RULE_TABLE, table)
                 && named(rest, NFTA_RULE_CHAIN, chain);
