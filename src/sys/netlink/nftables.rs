@@ -3,7 +3,7 @@
 
 use std::io;
 
-use netlink_packet_core::{DefaultNla, Emitable, parse_u32_be};
+use netlink_packet_core::{DefaultNla, Nla, parse_u32_be};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, DataAttribute, ListAttribute, RuleAttribute, SetElementAttribute,
     SetElementList, TableAttribute,
@@ -138,7 +138,7 @@ impl NftReader {
         let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWRULE);
         self.socket.dump(&request, |kind, payload| {
             let rest = payload.get(NFGENMSG_LENGTH..)?;
-            // Linux before 4.10 sends the rules of every chain.
+            // Old kernels ignore the names, and send the rules of every chain.
             let ours = kind == new
                 && named(rest, NFTA_RULE_TABLE, table)
                 && named(rest, NFTA_RULE_CHAIN, chain);
@@ -190,11 +190,7 @@ impl NftReader {
     }
 }
 
-fn message<N: netlink_packet_core::Nla>(
-    kind: libc::c_int,
-    family: NftFamily,
-    attributes: &[N],
-) -> Message {
+fn message<N: Nla>(kind: libc::c_int, family: NftFamily, attributes: &[N]) -> Message {
     let family = match family {
         NftFamily::Inet => NetfilterProtoFamily::Inet,
         NftFamily::Ip => NetfilterProtoFamily::IPv4,
@@ -265,7 +261,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
     use super::*;
-    use netlink_packet_core::NLA_F_NESTED;
+    use netlink_packet_core::{Emitable, NLA_F_NESTED};
 
     fn nla(kind: u16, value: &[u8]) -> Vec<u8> {
         let nla = DefaultNla::new(kind, value.to_vec());
@@ -299,7 +295,10 @@ mod tests {
     #[test]
     fn elements_of_sets_maps_and_verdict_maps() {
         let key = nla(1 | NLA_F_NESTED, &nla(NFTA_DATA_VALUE, &[0, 80]));
-        assert_eq!(element(&answer(&[key.clone()])), Some(Element::default()));
+        assert_eq!(
+            element(&answer(std::slice::from_ref(&key))),
+            Some(Element::default())
+        );
 
         let data = nla(NFTA_SET_ELEM_DATA, &nla(NFTA_DATA_VALUE, &[10, 0, 0, 2]));
         let comment = nla(NFTA_SET_ELEM_USERDATA, b"\x00\x04pod\0");

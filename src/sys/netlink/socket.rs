@@ -13,8 +13,8 @@ use netlink_sys::{Socket, SocketAddr};
 const DUMP_ATTEMPTS: usize = 5;
 
 /// Size of the receive buffer. The kernel fills dump datagrams as far as the reader's buffer goes,
-/// up to 32 KiB (`netlink_recvmsg` and `netlink_dump`, since Linux 3.15; less before), so nothing
-/// is gained by more, and no answer to the requests made here is larger.
+/// up to 32 KiB (`netlink_recvmsg`, `netlink_dump`), so nothing is gained by more, and no answer to
+/// the requests made here is larger.
 const DATAGRAM: usize = 64 * 1024;
 
 const NLMSG_NOOP: u16 = 1;

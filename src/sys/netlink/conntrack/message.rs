@@ -1,10 +1,5 @@
-//! Forgetting tracked flows (`NETLINK_NETFILTER`, ctnetlink).
-//!
-//! A UDP flow keeps the translation that its first packet got for as long as it lasts, so after a
-//! change of rules the entries of the changed ports have to go.
+//! The messages of ctnetlink, without a socket.
 
-use std::collections::HashSet;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use netlink_packet_core::{
@@ -14,11 +9,10 @@ use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, IPTuple, ProtoTuple, Tuple as TuplePart,
 };
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
-use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::socket::{Message, NetlinkSocket};
-use super::{NFGENMSG_LENGTH, netfilter_kind};
-use crate::model::{Family, Protocol};
+use crate::model::Family;
+use crate::sys::netlink::socket::Message;
+use crate::sys::netlink::{NFGENMSG_LENGTH, netfilter_kind};
 
 // linux/netfilter/nfnetlink_conntrack.h
 const IPCTNL_MSG_CT_NEW: libc::c_int = 0;
@@ -52,71 +46,32 @@ pub struct Tuple {
     pub destination: SocketAddr,
 }
 
-/// Deletes the entries of `family` whose original destination port and protocol are listed and
-/// that `wanted` picks. Returns how many were deleted. Entries that end by themselves meanwhile
-/// count neither as deleted nor as an error; nor do those that begin anew, which already follow
-/// the present rules.
-///
-/// The table is read once. When only one protocol or one port is asked for, the kernel picks the
-/// entries (Linux 5.8; see [`dump_request`]).
-///
-/// # Errors
-///
-/// What the dump or the first failed deletion returned; the other entries are deleted
-/// nevertheless. EBUSY stands for a flow that was offloaded to a flowtable.
-pub fn delete(
-    family: Family,
-    protocols_and_ports: &[(Protocol, u16)],
-    wanted: impl Fn(&Flow) -> bool,
-) -> io::Result<usize> {
-    let listed: HashSet<(u8, u16)> =
-        protocols_and_ports.iter().map(|(protocol, port)| (protocol.number(), *port)).collect();
-    if listed.is_empty() {
-        return Ok(0);
-    }
-    let mut socket = NetlinkSocket::open(NETLINK_NETFILTER)?;
-    let chosen = dump(&mut socket, family, &listed, wanted)?;
-
-    let mut deleted = 0;
-    let mut failure = None;
-    for identity in chosen {
-        let kind = netfilter_kind(libc::NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE);
-        let request = Message::new(kind, &header(family), &identity);
-        match socket.request(&request, 0, |_, _| None::<()>) {
-            Ok(_) => deleted += 1,
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(error) => failure = failure.or(Some(error)),
-        }
-    }
-    failure.map_or(Ok(deleted), Err)
+/// What a dump is narrowed to: a protocol number, and possibly an original destination port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Filter {
+    pub(super) protocol: u8,
+    pub(super) port: Option<u16>,
 }
 
-/// Returns what names each chosen entry in a deletion.
-fn dump(
-    socket: &mut NetlinkSocket,
-    family: Family,
-    listed: &HashSet<(u8, u16)>,
-    wanted: impl Fn(&Flow) -> bool,
-) -> io::Result<Vec<Vec<DefaultNla>>> {
-    let new = netfilter_kind(libc::NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW);
-    let mut read = |request: &Message| {
-        socket.dump(request, |kind, payload| {
-            let entry = (kind == new).then(|| entry(family, payload, listed))??;
-            wanted(&entry.flow).then_some(entry.identity)
-        })
-    };
-    if let Some(filter) = filter(listed) {
-        match read(&dump_request(family, &filter)) {
-            // The kernel knows CTA_FILTER, but not in this form.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ERANGE)
-                ) => {}
-            result => return result,
-        }
+impl Filter {
+    pub(super) fn admits(self, protocol: u8, port: u16) -> bool {
+        self.protocol == protocol && self.port.is_none_or(|only| only == port)
     }
-    read(&dump_request(family, &[]))
+
+    fn attributes(self) -> [DefaultNla; 2] {
+        let mut parts = vec![ProtoTuple::Protocol(self.protocol.into())];
+        let mut flags = CTA_FILTER_F_CTA_PROTO_NUM;
+        if let Some(port) = self.port {
+            parts.push(ProtoTuple::DestinationPort(port));
+            flags |= CTA_FILTER_F_CTA_PROTO_DST_PORT;
+        }
+        // Host byte order, unlike everything else in ctnetlink.
+        let flags = DefaultNla::new(CTA_FILTER_ORIG_FLAGS, flags.to_ne_bytes().to_vec());
+        [
+            nested(CTA_TUPLE_ORIG, &[TuplePart::Proto(parts)]),
+            nested(CTA_FILTER, &[flags]),
+        ]
+    }
 }
 
 fn header(family: Family) -> NetfilterHeader {
@@ -127,29 +82,23 @@ fn header(family: Family) -> NetfilterHeader {
     NetfilterHeader::new(family, 0, 0)
 }
 
-/// `struct nfgenmsg` makes the kernel leave out the other family. Linux before 5.8 ignores the
-/// attributes of a filter, so answers need checking whether or not there was one.
-fn dump_request(family: Family, filter: &[DefaultNla]) -> Message {
+/// `struct nfgenmsg` makes the kernel leave out the other family.
+pub(super) fn dump_request(family: Family, filter: Option<Filter>) -> Message {
     let kind = netfilter_kind(libc::NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET);
-    Message::new(kind, &header(family), filter)
+    let attributes = filter.map(Filter::attributes);
+    Message::new(
+        kind,
+        &header(family),
+        attributes
+            .as_ref()
+            .map_or(&[], |attributes| &attributes[..]),
+    )
 }
 
-/// A filter on the original tuple; `None` if entries of several protocols are asked for, which
-/// the kernel has no way to say.
-fn filter(listed: &HashSet<(u8, u16)>) -> Option<Vec<DefaultNla>> {
-    let (protocol, port) = *listed.iter().next()?;
-    if listed.iter().any(|(other, _)| *other != protocol) {
-        return None;
-    }
-    let mut parts = vec![ProtoTuple::Protocol(protocol.into())];
-    let mut flags = CTA_FILTER_F_CTA_PROTO_NUM;
-    if listed.len() == 1 {
-        parts.push(ProtoTuple::DestinationPort(port));
-        flags |= CTA_FILTER_F_CTA_PROTO_DST_PORT;
-    }
-    // Host byte order, unlike everything else in ctnetlink.
-    let flags = DefaultNla::new(CTA_FILTER_ORIG_FLAGS, flags.to_ne_bytes().to_vec());
-    Some(vec![nested(CTA_TUPLE_ORIG, &[TuplePart::Proto(parts)]), nested(CTA_FILTER, &[flags])])
+/// The deletion of one entry.
+pub(super) fn deletion(family: Family, identity: &[DefaultNla]) -> Message {
+    let kind = netfilter_kind(libc::NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE);
+    Message::new(kind, &header(family), identity)
 }
 
 /// An attribute with the flag that says that it holds others, without which the kernel refuses
@@ -161,15 +110,24 @@ fn nested<N: Nla>(kind: u16, inner: &[N]) -> DefaultNla {
     DefaultNla::new(kind | NLA_F_NESTED, value)
 }
 
-struct Entry {
-    flow: Flow,
+pub(super) struct Entry {
+    pub(super) flow: Flow,
     /// The attributes that name the entry in a deletion, byte for byte as the kernel sent them:
     /// original tuple, zone, and the ID, by which a flow that began anew is told from this one.
-    identity: Vec<DefaultNla>,
+    pub(super) identity: Vec<DefaultNla>,
 }
 
-/// `payload`: `struct nfgenmsg` and attributes. `None` for what is not listed, or has no ports.
-fn entry(family: Family, payload: &[u8], listed: &HashSet<(u8, u16)>) -> Option<Entry> {
+/// `payload`: `struct nfgenmsg` and attributes. `pick` gets the protocol and the original
+/// destination port. `None` for what it refuses, or what has no ports.
+pub(super) fn entry(
+    family: Family,
+    kind: u16,
+    payload: &[u8],
+    mut pick: impl FnMut(u8, u16) -> bool,
+) -> Option<Entry> {
+    if kind != netfilter_kind(libc::NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW) {
+        return None;
+    }
     let attributes = NlasIterator::new(payload.get(NFGENMSG_LENGTH..)?);
     let (mut original, mut reply, mut identity) = (None, None, Vec::new());
     for attribute in attributes {
@@ -178,7 +136,7 @@ fn entry(family: Family, payload: &[u8], listed: &HashSet<(u8, u16)>) -> Option<
             CTA_TUPLE_ORIG => {
                 let (protocol, found) = tuple(&attribute)?;
                 // The kernel sends this attribute first, so the bulk of the table ends here.
-                if !listed.contains(&(protocol, found.destination.port())) {
+                if !pick(protocol, found.destination.port()) {
                     return None;
                 }
                 original = Some((protocol, found));
@@ -250,14 +208,16 @@ mod tests {
 
     use super::*;
 
-    fn listed(all: &[(u8, u16)]) -> HashSet<(u8, u16)> {
-        all.iter().copied().collect()
-    }
+    /// NFNL_SUBSYS_CTNETLINK and IPCTNL_MSG_CT_NEW.
+    const NEW: u16 = 0x100;
 
     #[test]
     fn a_filter_on_protocol_and_port() {
-        let filter = filter(&listed(&[(17, 53)])).unwrap();
-        let request = dump_request(Family::V4, &filter);
+        let filter = Filter {
+            protocol: 17,
+            port: Some(53),
+        };
+        let request = dump_request(Family::V4, Some(filter));
         assert_eq!(
             request.payload(),
             [
@@ -270,18 +230,24 @@ mod tests {
                 8, 0, 1, 0, 0b10_1000, 0, 0, 0,
             ]
         );
+        assert!(filter.admits(17, 53) && !filter.admits(6, 53) && !filter.admits(17, 54));
     }
 
     #[test]
-    fn the_filter_is_as_narrow_as_it_can_be() {
-        let ports = filter(&listed(&[(17, 53), (17, 54)])).unwrap();
-        let request = dump_request(Family::V6, &ports);
+    fn a_filter_on_a_protocol() {
+        let filter = Filter {
+            protocol: 17,
+            port: None,
+        };
+        let request = dump_request(Family::V6, Some(filter));
         assert_eq!(request.payload()[0], 10);
-        assert_eq!(request.payload()[4..16], [16, 0, 1, 0x80, 12, 0, 2, 0x80, 5, 0, 1, 0]);
+        assert_eq!(
+            request.payload()[4..16],
+            [16, 0, 1, 0x80, 12, 0, 2, 0x80, 5, 0, 1, 0]
+        );
         assert_eq!(request.payload().last_chunk(), Some(&[0b1000, 0, 0, 0]));
-        assert!(filter(&listed(&[(17, 53), (132, 53)])).is_none());
-        assert!(filter(&listed(&[])).is_none());
-        assert_eq!(dump_request(Family::V4, &[]).payload(), [2, 0, 0, 0]);
+        assert!(filter.admits(17, 54) && !filter.admits(132, 54));
+        assert_eq!(dump_request(Family::V4, None).payload(), [2, 0, 0, 0]);
     }
 
     fn direction(kind: u16, source: [u8; 6], destination: [u8; 6], protocol: u8) -> Vec<u8> {
@@ -308,7 +274,10 @@ mod tests {
 
     #[test]
     fn an_entry_is_a_flow_and_what_names_it() {
-        let entry = entry(Family::V4, &sample(), &listed(&[(17, 8080)])).unwrap();
+        let entry = entry(Family::V4, NEW, &sample(), |protocol, port| {
+            (protocol, port) == (17, 8080)
+        })
+        .unwrap();
         assert_eq!(
             entry.flow,
             Flow {
@@ -326,16 +295,16 @@ mod tests {
         );
         let kinds: Vec<u16> = entry.identity.iter().map(Nla::kind).collect();
         assert_eq!(kinds, [CTA_TUPLE_ORIG | NLA_F_NESTED, CTA_ZONE, CTA_ID]);
-        let deletion = Message::new(0, &header(Family::V4), &entry.identity);
+        let deletion = deletion(Family::V4, &entry.identity);
         assert_eq!(deletion.payload()[4..56], sample()[4..56]);
     }
 
     #[test]
     fn other_entries_are_not_read() {
-        let wanted = listed(&[(17, 8080)]);
-        assert!(entry(Family::V4, &sample(), &listed(&[(6, 8080), (17, 80)])).is_none());
-        assert!(entry(Family::V6, &sample(), &wanted).is_none());
-        assert!(entry(Family::V4, &sample()[..60], &wanted).is_none());
-        assert!(entry(Family::V4, b"", &wanted).is_none());
+        let wanted = |_, _| true;
+        assert!(entry(Family::V4, NEW, &sample(), |_, _| false).is_none());
+        assert!(entry(Family::V6, NEW, &sample(), wanted).is_none());
+        assert!(entry(Family::V4, NEW, &sample()[..60], wanted).is_none());
+        assert!(entry(Family::V4, NEW, b"", wanted).is_none());
     }
 }
