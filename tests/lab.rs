@@ -18,6 +18,7 @@ use portmap::demo::plugin::{self, Attachment};
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::demo::traffic::{Call, Failure, Reply, Session, Transport, reach};
+use portmap::demo::{self, DemoOptions};
 use portmap::model::Family;
 use serde_json::json;
 
@@ -155,13 +156,15 @@ fn a_namespace_is_separate_and_vanishes() {
     assert!(!path.exists());
 }
 
+type FromNeighbourAndOutside = [Result<Reply, Failure>; 2];
+
 /// What pod-b and the client get from the node's hostPort under upstream's plugin. With
 /// `masquerade_all`, every translated connection is given the node's address as its source, which is
 /// what newer upstreams do for `masqAll` (the distribution's does not know that option).
 fn upstream(
     bypass: bool,
     masquerade_all: bool,
-) -> Vec<(Family, Transport, [Result<Reply, Failure>; 2])> {
+) -> Vec<(Family, Transport, FromNeighbourAndOutside)> {
     let mut options = Options::new(Shape::Cilium);
     options.bypass = bypass;
     let lab = Lab::build(options).unwrap();
@@ -237,5 +240,37 @@ fn masquerading_everything_mends_the_bypass() {
         for result in results {
             assert!(result.is_ok(), "{family} {transport}: {result:?}");
         }
+    }
+}
+
+/// The demonstration tells the truth about a plugin that leaves its chains behind.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs upstream's portmap and iptables"]
+fn the_demonstration_finds_fault_with_upstream() {
+    let options = DemoOptions {
+        backend: None,
+        plugin: UPSTREAM.into(),
+    };
+    let mut report = Vec::new();
+    let held = demo::run(&options, &mut report).unwrap();
+    let report = String::from_utf8(report).unwrap();
+    assert!(!held, "{report}");
+    for line in [
+        "ok      ADD pod-a",
+        "ok      DEL pod-b",
+        // The distribution's CHECK compares IPv6 rules with the IPv4 address.
+        "FAILED  CHECK pod-a",
+        "left: :CNI-HOSTPORT-DNAT -",
+        "ok      no record is left",
+    ] {
+        assert!(report.contains(line), "no {line:?} in:\n{report}");
+    }
+    // cilium#9784, on the path that it is about.
+    let neighbour = report
+        .lines()
+        .find(|line| line.contains("other pod (pod-b)"));
+    assert!(neighbour.unwrap().ends_with("FAILED"), "{report}");
+    if std::env::var_os("SHOW_DEMO").is_some() {
+        std::io::Write::write_all(&mut std::io::stderr(), report.as_bytes()).unwrap();
     }
 }

@@ -114,3 +114,33 @@ pub(super) fn network(ip: IpAddr, prefix: u8) -> Result<IpNetwork, LabError> {
         source: io::Error::other(error),
     })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test says by a panic that it failed")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_have_names_links_and_addresses_of_their_own() {
+        assert_eq!(pod_name(0), "pod-a");
+        assert_eq!(pod_name(26), "pod-26");
+        for shape in [Shape::Cilium, Shape::Ptp, Shape::Bridge] {
+            assert_ne!(host_link(shape, 0), host_link(shape, 1));
+            // IFNAMSIZ is 16, with the final zero.
+            assert!(host_link(shape, 199).len() <= 15);
+            for family in Family::ALL {
+                let net = pod_net(shape, family);
+                let subnet = net.subnet().unwrap();
+                assert_eq!(subnet.ip(), subnet.network());
+                assert!(subnet.contains(net.pod(0)) && subnet.contains(net.pod(199)));
+                assert_ne!(net.pod(0), net.pod(1));
+            }
+        }
+    }
+
+    #[test]
+    fn default_routes_cover_everything() {
+        assert_eq!(default_of(Family::V4).unwrap().to_string(), "0.0.0.0/0");
+        assert_eq!(default_of(Family::V6).unwrap().to_string(), "::/0");
+    }
+}

@@ -9,6 +9,9 @@ use super::topology::Lab;
 use super::traffic::{Call, Failure, Reply, Transport, reach};
 use crate::model::Family;
 
+const LOCALHOST_V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const LOCALHOST_V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
 /// A hostPort of a laboratory pod.
 #[derive(Debug, Clone, Copy)]
 pub struct Service {
@@ -22,9 +25,9 @@ pub struct Service {
 /// What a backend can do beyond what every backend must.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Capabilities {
-    /// The node reaches `[::1]:hostPort`. Netfilter cannot forward from `::1`: IPv6 has no
-    /// `route_localnet`.
-    pub localhost_v6: bool,
+    /// Whether the node reaches `[::1]:hostPort`; `None` if either is right. Netfilter cannot
+    /// forward from `::1`: IPv6 has no `route_localnet`.
+    pub localhost_v6: Option<bool>,
 }
 
 /// Where a call is made.
@@ -89,6 +92,8 @@ pub enum Expect {
     Reached(Source),
     /// The call is not touched: refused at once where nothing listens, never black-holed.
     LeftAlone,
+    /// Either of the two.
+    ReachedOrLeftAlone(Source),
 }
 
 impl fmt::Display for Expect {
@@ -96,6 +101,7 @@ impl fmt::Display for Expect {
         match self {
             Expect::Reached(source) => source.fmt(f),
             Expect::LeftAlone => f.pad("refused at once"),
+            Expect::ReachedOrLeftAlone(source) => f.pad(&format!("{source}, or refused at once")),
         }
     }
 }
@@ -146,26 +152,40 @@ pub fn cases(lab: &Lab, services: &[Service], capabilities: Capabilities) -> Vec
             };
             let node = lab.node_address(*family);
             let client = Source::Kept(lab.client_address(*family));
-            add("outside client", Place::Client, node, Expect::Reached(client));
+            add(
+                "outside client",
+                Place::Client,
+                node,
+                Expect::Reached(client),
+            );
             add(
                 "outside client, 2nd address",
                 Place::Client,
                 lab.second_node_address(*family),
                 Expect::Reached(client),
             );
-            let (localhost, expect) = match family {
-                Family::V4 => (Ipv4Addr::LOCALHOST.into(), Expect::Reached(Source::Node)),
-                Family::V6 if capabilities.localhost_v6 => {
-                    (Ipv6Addr::LOCALHOST.into(), Expect::Reached(Source::Node))
-                }
-                Family::V6 => (Ipv6Addr::LOCALHOST.into(), Expect::LeftAlone),
+            let (localhost, expect) = match (family, capabilities.localhost_v6) {
+                (Family::V4, _) => (LOCALHOST_V4, Expect::Reached(Source::Node)),
+                (Family::V6, Some(true)) => (LOCALHOST_V6, Expect::Reached(Source::Node)),
+                (Family::V6, Some(false)) => (LOCALHOST_V6, Expect::LeftAlone),
+                (Family::V6, None) => (LOCALHOST_V6, Expect::ReachedOrLeftAlone(Source::Node)),
             };
             add("node, localhost", Place::Node, localhost, expect);
-            add("node, own address", Place::Node, node, Expect::Reached(Source::Node));
+            add(
+                "node, own address",
+                Place::Node,
+                node,
+                Expect::Reached(Source::Node),
+            );
             for (index, other) in lab.pods.iter().enumerate() {
                 if index == service.pod {
                     let source = Source::Other(own);
-                    add("pod to itself", Place::Pod(index), node, Expect::Reached(source));
+                    add(
+                        "pod to itself",
+                        Place::Pod(index),
+                        node,
+                        Expect::Reached(source),
+                    );
                 } else {
                     let path = format!("other pod ({})", other.name);
                     add(&path, Place::Pod(index), node, Expect::Reached(Source::Any));
@@ -217,13 +237,21 @@ pub fn run(lab: &Lab, cases: Vec<Case>, timeout: Duration) -> Vec<Outcome> {
 }
 
 fn holds(case: &Case, result: &Result<Reply, Failure>, lab: &Lab) -> bool {
-    match (case.expect, result) {
-        (Expect::Reached(source), Ok(reply)) => {
-            reply.server == case.server && source.allows(reply.seen.ip(), lab)
-        }
-        // A program of the caller's own may listen there.
-        (Expect::LeftAlone, Ok(reply)) => reply.server != case.server,
-        (Expect::LeftAlone, Err(failure)) => *failure == Failure::Refused,
-        (Expect::Reached(_), Err(_)) => false,
+    let reached = |source: Source| {
+        let right =
+            |reply: &Reply| reply.server == case.server && source.allows(reply.seen.ip(), lab);
+        result.as_ref().is_ok_and(right)
+    };
+    let left_alone = || match result {
+        // A program of the caller's own may listen there; no pod does.
+        Ok(reply) => lab.pods.iter().all(|pod| pod.name != reply.server),
+        // The kernel tells only connected UDP sockets about an ICMP "port unreachable".
+        Err(Failure::TimedOut) => case.transport == Transport::UdpUnconnected,
+        Err(failure) => *failure == Failure::Refused,
+    };
+    match case.expect {
+        Expect::Reached(source) => reached(source),
+        Expect::LeftAlone => left_alone(),
+        Expect::ReachedOrLeftAlone(source) => reached(source) || left_alone(),
     }
 }

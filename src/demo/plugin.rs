@@ -81,8 +81,7 @@ impl Output {
     }
 }
 
-/// Runs `plugin` with one verb inside a namespace. All six CNI variables are set, unused ones
-/// empty, as libcni does it; of the caller's environment only `PATH` goes along.
+/// Runs `plugin` with one verb inside a namespace; see [`command`].
 pub fn invoke(
     plugin: &Path,
     verb: &str,
@@ -90,6 +89,14 @@ pub fn invoke(
     attachment: &Attachment,
     inside: &Netns,
 ) -> io::Result<Output> {
+    let mut command = command(plugin, verb, attachment);
+    run(&mut command, config.to_string().as_bytes(), inside)
+}
+
+/// The plugin's command line for one verb. All six CNI variables are set, unused ones empty, as
+/// libcni does it; of the caller's environment only `PATH` goes along.
+#[must_use]
+pub fn command(plugin: &Path, verb: &str, attachment: &Attachment) -> Command {
     let mut command = Command::new(plugin);
     command
         .env_clear()
@@ -100,7 +107,7 @@ pub fn invoke(
         .env("CNI_IFNAME", &attachment.ifname)
         .env("CNI_ARGS", &attachment.args)
         .env("CNI_PATH", plugin.parent().unwrap_or(Path::new("/")));
-    run(&mut command, config.to_string().as_bytes(), inside)
+    command
 }
 
 /// Runs any program inside a namespace, with `input` on its stdin, for at most a minute.
@@ -161,4 +168,27 @@ fn drain(pipe: Option<impl Read>) -> String {
         pipe.read_to_end(&mut bytes).ok();
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(status: Option<i32>, stdout: &str) -> Output {
+        Output {
+            status,
+            stdout: stdout.to_owned(),
+            stderr: "on stderr\n".to_owned(),
+            took: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn a_reason_is_the_cni_error_where_there_is_one() {
+        let error = r#"{"code":7,"msg":"bad hostPort","details":"0"}"#;
+        assert_eq!(output(Some(1), error).reason(), "bad hostPort: 0");
+        assert_eq!(output(Some(1), r#"{"msg":"bad"}"#).reason(), "bad");
+        assert_eq!(output(Some(2), "").reason(), "exit status 2:  on stderr");
+        assert!(output(None, "").reason().contains("signal"));
+    }
 }

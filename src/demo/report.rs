@@ -8,7 +8,17 @@ use crate::model::Family;
 /// Prints one row per outcome under a heading, columns aligned.
 pub fn table(out: &mut dyn Write, outcomes: &[Outcome]) -> io::Result<()> {
     let mut rows = vec![
-        ["path", "", "", "called", "result", "source seen", "expected", ""].map(str::to_owned),
+        [
+            "path",
+            "",
+            "",
+            "called",
+            "result",
+            "source seen",
+            "expected",
+            "",
+        ]
+        .map(str::to_owned),
     ];
     rows.extend(outcomes.iter().map(row));
     let width = |column: usize| {
@@ -36,8 +46,10 @@ fn row(outcome: &Outcome) -> [String; 8] {
         Err(failure) => (failure.to_string(), "-".to_owned()),
     };
     let expected = match case.expect {
-        Expect::Reached(_) => format!("{}, {}", case.server, case.expect),
         Expect::LeftAlone => case.expect.to_string(),
+        Expect::Reached(_) | Expect::ReachedOrLeftAlone(_) => {
+            format!("{}, {}", case.server, case.expect)
+        }
     };
     [
         case.path.clone(),
@@ -69,4 +81,55 @@ pub fn heading(out: &mut dyn Write, text: &str) -> io::Result<()> {
 
 fn verdict(held: bool) -> &'static str {
     if held { "ok" } else { "FAILED" }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test says by a panic that it failed")]
+mod tests {
+    use super::*;
+    use crate::demo::matrix::{Case, Place, Source};
+    use crate::demo::traffic::{Failure, Transport};
+
+    fn outcome(path: &str, transport: Transport) -> Outcome {
+        Outcome {
+            case: Case {
+                path: path.to_owned(),
+                from: Place::Node,
+                transport,
+                target: "[fd00::1]:80".parse().unwrap(),
+                server: "pod-a".to_owned(),
+                expect: Expect::Reached(Source::Any),
+            },
+            result: Err(Failure::TimedOut),
+            ok: false,
+        }
+    }
+
+    #[test]
+    fn columns_line_up_and_lines_do_not_end_in_blanks() {
+        let outcomes = [
+            outcome("node", Transport::Tcp),
+            outcome("a longer path", Transport::UdpUnconnected),
+        ];
+        let mut text = Vec::new();
+        table(&mut text, &outcomes).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        let columns: Vec<_> = lines[1..]
+            .iter()
+            .map(|line| line.find("[fd00::1]"))
+            .collect();
+        assert_eq!(columns, [lines[0].find("called"); 2]);
+        assert!(lines.iter().all(|line| line.trim_end() == *line));
+        assert!(lines[1].ends_with("FAILED"));
+    }
+
+    #[test]
+    fn a_failed_proof_says_why() {
+        let mut text = Vec::new();
+        let held = proof(&mut text, "nothing is left", &Err("a\nb".to_owned())).unwrap();
+        assert!(!held);
+        let expected = "  FAILED  nothing is left\n          a\n          b\n";
+        assert_eq!(String::from_utf8(text).unwrap(), expected);
+    }
 }

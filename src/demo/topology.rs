@@ -350,6 +350,12 @@ impl Lab {
 
 /// Settings that a new namespace would otherwise take over from the machine, or that cost time.
 fn prepare(netns: &Netns) -> Result<(), LabError> {
+    // "Port unreachable" is how a caller learns that a UDP port is closed; by default the kernel
+    // sends a peer only a few of them a second, and none right after a redirect.
+    netns.set_sysctl("ipv4/icmp_ratemask", "0")?;
+    if kernel_has_ipv6() {
+        netns.set_sysctl("ipv6/icmp/ratelimit", "0")?;
+    }
     for key in ["all", "default"] {
         for (setting, value) in [
             ("forwarding", "0"),
