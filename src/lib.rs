@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod cni;
 pub mod conf;
+pub mod demo;
 pub mod error;
 pub mod facts;
 pub mod model;

@@ -48,16 +48,9 @@ fn nftables_objects_are_read_back() {
 
         let base = |name: &str, hook, priority, kind: &str| Chain {
             name: name.into(),
-            base: Some(BaseChain {
-                hook,
-                priority,
-                kind: kind.into(),
-            }),
+            base: Some(BaseChain { hook, priority, kind: kind.into() }),
         };
-        let plain = |name: &str| Chain {
-            name: name.into(),
-            base: None,
-        };
+        let plain = |name: &str| Chain { name: name.into(), base: None };
         let mut chains = reader.chains(NftFamily::Inet, "t").unwrap();
         chains.sort_by(|a, b| a.name.cmp(&b.name));
         assert_eq!(
@@ -69,10 +62,7 @@ fn nftables_objects_are_read_back() {
                 base("pre", 0, -99, "nat")
             ]
         );
-        assert_eq!(
-            reader.chains(NftFamily::Ip, "t").unwrap(),
-            [base("other", 4, 100, "nat")]
-        );
+        assert_eq!(reader.chains(NftFamily::Ip, "t").unwrap(), [base("other", 4, 100, "nat")]);
         assert!(reader.chains(NftFamily::Inet, "none").unwrap().is_empty());
         for chain in chains {
             let one = reader.chain(NftFamily::Inet, "t", &chain.name).unwrap();
@@ -84,12 +74,7 @@ fn nftables_objects_are_read_back() {
         let expected = [Some("first"), None, Some("third, äöü \\ and all")];
         assert_eq!(comments, expected.map(|comment| comment.map(str::to_owned)));
         for (table, chain) in [("t", "empty"), ("t", "none"), ("none", "pre")] {
-            assert!(
-                reader
-                    .rule_comments(NftFamily::Inet, table, chain)
-                    .unwrap()
-                    .is_empty()
-            );
+            assert!(reader.rule_comments(NftFamily::Inet, table, chain).unwrap().is_empty());
         }
     });
 }
@@ -100,11 +85,8 @@ fn nftables_elements_are_read_back() {
     in_namespace(|| {
         fed("nft -f -", RULESET);
         let mut reader = NftReader::open().unwrap();
-        let mut get = |set: &str, key: Key| {
-            reader
-                .element(NftFamily::Inet, "t", set, &key.bytes())
-                .unwrap()
-        };
+        let mut get =
+            |set: &str, key: Key| reader.element(NftFamily::Inet, "t", set, &key.bytes()).unwrap();
         let local = Key::new().v4([127, 0, 0, 1].into());
         let six = Key::new().v6("2001:db8::1".parse().unwrap());
         assert_eq!(
@@ -123,20 +105,11 @@ fn nftables_elements_are_read_back() {
         assert_eq!(both.data, Some(target.bytes()));
         assert_eq!(both.comment.as_deref(), Some("dns"));
         assert_eq!(get("both", local.proto(17).port(54)), None);
-        assert_eq!(
-            get("six", six.proto(132).port(9)).unwrap().goto.as_deref(),
-            Some("pod")
-        );
+        assert_eq!(get("six", six.proto(132).port(9)).unwrap().goto.as_deref(), Some("pod"));
         let verdict = get("where", Key::new().port(443)).unwrap();
         assert_eq!((verdict.goto.as_deref(), verdict.data), (Some("pod"), None));
         assert_eq!(verdict.comment.as_deref(), Some("owner"));
-        assert_eq!(
-            get("ports", Key::new().port(80))
-                .unwrap()
-                .comment
-                .as_deref(),
-            Some("web")
-        );
+        assert_eq!(get("ports", Key::new().port(80)).unwrap().comment.as_deref(), Some("web"));
         assert_eq!(get("ports", Key::new().port(81)), None);
         assert_eq!(get("none", Key::new().port(80)), None);
 
@@ -167,18 +140,10 @@ fn ten_thousand_elements_do_not_slow_a_lookup() {
         let found = reader.elements(NftFamily::Inet, "t", "m", &keys).unwrap();
         println!("element: {:?} each", start.elapsed() / 10_001);
         assert_eq!(found.len(), 10_001);
-        assert_eq!(
-            found[9_999].as_ref().unwrap().comment.as_deref(),
-            Some("pod-10000")
-        );
+        assert_eq!(found[9_999].as_ref().unwrap().comment.as_deref(), Some("pod-10000"));
         assert_eq!(found[10_000], None);
         let start = Instant::now();
-        assert!(
-            reader
-                .chain(NftFamily::Inet, "t", "c500")
-                .unwrap()
-                .is_some()
-        );
+        assert!(reader.chain(NftFamily::Inet, "t", "c500").unwrap().is_some());
         println!("one chain of 1000: {:?}", start.elapsed());
         let start = Instant::now();
         assert_eq!(reader.chains(NftFamily::Inet, "t").unwrap().len(), 1000);

@@ -25,10 +25,7 @@ fn links_addresses_and_routes() {
         let (lo, bridge) = (named("lo"), named("br0").index);
         assert!(lo.loopback && lo.up && lo.kind.is_none() && lo.peer.is_none());
         let (v0, v1) = (named("v0"), named("v1"));
-        assert_eq!(
-            (v0.kind.as_deref(), v0.master),
-            (Some("veth"), Some(bridge))
-        );
+        assert_eq!((v0.kind.as_deref(), v0.master), (Some("veth"), Some(bridge)));
         assert_eq!((v0.peer, v1.peer), (Some(v1.index), Some(v0.index)));
         assert_eq!((v1.master, v1.up, v1.loopback), (None, true, false));
         assert_eq!(named("br0").kind.as_deref(), Some("bridge"));
@@ -74,18 +71,9 @@ fn links_addresses_and_routes() {
         assert_eq!(
             route::default_routes().unwrap(),
             [
-                DefaultRoute {
-                    family: v4,
-                    index: bridge
-                },
-                DefaultRoute {
-                    family: v4,
-                    index: v1.index
-                },
-                DefaultRoute {
-                    family: v6,
-                    index: bridge
-                },
+                DefaultRoute { family: v4, index: bridge },
+                DefaultRoute { family: v4, index: v1.index },
+                DefaultRoute { family: v6, index: bridge },
             ]
         );
         run("ip -6 route del default");
@@ -110,10 +98,7 @@ fn sysctls_of_devices_with_dots() {
         assert_eq!(sysctl::read(&key).unwrap(), "0");
         sysctl::write(&key, "1").unwrap();
         assert_eq!(sysctl::read(&key).unwrap(), "1");
-        assert_eq!(
-            run("sysctl -n net/ipv4/conf/d.0/route_localnet").trim(),
-            "1"
-        );
+        assert_eq!(run("sysctl -n net/ipv4/conf/d.0/route_localnet").trim(), "1");
         let refused = sysctl::write(&key, "nonsense").unwrap_err();
         assert_eq!(refused.kind(), std::io::ErrorKind::InvalidInput);
         let missing = sysctl::write(&["net", "ipv4", "conf", "gone", "route_localnet"], "1");
