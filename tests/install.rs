@@ -282,6 +282,58 @@ fn a_build_is_found_wherever_cargo_put_it() {
 }
 
 #[test]
+#[ignore = "privileged: gives a directory to another user"]
+fn under_sudo_the_build_belongs_to_who_called_it() {
+    let dir = Dir::new("sudo");
+    let shell = Shell::dash(&dir);
+    symlink(find("env"), shell.path.join("env")).unwrap();
+    let source = dir.join("source");
+    fs::create_dir_all(&source).unwrap();
+    fs::write(source.join("Cargo.toml"), "").unwrap();
+    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    std::os::unix::fs::chown(&source, Some(65534), None).unwrap();
+    let built = dir.portmap("1.0.0", 0);
+    for (name, script) in [
+        (
+            "sudo",
+            format!(
+                "echo \"$*\" > {}\nwhile [ \"$1\" != -- ]; do shift; done\nshift\nexec \"$@\"",
+                dir.join("log").display()
+            ),
+        ),
+        (
+            "cargo",
+            format!("echo '{{\"executable\":\"{}\"}}'", built.display()),
+        ),
+    ] {
+        fs::write(shell.path.join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(shell.path.join(name), PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let install = || {
+        let mut command = shell.command(&source.join("install.sh"));
+        command
+            .arg("--dest")
+            .arg(dir.join("bin"))
+            .env("SUDO_USER", "nobody")
+            .env("CARGO_TARGET_DIR", "/elsewhere");
+        command
+    };
+    succeeds(&mut install());
+    let log = fs::read_to_string(dir.join("log")).unwrap();
+    assert!(log.starts_with("-u nobody -H -- env PATH="), "{log}");
+    assert!(
+        log.contains(" CARGO_TARGET_DIR=/elsewhere cargo build --release --locked "),
+        "{log}"
+    );
+
+    // What root checked out, root builds: nobody else could write there.
+    fs::remove_file(dir.join("log")).unwrap();
+    std::os::unix::fs::chown(&source, Some(0), None).unwrap();
+    succeeds(&mut install());
+    assert!(!dir.join("log").exists());
+}
+
+#[test]
 fn replaces_a_running_program() {
     let dir = Dir::new("running");
     for shell in Shell::both(&dir) {

@@ -13,6 +13,7 @@ cd -- "$(dirname -- "$0")/.."
 CARGO_DENY_VERSION=0.20.2
 
 started=$(date +%s)
+installed=
 step=
 step_started=$started
 timings=
@@ -29,6 +30,7 @@ heading() {
 
 finish() {
     status=$?
+    if [ -n "$installed" ]; then rm -rf -- "$installed"; fi
     if [ "$status" -ne 0 ]; then
         printf '\nFAILED in "%s" (status %s)\n' "$step" "$status" >&2
     fi
@@ -158,6 +160,7 @@ readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the r
 "$installed/portmap" --version
 ./install.sh --uninstall --dest "$installed"
 rmdir "$installed"
+installed=
 
 heading 'Summary'
 printf '%s%5ds  all of it\n' "$timings" "$(($(date +%s) - started))"
