@@ -1,0 +1,741 @@
+//! `install.sh` on real directories: what a node's init script and a killed one leave behind.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "these tests run a script and look at the files that it leaves"
+)]
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/install.sh");
+
+/// Everything of coreutils that a node is asked for. A tool that is not in this list is not there
+/// when the script runs under dash.
+const COREUTILS: &[&str] = &[
+    "cat",
+    "chmod",
+    "cp",
+    "dirname",
+    "id",
+    "mkdir",
+    "mv",
+    "od",
+    "rm",
+    "sha256sum",
+    "stat",
+    "sync",
+    "timeout",
+    "tr",
+    "true",
+    "uname",
+];
+
+/// A directory that is gone when the test has passed.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("install-{name}-{}", std::process::id()));
+        drop(fs::remove_dir_all(&path));
+        fs::create_dir_all(&path).unwrap();
+        Dir(path)
+    }
+
+    fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// A portmap that knows its version and nothing else, made large enough for its copying to
+    /// take time.
+    fn portmap(&self, version: &str, padding: usize) -> PathBuf {
+        let path = self.join(&format!("portmap-{version}"));
+        let mut script = format!("#!/bin/sh\necho portmap {version}\nexit 0\n").into_bytes();
+        script.resize(script.len() + padding, b'#');
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        path
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            drop(fs::remove_dir_all(&self.0));
+        }
+    }
+}
+
+/// A shell, and the only directory in which it finds tools.
+struct Shell {
+    argv: Vec<PathBuf>,
+    path: PathBuf,
+}
+
+impl Shell {
+    fn dash(dir: &Dir) -> Self {
+        let path = dir.join("coreutils");
+        fs::create_dir_all(&path).unwrap();
+        for tool in COREUTILS {
+            symlink(find(tool), path.join(tool)).unwrap();
+        }
+        Shell {
+            argv: vec![find("dash")],
+            path,
+        }
+    }
+
+    fn busybox(dir: &Dir) -> Self {
+        let path = dir.join("applets");
+        fs::create_dir_all(&path).unwrap();
+        let busybox = find("busybox");
+        assert!(
+            Command::new(&busybox)
+                .arg("--install")
+                .arg("-s")
+                .arg(&path)
+                .status()
+                .unwrap()
+                .success()
+        );
+        Shell {
+            argv: vec![busybox, "sh".into()],
+            path,
+        }
+    }
+
+    fn both(dir: &Dir) -> [Self; 2] {
+        [Self::dash(dir), Self::busybox(dir)]
+    }
+
+    fn command(&self, script: &Path) -> Command {
+        let mut command = Command::new(&self.argv[0]);
+        command
+            .args(&self.argv[1..])
+            .arg(script)
+            .env_clear()
+            .env("PATH", &self.path)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn install(&self, binary: &Path, dest: &Path) -> Command {
+        let mut command = self.command(Path::new(INSTALL));
+        command.arg("--binary").arg(binary).arg("--dest").arg(dest);
+        command
+    }
+}
+
+/// A tool that is missing is a failure, never a test that was passed.
+fn find(tool: &str) -> PathBuf {
+    ["/usr/bin", "/bin", "/usr/sbin", "/sbin"]
+        .iter()
+        .map(|dir| Path::new(dir).join(tool))
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("{tool} is not installed; tests/run.sh installs it"))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[track_caller]
+fn succeeds(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stderr), "", "a success says nothing on stderr");
+    text(&output.stdout)
+}
+
+#[track_caller]
+fn fails(command: &mut Command, status: i32, message: &str) -> Output {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(status), "{output:?}");
+    assert!(
+        text(&output.stderr).contains(message),
+        "{message:?} is not in {output:?}"
+    );
+    output
+}
+
+/// The names in a directory, hidden ones included.
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn installs_into_a_new_directory_and_then_has_nothing_to_do() {
+    let dir = Dir::new("idempotent");
+    for (i, shell) in Shell::both(&dir).iter().enumerate() {
+        let (new, dest) = (
+            dir.portmap("1.0.0", 0),
+            dir.join(&format!("opt{i}/cni/bin")),
+        );
+        // What a download leaves is not executable.
+        fs::set_permissions(&new, PermissionsExt::from_mode(0o600)).unwrap();
+
+        let said = succeeds(&mut shell.install(&new, &dest));
+        assert!(
+            said.contains("Created") && said.contains("(portmap 1.0.0)"),
+            "{said}"
+        );
+        assert_eq!(names(&dest), ["portmap"]);
+        let installed = fs::metadata(dest.join("portmap")).unwrap();
+        assert_eq!(installed.permissions().mode() & 0o7777, 0o755);
+
+        let said = succeeds(&mut shell.install(&new, &dest));
+        assert!(
+            said.contains("already up to date (portmap 1.0.0)"),
+            "{said}"
+        );
+        let again = fs::metadata(dest.join("portmap")).unwrap();
+        assert_eq!(again.modified().unwrap(), installed.modified().unwrap());
+    }
+}
+
+#[test]
+fn the_directory_comes_from_the_environment_and_the_binary_from_beside_the_script() {
+    let dir = Dir::new("beside");
+    let shell = Shell::dash(&dir);
+    let script = dir.join("install.sh");
+    fs::copy(INSTALL, &script).unwrap();
+    fails(
+        shell.command(&script).env("CNI_BIN_DIR", dir.join("bin")),
+        1,
+        "give --binary FILE",
+    );
+
+    fs::rename(dir.portmap("1.0.0", 0), dir.join("portmap")).unwrap();
+    succeeds(shell.command(&script).env("CNI_BIN_DIR", dir.join("bin")));
+    assert_eq!(names(&dir.join("bin")), ["portmap"]);
+}
+
+#[test]
+fn without_cargo_it_says_what_is_missing() {
+    let dir = Dir::new("no-cargo");
+    let mut command = Shell::dash(&dir).command(Path::new(INSTALL));
+    fails(
+        command
+            .arg("--dest")
+            .arg(dir.join("bin"))
+            .env("HOME", &dir.0),
+        1,
+        "no cargo to build it with",
+    );
+    assert!(!dir.join("bin").exists());
+}
+
+#[test]
+fn a_build_is_found_wherever_cargo_put_it() {
+    let dir = Dir::new("build");
+    let shell = Shell::dash(&dir);
+    let source = dir.join("source");
+    fs::create_dir_all(&source).unwrap();
+    fs::write(source.join("Cargo.toml"), "").unwrap();
+    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    let built = dir.portmap("1.0.0", 0);
+    // A cargo that was "found" only in the home directory, as in an init script.
+    let cargo = dir.join("home/.cargo/bin/cargo");
+    fs::create_dir_all(cargo.parent().unwrap()).unwrap();
+    let artifact = format!(
+        r#"{{"reason":"compiler-artifact","target":{{"name":"portmap"}},"executable":"{}","fresh":true}}"#,
+        built.display()
+    );
+    fs::write(
+        &cargo,
+        format!(
+            "#!/bin/sh\n[ \"$PWD\" = '{}' ] || exit 9\nprintf '%s\\n' '{{\"executable\":null}}' '{artifact}' \
+             '{{\"reason\":\"build-finished\",\"success\":true}}'\n",
+            source.display()
+        ),
+    )
+    .unwrap();
+    fs::set_permissions(&cargo, PermissionsExt::from_mode(0o755)).unwrap();
+
+    let mut command = shell.command(&source.join("install.sh"));
+    succeeds(
+        command
+            .arg("--dest")
+            .arg(dir.join("bin"))
+            .env("HOME", dir.join("home")),
+    );
+    assert_eq!(
+        fs::read(dir.join("bin/portmap")).unwrap(),
+        fs::read(built).unwrap()
+    );
+}
+
+#[test]
+#[ignore = "privileged: gives a directory to another user"]
+fn under_sudo_the_build_belongs_to_who_called_it() {
+    let dir = Dir::new("sudo");
+    let shell = Shell::dash(&dir);
+    symlink(find("env"), shell.path.join("env")).unwrap();
+    let source = dir.join("source");
+    fs::create_dir_all(&source).unwrap();
+    fs::write(source.join("Cargo.toml"), "").unwrap();
+    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    std::os::unix::fs::chown(&source, Some(65534), None).unwrap();
+    let built = dir.portmap("1.0.0", 0);
+    for (name, script) in [
+        (
+            "sudo",
+            format!(
+                "echo \"$*\" > {}\nwhile [ \"$1\" != -- ]; do shift; done\nshift\nexec \"$@\"",
+                dir.join("log").display()
+            ),
+        ),
+        (
+            "cargo",
+            format!("echo '{{\"executable\":\"{}\"}}'", built.display()),
+        ),
+    ] {
+        fs::write(shell.path.join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(shell.path.join(name), PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let install = || {
+        let mut command = shell.command(&source.join("install.sh"));
+        command
+            .arg("--dest")
+            .arg(dir.join("bin"))
+            .env("SUDO_USER", "nobody")
+            .env("CARGO_TARGET_DIR", "/elsewhere");
+        command
+    };
+    succeeds(&mut install());
+    let log = fs::read_to_string(dir.join("log")).unwrap();
+    assert!(log.starts_with("-u nobody -H -- env PATH="), "{log}");
+    assert!(
+        log.contains(" CARGO_TARGET_DIR=/elsewhere cargo build --release --locked "),
+        "{log}"
+    );
+
+    // What root checked out, root builds: nobody else could write there.
+    fs::remove_file(dir.join("log")).unwrap();
+    std::os::unix::fs::chown(&source, Some(0), None).unwrap();
+    succeeds(&mut install());
+    assert!(!dir.join("log").exists());
+}
+
+#[test]
+fn replaces_a_running_program() {
+    let dir = Dir::new("running");
+    for shell in Shell::both(&dir) {
+        let (new, dest) = (dir.portmap("1.0.0", 0), dir.join("bin"));
+        fs::create_dir_all(&dest).unwrap();
+        // cp, because a file that this process had open for writing may still be open in a child
+        // that another test's thread is just starting.
+        let copied = Command::new("cp")
+            .arg(find("sleep"))
+            .arg(dest.join("portmap"))
+            .status()
+            .unwrap();
+        assert!(copied.success());
+        let mut running = Command::new(dest.join("portmap"))
+            .arg("600")
+            .spawn()
+            .unwrap();
+
+        let said = succeeds(&mut shell.install(&new, &dest));
+        assert!(said.contains("replaces another one there: sleep"), "{said}");
+        assert_eq!(
+            fs::read(dest.join("portmap")).unwrap(),
+            fs::read(&new).unwrap()
+        );
+        assert!(
+            running.try_wait().unwrap().is_none(),
+            "the running one runs on"
+        );
+        running.kill().unwrap();
+        running.wait().unwrap();
+        fs::remove_file(dest.join("portmap")).unwrap();
+    }
+}
+
+#[test]
+fn names_the_versions_of_an_upgrade() {
+    let dir = Dir::new("upgrade");
+    let shell = Shell::dash(&dir);
+    succeeds(&mut shell.install(&dir.portmap("1.0.0", 0), &dir.join("bin")));
+    let said = succeeds(&mut shell.install(&dir.portmap("2.0.0", 0), &dir.join("bin")));
+    assert!(
+        said.contains("(portmap 2.0.0)") && said.contains("portmap 1.0.0"),
+        "{said}"
+    );
+}
+
+#[test]
+fn refuses_what_is_not_a_working_portmap() {
+    let dir = Dir::new("refuse");
+    for shell in Shell::both(&dir) {
+        let dest = dir.join("bin");
+        let old = dir.portmap("1.0.0", 0);
+        succeeds(&mut shell.install(&old, &dest));
+
+        let program = |name: &str, content: &[u8]| {
+            fs::write(dir.join(name), content).unwrap();
+            dir.join(name)
+        };
+        // Would run as a shell script if it were started: the kernel does not know it.
+        let mut foreign = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0\xee\xee\n".to_vec();
+        foreign.extend_from_slice(
+            format!("echo portmap 6.6.6; : > {}\n", dir.join("ran").display()).as_bytes(),
+        );
+        for (binary, message) in [
+            (dir.join("missing"), "does not exist"),
+            (dir.0.clone(), "is not a file"),
+            (find("true"), "not a portmap of this project"),
+            (
+                program("fails", b"#!/bin/sh\necho portmap 9.9.9\nexit 3\n"),
+                "does not run on this machine (status 3)",
+            ),
+            (program("silent", b"#!/bin/sh\n"), "says: nothing"),
+            (program("foreign", &foreign), "built for another one"),
+        ] {
+            fails(&mut shell.install(&binary, &dest), 1, message);
+            assert_eq!(
+                fs::read(dest.join("portmap")).unwrap(),
+                fs::read(&old).unwrap()
+            );
+            assert_eq!(names(&dest), ["portmap"]);
+        }
+        assert!(!dir.join("ran").exists());
+    }
+}
+
+#[test]
+fn refuses_a_destination_that_cannot_be() {
+    let dir = Dir::new("destination");
+    for shell in Shell::both(&dir) {
+        let new = dir.portmap("1.0.0", 0);
+        fails(
+            &mut shell.install(&new, &new),
+            1,
+            "does not exist and cannot be created",
+        );
+        fs::create_dir_all(dir.join("bin/portmap")).unwrap();
+        fails(
+            &mut shell.install(&new, &dir.join("bin")),
+            1,
+            "portmap is a directory",
+        );
+        assert_eq!(names(&dir.join("bin")), ["portmap"]);
+        assert_eq!(names(&dir.join("bin/portmap")), [""; 0]);
+    }
+}
+
+#[test]
+fn uninstalls_once_and_has_then_nothing_to_do() {
+    let dir = Dir::new("uninstall");
+    for shell in Shell::both(&dir) {
+        let dest = dir.join("bin");
+        succeeds(&mut shell.install(&dir.portmap("1.0.0", 0), &dest));
+        let uninstall = || {
+            let mut command = shell.command(Path::new(INSTALL));
+            command.arg("--uninstall").arg("--dest").arg(&dest);
+            command
+        };
+        assert!(succeeds(&mut uninstall()).contains("Removed"));
+        assert_eq!(names(&dest), [""; 0]);
+        assert!(succeeds(&mut uninstall()).contains("nothing to do"));
+
+        // The plugin of the distribution has the same name.
+        fs::copy(find("true"), dest.join("portmap")).unwrap();
+        fails(&mut uninstall(), 1, "was left alone");
+        assert_eq!(names(&dest), ["portmap"]);
+        fs::remove_file(dest.join("portmap")).unwrap();
+    }
+}
+
+#[test]
+fn removes_what_killed_runs_left_and_nothing_else() {
+    let dir = Dir::new("stale");
+    for shell in Shell::both(&dir) {
+        let dest = dir.join("bin");
+        fs::create_dir_all(&dest).unwrap();
+        let mut dead = Command::new(find("true")).spawn().unwrap();
+        let dead_id = dead.id();
+        dead.wait().unwrap();
+        let live = format!(".portmap.{}", std::process::id());
+        for name in [
+            format!(".portmap.{dead_id}"),
+            live.clone(),
+            ".portmap.conf".into(),
+            "bridge".into(),
+        ] {
+            fs::write(dest.join(name), "").unwrap();
+        }
+        succeeds(&mut shell.install(&dir.portmap("1.0.0", 0), &dest));
+        assert_eq!(
+            names(&dest),
+            [live.as_str(), ".portmap.conf", "bridge", "portmap"]
+        );
+        fs::remove_dir_all(dest).unwrap();
+    }
+}
+
+#[test]
+fn a_kill_leaves_the_old_one_or_the_new_one() {
+    const KILLS: u32 = 50;
+    let dir = Dir::new("kill");
+    let dest = dir.join("bin");
+    let binaries = [dir.portmap("1.0.0", 8 << 20), dir.portmap("2.0.0", 8 << 20)];
+    let contents = binaries.each_ref().map(|path| fs::read(path).unwrap());
+    for shell in Shell::both(&dir) {
+        succeeds(&mut shell.install(&binaries[0], &dest));
+        let start = Instant::now();
+        succeeds(&mut shell.install(&binaries[1], &dest));
+        let whole = start.elapsed();
+
+        let (mut replaced, mut left_over) = (0, 0);
+        for kill in 0..KILLS {
+            let before = fs::read(dest.join("portmap")).unwrap();
+            let new = usize::from(before == contents[0]);
+            let mut run = shell
+                .install(&binaries[new], &dest)
+                .process_group(0)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            // Spread over the whole run, and a little beyond its end.
+            std::thread::sleep(whole.mul_f64(f64::from(kill) / f64::from(KILLS) * 1.2));
+            killpg(
+                Pid::from_raw(i32::try_from(run.id()).unwrap()),
+                Signal::SIGKILL,
+            )
+            .unwrap();
+            run.wait().unwrap();
+
+            let after = fs::read(dest.join("portmap")).unwrap();
+            assert!(
+                after == contents[new] || after == before,
+                "half a file after kill {kill}"
+            );
+            assert_eq!(
+                fs::metadata(dest.join("portmap"))
+                    .unwrap()
+                    .permissions()
+                    .mode()
+                    & 0o7777,
+                0o755
+            );
+            replaced += u32::from(after != before);
+            let others = names(&dest).len() - 1;
+            assert!(
+                others <= 1,
+                "what earlier runs left is still there: {:?}",
+                names(&dest)
+            );
+            left_over += others;
+        }
+        // Otherwise the kills came too early or too late to mean anything.
+        assert!(
+            replaced < KILLS && left_over > 0,
+            "{replaced} replaced, {left_over} left a temporary file"
+        );
+
+        succeeds(&mut shell.install(&binaries[0], &dest));
+        assert_eq!(fs::read(dest.join("portmap")).unwrap(), contents[0]);
+        assert_eq!(names(&dest), ["portmap"]);
+    }
+}
+
+#[test]
+fn an_interrupted_run_clears_up() {
+    let dir = Dir::new("interrupt");
+    for shell in Shell::both(&dir) {
+        let dest = dir.join("bin");
+        // Takes its time to tell its version: a moment that is easily met.
+        let slow = dir.join("slow");
+        let script = format!(
+            "#!/bin/sh\n: > {}\n{} 1\necho portmap 1.0.0\n",
+            dir.join("asked").display(),
+            find("sleep").display()
+        );
+        fs::write(&slow, script).unwrap();
+        let mut run = shell
+            .install(&slow, &dest)
+            .process_group(0)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !dir.join("asked").exists() {
+            assert!(Instant::now() < deadline, "the version was never asked for");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(names(&dest).len(), 1);
+        killpg(
+            Pid::from_raw(i32::try_from(run.id()).unwrap()),
+            Signal::SIGTERM,
+        )
+        .unwrap();
+        assert!(!run.wait().unwrap().success());
+        assert_eq!(names(&dest), [""; 0]);
+        fs::remove_file(dir.join("asked")).unwrap();
+    }
+}
+
+#[test]
+fn misuse_is_told_apart_from_failure() {
+    let dir = Dir::new("misuse");
+    for shell in Shell::both(&dir) {
+        for (arguments, message) in [
+            (&["--binary"][..], "--binary needs a value"),
+            (&["--dest", ""], "--dest needs a value"),
+            (&["--frobnicate"], "unknown argument: --frobnicate"),
+            (
+                &["--uninstall", "--demo"],
+                "--uninstall goes with --dest only",
+            ),
+        ] {
+            fails(
+                shell.command(Path::new(INSTALL)).args(arguments),
+                2,
+                message,
+            );
+        }
+        let help = succeeds(shell.command(Path::new(INSTALL)).arg("--help"));
+        for option in ["--binary", "--dest", "--demo", "--uninstall", "CNI_BIN_DIR"] {
+            assert!(help.contains(option), "{option} is not in the help");
+        }
+    }
+}
+
+#[test]
+fn the_demo_runs_from_where_it_was_installed() {
+    let dir = Dir::new("demo");
+    let shell = Shell::dash(&dir);
+    let new = dir.join("new");
+    let script =
+        "#!/bin/sh\ncase $1 in --version) echo portmap 1.0.0;; *) echo \"$0 $*\"; exit 7;; esac\n";
+    fs::write(&new, script).unwrap();
+    let output = shell
+        .install(&new, &dir.join("bin"))
+        .arg("--demo")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    assert!(
+        text(&output.stdout).ends_with("bin/portmap demo\n"),
+        "{output:?}"
+    );
+}
+
+/// Runs `body` with `$dest` on a fresh tmpfs that only this script sees. `$install` is the script
+/// under the given shell with `--dest`; `$old` and `$new` are two portmaps.
+fn on_tmpfs(dir: &Dir, shell: &Shell, options: &str, body: &str) {
+    let mount = dir.join("mount");
+    fs::create_dir_all(&mount).unwrap();
+    let argv: Vec<String> = shell
+        .argv
+        .iter()
+        .map(|arg| arg.display().to_string())
+        .collect();
+    let script = format!(
+        "set -eu; dest='{mount}'; old='{old}'; new='{new}'
+         mount -t tmpfs -o {options} none \"$dest\"
+         install() {{ PATH='{path}' {shell} {INSTALL} --dest \"$dest\" \"$@\"; }}
+         fails() {{ message=$1; shift; if said=$(install \"$@\" 2>&1); then echo \"succeeded: $said\"; exit 1; fi
+             case $said in *\"$message\"*) ;; *) echo \"says: $said\"; exit 1;; esac; }}
+         {body}",
+        mount = mount.display(),
+        old = dir.portmap("1.0.0", 30 << 10).display(),
+        new = dir.portmap("2.0.0", 90 << 10).display(),
+        path = shell.path.display(),
+        shell = argv.join(" "),
+    );
+    let output = Command::new("unshare")
+        .args(["-m", "--propagation", "private", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+#[ignore = "privileged: mounts file systems in a mount namespace of its own"]
+fn a_read_only_directory_is_named_as_such() {
+    let dir = Dir::new("read-only");
+    for shell in Shell::both(&dir) {
+        on_tmpfs(
+            &dir,
+            &shell,
+            "size=1m",
+            "install --binary $old; mount -o remount,ro $dest
+             fails 'read-only file system: choose a writable directory' --binary $new
+             fails 'read-only file system: choose a writable directory' --uninstall
+             fails 'cannot be created' --binary $new --dest $dest/sub
+             cmp $old $dest/portmap
+             # Nothing to write, so nothing to fail.
+             install --binary $old",
+        );
+    }
+}
+
+#[test]
+#[ignore = "privileged: mounts file systems in a mount namespace of its own"]
+fn a_full_disk_keeps_the_old_one() {
+    let dir = Dir::new("full");
+    for shell in Shell::both(&dir) {
+        on_tmpfs(
+            &dir,
+            &shell,
+            "size=64k",
+            "install --binary $old
+             fails 'is full' --binary $new
+             cmp $old $dest/portmap; [ \"$(ls -A $dest)\" = portmap ]",
+        );
+    }
+}
+
+#[test]
+#[ignore = "privileged: mounts file systems in a mount namespace of its own"]
+fn a_directory_that_nothing_runs_from_is_noticed_before_the_runtime_does() {
+    let dir = Dir::new("noexec");
+    for shell in Shell::both(&dir) {
+        on_tmpfs(
+            &dir,
+            &shell,
+            "size=1m,noexec",
+            "fails 'nothing can be run from' --binary $new
+             [ -z \"$(ls -A $dest)\" ]",
+        );
+    }
+}
+
+#[test]
+#[ignore = "privileged: becomes another user"]
+fn without_permission_it_says_who_may() {
+    let dir = Dir::new("permission");
+    for shell in Shell::both(&dir) {
+        on_tmpfs(
+            &dir,
+            &shell,
+            "size=1m,mode=755",
+            "cp $new $dest/source; cp INSTALL $dest/install.sh; mkdir $dest/bin
+             if said=$(cd $dest && setpriv --reuid 65534 --regid 65534 --clear-groups \
+                 dash ./install.sh --binary $dest/source --dest $dest/bin 2>&1); then exit 1; fi
+             case $said in *'run this as root'*) ;; *) echo \"says: $said\"; exit 1;; esac"
+                .replace("INSTALL", INSTALL)
+                .as_str(),
+        );
+    }
+}

@@ -1,0 +1,167 @@
+#!/bin/sh
+# Runs every check there is, and installs the tools that they need where they are missing (Debian).
+# Root is for the network namespaces, rules and mounts of the privileged tests: all of those are
+# made in namespaces that the tests create. Under sudo everything else runs as the calling user.
+#
+#   TESTS_ADVISORIES=1  also check the crates against the published advisories. That needs the
+#                       network, and its result changes without any change here, so a commit that
+#                       passed could fail; a scheduled run is the place for it.
+set -eu
+
+cd -- "$(dirname -- "$0")/.."
+
+CARGO_DENY_VERSION=0.20.2
+
+started=$(date +%s)
+installed=
+step=
+step_started=$started
+timings=
+
+# A step ends where the next one starts.
+heading() {
+    now=$(date +%s)
+    if [ -n "$step" ]; then timings="$timings$(printf '%5ds  %s' "$((now - step_started))" "$step")
+"; fi
+    step=$1
+    step_started=$now
+    printf '\n=== %s\n' "$step"
+}
+
+finish() {
+    status=$?
+    if [ -n "$installed" ]; then rm -rf -- "$installed"; fi
+    if [ "$status" -ne 0 ]; then
+        printf '\nFAILED in "%s" (status %s)\n' "$step" "$status" >&2
+    fi
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+fail() {
+    printf 'tests/run.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+# Under sudo, cargo and the checkout belong to the caller: files that root made there would break
+# their next build, and tests that need no root should not have it.
+as_caller() {
+    if [ -n "$caller" ]; then
+        sudo -u "$caller" -H -- env "PATH=$PATH" ${CARGO_TARGET_DIR:+"CARGO_TARGET_DIR=$CARGO_TARGET_DIR"} "$@"
+    else
+        "$@"
+    fi
+}
+
+heading 'Tools'
+[ "$(id -u)" = 0 ] || fail 'the privileged tests need root: run this with sudo'
+caller=
+case ${SUDO_USER:-root} in
+    root) PATH=$PATH:${HOME:-/root}/.cargo/bin ;;
+    *[!A-Za-z0-9._-]*) fail "cannot handle the user name $SUDO_USER" ;;
+    *)
+        home=$(eval "printf '%s' ~$SUDO_USER")
+        PATH=$home/.cargo/bin:$PATH
+        if [ "$(stat -c %U .)" = "$SUDO_USER" ]; then
+            caller=$SUDO_USER
+        elif [ -d "$home/.rustup" ]; then
+            RUSTUP_HOME=${RUSTUP_HOME:-$home/.rustup}
+            export RUSTUP_HOME
+        fi
+        ;;
+esac
+# Neither is in every user's PATH.
+PATH=$PWD/target/tools/bin:$PATH:/usr/sbin:/sbin
+export PATH
+
+# What is looked for, and the package that has it. The last is upstream's plugin, for the comparison.
+missing=
+while read -r tool package; do
+    command -v "$tool" >/dev/null || missing="$missing $package"
+done <<'END'
+nft nftables
+iptables iptables
+iptables-legacy iptables
+conntrack conntrack
+ip iproute2
+unshare util-linux
+cc gcc
+readelf binutils
+shellcheck shellcheck
+dash dash
+busybox busybox
+/usr/lib/cni/portmap containernetworking-plugins
+END
+if [ -n "$missing" ]; then
+    command -v apt-get >/dev/null || fail "missing, and there is no apt-get to install it:$missing"
+    printf 'Installing%s\n' "$missing"
+    apt-get update
+    # shellcheck disable=SC2086 # one argument per package
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing
+fi
+for tool in cargo rustc rustfmt cargo-clippy; do
+    command -v "$tool" >/dev/null || fail "$tool is missing: install Rust with rustfmt and clippy (looked in $PATH)"
+done
+if ! command -v cargo-deny >/dev/null; then
+    as_caller cargo install cargo-deny --locked --version "$CARGO_DENY_VERSION" --root target/tools
+fi
+as_caller rustc --version
+as_caller cargo deny --version
+
+heading 'Formatting'
+as_caller cargo fmt --check
+
+heading 'Shell scripts'
+scripts=$(find . \( -path ./target -o -path ./.git \) -prune -o -type f \( -name '*.sh' -o -path './.ci/*' \) -print)
+# shellcheck disable=SC2086 # one argument per script
+shellcheck $scripts
+
+heading 'Clippy'
+as_caller cargo clippy --all-targets --locked -- -D warnings
+
+heading 'Dependencies: licences, bans, sources'
+as_caller cargo deny --locked check licenses bans sources
+if [ -n "${TESTS_ADVISORIES:-}" ]; then
+    heading 'Dependencies: advisories'
+    as_caller cargo deny --locked check advisories
+fi
+
+heading 'Documentation'
+as_caller env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --locked --document-private-items
+
+heading 'Tests without privileges'
+as_caller cargo test --locked
+
+heading 'Tests with privileges'
+# Built by the caller, run by root. `"test":true` in the profile tells them from the plugin itself.
+messages=$(as_caller cargo test --locked --no-run --message-format=json-render-diagnostics)
+tests=$(printf '%s\n' "$messages" |
+    sed -n 's/.*"profile":{[^}]*"test":true[^}]*}.*"executable":"\([^"]*\)".*/\1/p')
+[ -n "$tests" ] || fail 'cargo named no test program'
+# As cargo does, for tests that start cargo or look for files of the package while running.
+CARGO_MANIFEST_DIR=$PWD
+export CARGO_MANIFEST_DIR
+for test in $tests; do
+    printf '%s\n' "$test"
+    "$test" --ignored
+done
+
+heading 'Installation of a release build'
+# The only build with the release profile, and by the command that people use.
+installed=$(mktemp -d)
+./install.sh --dest "$installed"
+# On a node there is no library and no loader to go with it.
+if readelf --dynamic --program-headers --wide "$installed/portmap" | grep -E 'NEEDED|INTERP'; then
+    fail 'the release build is not static'
+fi
+readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the release build is not position-independent'
+"$installed/portmap" --version
+./install.sh --uninstall --dest "$installed"
+rmdir "$installed"
+installed=
+
+heading 'Summary'
+printf '%s%5ds  all of it\n' "$timings" "$(($(date +%s) - started))"
+printf 'All checks passed.\n'
