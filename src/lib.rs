@@ -1,11 +1,27 @@
 //! `portmap` forwards hostPorts of pods: a chained CNI plugin.
+//!
+//! ```text
+//! env + stdin ─► cni::Invocation, cni::Envelope ─► conf::NetConf ─► request::Request
+//!                                                                       │
+//!            backend::{iptables, nftables} ◄─ engine ◄─ record::Record ◄┘ verb
+//!            (pure: objects, rules, scripts)    │
+//!                                               └─► sys: processes, files, netlink
+//! ```
+//!
+//! Desired state is a pure function of the records of all attachments; the backends render it and
+//! the kernel gets it in one transaction. Only `sys` and `demo` touch the host.
 
 pub mod backend;
 pub mod cni;
 pub mod conf;
 pub mod demo;
+pub mod engine;
 pub mod error;
 pub mod facts;
+pub mod flush;
 pub mod model;
 pub mod record;
+pub mod request;
 pub mod sys;
+pub mod usage;
+pub mod verb;

@@ -1,6 +1,63 @@
 #![allow(
     clippy::disallowed_methods,
-    reason = "here the process's arguments, environment and streams become values"
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "here the process's arguments, environment and streams become values, and back"
 )]
 
-fn main() {}
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use portmap::cni::invocation::Invocation;
+use portmap::demo::{self, DemoOptions};
+use portmap::sys::Host;
+use portmap::usage::{Cli, Command, introduction};
+use portmap::verb;
+
+fn main() -> ExitCode {
+    let env = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    match Invocation::read(env).transpose() {
+        Some(invocation) => plugin(invocation),
+        None if std::env::args_os().len() > 1 => command(Cli::parse()),
+        None => {
+            eprint!("{}", introduction());
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// A runtime runs the binary.
+fn plugin(invocation: portmap::error::Result<Invocation>) -> ExitCode {
+    // Runtimes want a JSON object also of a plugin that has a bug.
+    std::panic::set_hook(Box::new(|panic| {
+        let msg = serde_json::Value::from(panic.to_string());
+        println!(r#"{{"cniVersion":"1.1.0","code":999,"msg":{msg}}}"#);
+    }));
+    let host = Host::new(std::env::var_os("PATH").as_deref());
+    let outcome = verb::run(invocation, &mut std::io::stdin().lock(), &host);
+    for note in &outcome.notes {
+        eprintln!("portmap: {note}");
+    }
+    if let Some(text) = outcome.stdout {
+        // A runtime that is gone does not read it.
+        drop(writeln!(std::io::stdout(), "{text}"));
+    }
+    if outcome.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// A person runs the binary.
+fn command(cli: Cli) -> ExitCode {
+    let Command::Demo { backend } = cli.command;
+    let result = std::env::current_exe().map_err(demo::DemoError::from).and_then(|plugin| {
+        demo::run(&DemoOptions { backend, plugin }, &mut std::io::stdout().lock())
+    });
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("portmap demo: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

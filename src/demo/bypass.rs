@@ -27,10 +27,7 @@ impl Links {
     pub fn add_clsact(&mut self, name: &str) -> Result<(), LabError> {
         let mut message = tc_message(self.link(name)?.index);
         message.header.parent = TcHandle::CLSACT;
-        message.header.handle = TcHandle {
-            major: TcHandle::CLSACT.major,
-            minor: 0,
-        };
+        message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
         message.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
         let message = RouteNetlinkMessage::NewQueueDiscipline(message);
         let step = format!("adding clsact to {name}");
@@ -40,10 +37,8 @@ impl Links {
     /// What arrives on link `from` for `destination` leaves at once over link `to`, unchanged.
     pub fn redirect(&mut self, from: &str, destination: IpAddr, to: &str) -> Result<(), LabError> {
         let mut message = tc_message(self.link(from)?.index);
-        message.header.parent = TcHandle {
-            major: TcHandle::CLSACT.major,
-            minor: TcHandle::MIN_INGRESS,
-        };
+        message.header.parent =
+            TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_INGRESS };
         // Priority in the upper half, packet type (network byte order) in the lower.
         let (priority, ethertype) = match destination {
             IpAddr::V4(_) => (PRIORITY_V4, libc::ETH_P_IP as u16),
@@ -95,9 +90,7 @@ fn selector(destination: IpAddr) -> TcU32Selector {
         .map(|(word, offset)| {
             let mut key = TcU32Key::default();
             key.mask = u32::MAX;
-            key.val = word
-                .iter()
-                .fold(0, |value, byte| value << 8 | u32::from(*byte));
+            key.val = word.iter().fold(0, |value, byte| value << 8 | u32::from(*byte));
             key.off = offset;
             key
         })

@@ -4,7 +4,9 @@ use std::io;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{
+    NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkDeserializable, NetlinkHeader,
+};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
@@ -20,7 +22,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::LabError;
 use super::netns::Netns;
-use crate::sys::netlink::socket::NetlinkSocket;
+use crate::sys::netlink::socket::{Message, NetlinkSocket};
 
 /// A link as the kernel numbers and addresses it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,13 +60,10 @@ impl Links {
     /// Opens the socket inside `netns`; it stays there whichever thread uses it.
     pub fn open(netns: &Netns) -> Result<Self, LabError> {
         let place = netns.name().to_owned();
-        let socket = netns
-            .run(|| NetlinkSocket::open(NETLINK_ROUTE))
-            .and_then(|opened| opened)
-            .map_err(|source| LabError::Step {
-                step: format!("{place}: opening rtnetlink"),
-                source,
-            })?;
+        let socket =
+            netns.run(|| NetlinkSocket::open(NETLINK_ROUTE)).and_then(|opened| opened).map_err(
+                |source| LabError::Step { step: format!("{place}: opening rtnetlink"), source },
+            )?;
         Ok(Self { place, socket })
     }
 
@@ -109,11 +108,12 @@ impl Links {
         let step = format!("{}: looking up link {name}", self.place);
         let answers = self
             .socket
-            .request(RouteNetlinkMessage::GetLink(message), 0)
-            .map_err(|source| LabError::Step {
-                step: step.clone(),
-                source,
-            })?;
+            .request(&Message::of(&RouteNetlinkMessage::GetLink(message)), 0, |kind, payload| {
+                let mut header = NetlinkHeader::default();
+                header.message_type = kind;
+                RouteNetlinkMessage::deserialize(&header, payload).ok()
+            })
+            .map_err(|source| LabError::Step { step: step.clone(), source })?;
         let found = answers.into_iter().find_map(|answer| match answer {
             RouteNetlinkMessage::NewLink(link) => Some(link),
             _ => None,
@@ -123,16 +123,9 @@ impl Links {
             source: io::Error::from(io::ErrorKind::NotFound),
         })?;
         let mac = found.attributes.into_iter().find_map(|attribute| {
-            if let LinkAttribute::Address(mac) = attribute {
-                Some(mac)
-            } else {
-                None
-            }
+            if let LinkAttribute::Address(mac) = attribute { Some(mac) } else { None }
         });
-        Ok(Link {
-            index: found.header.index,
-            mac: mac.unwrap_or_default(),
-        })
+        Ok(Link { index: found.header.index, mac: mac.unwrap_or_default() })
     }
 
     /// Sets a link up.
@@ -245,12 +238,9 @@ impl Links {
         flags: u16,
     ) -> Result<(), LabError> {
         self.socket
-            .request(message, flags)
-            .map(|_| ())
-            .map_err(|source| LabError::Step {
-                step: format!("{}: {step}", self.place),
-                source,
-            })
+            .request(&Message::of(&message), flags, |_, _| None::<()>)
+            .map(drop)
+            .map_err(|source| LabError::Step { step: format!("{}: {step}", self.place), source })
     }
 }
 

@@ -42,15 +42,10 @@ pub fn nft(text: &str) -> Vec<String> {
             if let Some(block) = open.pop()
                 && !block.is_untouched()
             {
-                open.last_mut()
-                    .unwrap_or(&mut root)
-                    .push(block.into_lines());
+                open.last_mut().unwrap_or(&mut root).push(block.into_lines());
             }
         } else if let Some(header) = line.strip_suffix('{') {
-            open.push(Block {
-                header: header.trim_end().to_owned(),
-                lines: Vec::new(),
-            });
+            open.push(Block { header: header.trim_end().to_owned(), lines: Vec::new() });
         } else {
             let line = without_counters(line);
             open.last_mut().unwrap_or(&mut root).push(vec![line]);
@@ -118,10 +113,7 @@ impl Block {
 /// `counter packets 3 bytes 180` becomes `counter`.
 fn without_counters(line: &str) -> String {
     let mut words: Vec<&str> = line.split(' ').collect();
-    while let Some(at) = words
-        .windows(2)
-        .position(|pair| pair == ["counter", "packets"])
-    {
+    while let Some(at) = words.windows(2).position(|pair| pair == ["counter", "packets"]) {
         words.drain(at + 1..words.len().min(at + 5));
     }
     words.join(" ")
@@ -141,13 +133,7 @@ mod tests {
     fn iptables_rules_chains_and_policies_stay() {
         let text = "*filter\n:INPUT DROP [9:540]\n:FORWARD ACCEPT [0:0]\nCOMMIT\n\
                     *nat\n:PREROUTING ACCEPT [0:0]\n:CNI-X - [0:0]\n-A CNI-X -j RETURN\nCOMMIT\n";
-        let expected = [
-            "*filter",
-            ":INPUT DROP",
-            "*nat",
-            ":CNI-X -",
-            "-A CNI-X -j RETURN",
-        ];
+        let expected = ["*filter", ":INPUT DROP", "*nat", ":CNI-X -", "-A CNI-X -j RETURN"];
         assert_eq!(iptables(text), expected);
     }
 
@@ -183,10 +169,7 @@ mod tests {
 
     #[test]
     fn an_empty_set_of_a_table_is_something() {
-        assert_eq!(
-            nft("table ip x {\n\tset s {\n\t\ttype ipv4_addr\n\t}\n}\n").len(),
-            5
-        );
+        assert_eq!(nft("table ip x {\n\tset s {\n\t\ttype ipv4_addr\n\t}\n}\n").len(), 5);
         assert!(nft("table ip x {\n}\n").is_empty());
     }
 }

@@ -152,12 +152,7 @@ pub fn cases(lab: &Lab, services: &[Service], capabilities: Capabilities) -> Vec
             };
             let node = lab.node_address(*family);
             let client = Source::Kept(lab.client_address(*family));
-            add(
-                "outside client",
-                Place::Client,
-                node,
-                Expect::Reached(client),
-            );
+            add("outside client", Place::Client, node, Expect::Reached(client));
             add(
                 "outside client, 2nd address",
                 Place::Client,
@@ -171,21 +166,11 @@ pub fn cases(lab: &Lab, services: &[Service], capabilities: Capabilities) -> Vec
                 (Family::V6, None) => (LOCALHOST_V6, Expect::ReachedOrLeftAlone(Source::Node)),
             };
             add("node, localhost", Place::Node, localhost, expect);
-            add(
-                "node, own address",
-                Place::Node,
-                node,
-                Expect::Reached(Source::Node),
-            );
+            add("node, own address", Place::Node, node, Expect::Reached(Source::Node));
             for (index, other) in lab.pods.iter().enumerate() {
                 if index == service.pod {
                     let source = Source::Other(own);
-                    add(
-                        "pod to itself",
-                        Place::Pod(index),
-                        node,
-                        Expect::Reached(source),
-                    );
+                    add("pod to itself", Place::Pod(index), node, Expect::Reached(source));
                 } else {
                     let path = format!("other pod ({})", other.name);
                     add(&path, Place::Pod(index), node, Expect::Reached(Source::Any));

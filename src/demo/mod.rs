@@ -71,9 +71,6 @@ impl LabError {
         if source.kind() == io::ErrorKind::PermissionDenied {
             return Self::NotPermitted;
         }
-        Self::Step {
-            step: format!("making the network namespace {name}"),
-            source,
-        }
+        Self::Step { step: format!("making the network namespace {name}"), source }
     }
 }

@@ -60,14 +60,9 @@ impl Netns {
             let net = File::open("/proc/thread-self/ns/net")?.into();
             Ok::<_, io::Error>((net, mounts))
         });
-        let (net, mounts) = made
-            .and_then(|made| made)
-            .map_err(|error| LabError::namespace(name, error))?;
-        Ok(Self {
-            name: name.to_owned(),
-            net,
-            mounts,
-        })
+        let (net, mounts) =
+            made.and_then(|made| made).map_err(|error| LabError::namespace(name, error))?;
+        Ok(Self { name: name.to_owned(), net, mounts })
     }
 
     /// The name given at creation.
@@ -80,11 +75,7 @@ impl Netns {
     /// process lives: the kernel opens `/proc/<pid>/fd/<n>` of an nsfs descriptor as the namespace.
     #[must_use]
     pub fn path(&self) -> PathBuf {
-        PathBuf::from(format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            self.net.as_raw_fd()
-        ))
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.net.as_raw_fd()))
     }
 
     /// The descriptor's number, for netlink attributes such as `IFLA_NET_NS_FD`.
@@ -136,8 +127,6 @@ impl Netns {
 fn in_thread<T: Send>(work: impl FnOnce() -> T + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().spawn_scoped(scope, work)?;
-        thread
-            .join()
-            .or_else(|payload| std::panic::resume_unwind(payload))
+        thread.join().or_else(|payload| std::panic::resume_unwind(payload))
     })
 }

@@ -71,11 +71,9 @@ impl Output {
         match (field("msg"), field("details"), self.status) {
             (Some(msg), Some(details), _) => format!("{msg}: {details}"),
             (Some(msg), None, _) => msg,
-            (None, _, Some(status)) => format!(
-                "exit status {status}: {} {}",
-                self.stdout.trim(),
-                self.stderr.trim()
-            ),
+            (None, _, Some(status)) => {
+                format!("exit status {status}: {} {}", self.stdout.trim(), self.stderr.trim())
+            }
             (None, _, None) => "ended by a signal or the deadline".to_owned(),
         }
     }
@@ -113,12 +111,8 @@ pub fn command(plugin: &Path, verb: &str, attachment: &Attachment) -> Command {
 /// Runs any program inside a namespace, with `input` on its stdin, for at most a minute.
 pub fn run(command: &mut Command, input: &[u8], inside: &Netns) -> io::Result<Output> {
     let start = Instant::now();
-    let mut child = inside.spawn(
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped()),
-    )?;
+    let mut child = inside
+        .spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()))?;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     // All three pipes at once: a program may fill one before it reads or closes another.
     std::thread::scope(|scope| {
@@ -131,12 +125,7 @@ pub fn run(command: &mut Command, input: &[u8], inside: &Netns) -> io::Result<Ou
         let status = wait(&mut child, start + DEADLINE)?;
         let took = start.elapsed();
         let text = |drained: std::thread::Result<String>| drained.unwrap_or_default();
-        Ok(Output {
-            status,
-            stdout: text(stdout.join()),
-            stderr: text(stderr.join()),
-            took,
-        })
+        Ok(Output { status, stdout: text(stdout.join()), stderr: text(stderr.join()), took })
     })
 }
 

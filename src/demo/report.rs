@@ -8,17 +8,7 @@ use crate::model::Family;
 /// Prints one row per outcome under a heading, columns aligned.
 pub fn table(out: &mut dyn Write, outcomes: &[Outcome]) -> io::Result<()> {
     let mut rows = vec![
-        [
-            "path",
-            "",
-            "",
-            "called",
-            "result",
-            "source seen",
-            "expected",
-            "",
-        ]
-        .map(str::to_owned),
+        ["path", "", "", "called", "result", "source seen", "expected", ""].map(str::to_owned),
     ];
     rows.extend(outcomes.iter().map(row));
     let width = |column: usize| {
@@ -39,10 +29,7 @@ pub fn table(out: &mut dyn Write, outcomes: &[Outcome]) -> io::Result<()> {
 fn row(outcome: &Outcome) -> [String; 8] {
     let case = &outcome.case;
     let (result, seen) = match &outcome.result {
-        Ok(reply) => (
-            format!("reached {}", reply.server),
-            reply.seen.ip().to_string(),
-        ),
+        Ok(reply) => (format!("reached {}", reply.server), reply.seen.ip().to_string()),
         Err(failure) => (failure.to_string(), "-".to_owned()),
     };
     let expected = match case.expect {
@@ -107,18 +94,13 @@ mod tests {
 
     #[test]
     fn columns_line_up_and_lines_do_not_end_in_blanks() {
-        let outcomes = [
-            outcome("node", Transport::Tcp),
-            outcome("a longer path", Transport::UdpUnconnected),
-        ];
+        let outcomes =
+            [outcome("node", Transport::Tcp), outcome("a longer path", Transport::UdpUnconnected)];
         let mut text = Vec::new();
         table(&mut text, &outcomes).unwrap();
         let text = String::from_utf8(text).unwrap();
         let lines: Vec<_> = text.lines().collect();
-        let columns: Vec<_> = lines[1..]
-            .iter()
-            .map(|line| line.find("[fd00::1]"))
-            .collect();
+        let columns: Vec<_> = lines[1..].iter().map(|line| line.find("[fd00::1]")).collect();
         assert_eq!(columns, [lines[0].find("called"); 2]);
         assert!(lines.iter().all(|line| line.trim_end() == *line));
         assert!(lines[1].ends_with("FAILED"));

@@ -96,11 +96,7 @@ impl Drop for Servers {
 }
 
 fn bound_socket(transport: Transport, address: SocketAddr) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() {
-        AddressFamily::Inet
-    } else {
-        AddressFamily::Inet6
-    };
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let kind = match transport {
         Transport::Tcp => SockType::Stream,
         Transport::Udp | Transport::UdpUnconnected => SockType::Datagram,
@@ -113,10 +109,7 @@ fn bound_socket(transport: Transport, address: SocketAddr) -> io::Result<OwnedFd
     // For accept(2) and recv(2) alike, so that a server notices that it should end.
     let timeout = TimeVal::new(0, POLL.as_micros() as libc::suseconds_t);
     setsockopt(&fd, sockopt::ReceiveTimeout, &timeout)?;
-    bind(
-        std::os::fd::AsRawFd::as_raw_fd(&fd),
-        &SockaddrStorage::from(address),
-    )?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrStorage::from(address))?;
     if transport == Transport::Tcp {
         listen(&fd, Backlog::new(128)?)?;
     }

@@ -25,7 +25,7 @@ pub struct Snapshot {
     pub rules: BTreeMap<String, Vec<String>>,
     /// `route_localnet` by link.
     pub sysctls: BTreeMap<String, String>,
-    /// Files below the state directory, without lock files.
+    /// Records in the state directory, and what their index has.
     pub records: Vec<PathBuf>,
 }
 
@@ -52,13 +52,10 @@ impl Snapshot {
             }
         }
         let mut records = Vec::new();
-        files_below(state_dir, &mut records)?;
-        records.retain(|path| !path.to_string_lossy().ends_with("lock"));
-        Ok(Self {
-            rules,
-            sysctls: route_localnet(node)?,
-            records,
-        })
+        for kind in ["records", "index"] {
+            files_below(&state_dir.join(kind), &mut records)?;
+        }
+        Ok(Self { rules, sysctls: route_localnet(node)?, records })
     }
 
     /// What is here and was not in `before`, for people: one entry per tool with something new.
@@ -121,10 +118,7 @@ impl Snapshot {
     /// Whether the state directory holds no record.
     pub fn no_records(&self) -> Result<(), String> {
         let left = self.records.iter();
-        none_or_lines(
-            left.map(|path| format!("left: {}", path.display()))
-                .collect(),
-        )
+        none_or_lines(left.map(|path| format!("left: {}", path.display())).collect())
     }
 }
 
@@ -134,10 +128,7 @@ pub fn pins(node: &Netns) -> io::Result<Vec<PathBuf>> {
     let mut pins = Vec::new();
     // The mount is visible from inside only.
     node.run(|| files_below(Path::new("/sys/fs/bpf"), &mut pins))??;
-    pins.retain(|path| {
-        path.extension()
-            .is_none_or(|extension| extension != "debug")
-    });
+    pins.retain(|path| path.extension().is_none_or(|extension| extension != "debug"));
     Ok(pins)
 }
 
@@ -175,9 +166,5 @@ fn files_below(directory: &Path, found: &mut Vec<PathBuf>) -> io::Result<()> {
 }
 
 fn none_or_lines(lines: Vec<String>) -> Result<(), String> {
-    if lines.is_empty() {
-        Ok(())
-    } else {
-        Err(lines.join("\n"))
-    }
+    if lines.is_empty() { Ok(()) } else { Err(lines.join("\n")) }
 }

@@ -15,12 +15,9 @@ impl StateDir {
     pub fn new() -> io::Result<Self> {
         let path = std::env::temp_dir().join(format!("portmap-demo-{}", std::process::id()));
         // Not create_dir_all: a directory that somebody else has put there is not to be used.
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(|error| {
-                io::Error::new(error.kind(), format!("making {}: {error}", path.display()))
-            })?;
+        DirBuilder::new().mode(0o700).create(&path).map_err(|error| {
+            io::Error::new(error.kind(), format!("making {}: {error}", path.display()))
+        })?;
         Ok(Self { path })
     }
 }

@@ -28,16 +28,8 @@ struct Ports {
     udp: (u16, u16),
 }
 
-const PORTS: [Ports; 2] = [
-    Ports {
-        tcp: (8080, 80),
-        udp: (5353, 53),
-    },
-    Ports {
-        tcp: (8081, 80),
-        udp: (5354, 53),
-    },
-];
+const PORTS: [Ports; 2] =
+    [Ports { tcp: (8080, 80), udp: (5353, 53) }, Ports { tcp: (8081, 80), udp: (5354, 53) }];
 
 /// A demonstration in progress.
 struct Story<'a> {
@@ -54,14 +46,7 @@ struct Story<'a> {
 pub(super) fn tell(options: &DemoOptions, out: &mut dyn Write) -> Result<bool, DemoError> {
     let (lab, note) = build()?;
     let state = StateDir::new()?;
-    let mut story = Story {
-        options,
-        lab,
-        state,
-        version: CURRENT[0],
-        out,
-        all_held: true,
-    };
+    let mut story = Story { options, lab, state, version: CURRENT[0], out, all_held: true };
     story.introduce(note)?;
     let mut servers = Vec::new();
     for pod in &story.lab.pods {
@@ -97,10 +82,7 @@ fn build() -> Result<(Lab, Option<String>), LabError> {
 
 impl Story<'_> {
     fn introduce(&mut self, note: Option<String>) -> io::Result<()> {
-        heading(
-            self.out,
-            "A node wired as Cilium does it, in namespaces of its own",
-        )?;
+        heading(self.out, "A node wired as Cilium does it, in namespaces of its own")?;
         for family in self.lab.options.families.clone() {
             let lab = &self.lab;
             writeln!(
@@ -166,10 +148,7 @@ impl Story<'_> {
     fn invoke(&self, verb: &str, config: &Value, attachment: &Attachment) -> io::Result<Output> {
         let plugin = &self.options.plugin;
         plugin::invoke(plugin, verb, config, attachment, &self.lab.node).map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("running {}: {error}", plugin.display()),
-            )
+            io::Error::new(error.kind(), format!("running {}: {error}", plugin.display()))
         })
     }
 
@@ -182,11 +161,7 @@ impl Story<'_> {
         attachment: &Attachment,
     ) -> io::Result<Output> {
         let output = self.invoke(verb, config, attachment)?;
-        let held = if output.success() {
-            Ok(())
-        } else {
-            Err(output.reason())
-        };
+        let held = if output.success() { Ok(()) } else { Err(output.reason()) };
         let took = output.took.as_secs_f64() * 1000.0;
         self.proof(&format!("{verb} {what} ({took:.1} ms)"), held)?;
         for line in output.stderr.lines().filter(|_| output.success()) {
@@ -236,17 +211,10 @@ impl Story<'_> {
 
     /// Every path to pod-a's hostPorts; the outside client's to pod-b's.
     fn cases(&self) -> Vec<Case> {
-        let service = |pod, transport, host_port| Service {
-            pod,
-            transport,
-            host_port,
-        };
+        let service = |pod, transport, host_port| Service { pod, transport, host_port };
         let services = |pod: usize| {
             let Ports { tcp, udp } = &PORTS[pod];
-            [
-                service(pod, Transport::Tcp, tcp.0),
-                service(pod, Transport::Udp, udp.0),
-            ]
+            [service(pod, Transport::Tcp, tcp.0), service(pod, Transport::Udp, udp.0)]
         };
         let capabilities = Capabilities {
             localhost_v6: match self.options.backend.as_deref() {
@@ -349,20 +317,13 @@ impl Story<'_> {
                 format!("{}, {}: {result}", outcome.case.path, outcome.case.target)
             })
             .collect();
-        let held = if open.is_empty() {
-            Ok(())
-        } else {
-            Err(open.join("\n"))
-        };
+        let held = if open.is_empty() { Ok(()) } else { Err(open.join("\n")) };
         self.proof(&what, held)
     }
 
     fn conclude(self) -> Result<bool, DemoError> {
-        let verdict = if self.all_held {
-            "All held."
-        } else {
-            "Not all held: see the lines marked FAILED."
-        };
+        let verdict =
+            if self.all_held { "All held." } else { "Not all held: see the lines marked FAILED." };
         writeln!(self.out, "\n{verdict}")?;
         Ok(self.all_held)
     }

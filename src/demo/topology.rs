@@ -56,12 +56,7 @@ impl Options {
         if kernel_has_ipv6() {
             families.push(Family::V6);
         }
-        Self {
-            shape,
-            families,
-            pods: 2,
-            bypass: false,
-        }
+        Self { shape, families, pods: 2, bypass: false }
     }
 }
 
@@ -114,12 +109,7 @@ impl Lab {
         let client = Netns::new("client")?;
         // eBPF backends pin their state below /sys/fs/bpf: the real node's must not be touched.
         let node = Netns::with_private_bpffs("node")?;
-        let mut lab = Self {
-            options,
-            client,
-            node,
-            pods: Vec::new(),
-        };
+        let mut lab = Self { options, client, node, pods: Vec::new() };
         prepare(&lab.client)?;
         prepare(&lab.node)?;
         for family in &lab.options.families {
@@ -171,12 +161,8 @@ impl Lab {
     #[must_use]
     pub fn is_node_address(&self, ip: IpAddr) -> bool {
         let family = Family::of(&ip);
-        [
-            self.node_address(family),
-            self.second_node_address(family),
-            self.gateway(family),
-        ]
-        .contains(&ip)
+        [self.node_address(family), self.second_node_address(family), self.gateway(family)]
+            .contains(&ip)
     }
 
     /// The node's address and a port, to call.
@@ -357,11 +343,7 @@ fn prepare(netns: &Netns) -> Result<(), LabError> {
         netns.set_sysctl("ipv6/icmp/ratelimit", "0")?;
     }
     for key in ["all", "default"] {
-        for (setting, value) in [
-            ("forwarding", "0"),
-            ("rp_filter", "0"),
-            ("route_localnet", "0"),
-        ] {
+        for (setting, value) in [("forwarding", "0"), ("rp_filter", "0"), ("route_localnet", "0")] {
             netns.set_sysctl(&format!("ipv4/conf/{key}/{setting}"), value)?;
         }
         if kernel_has_ipv6() {

@@ -48,12 +48,7 @@ impl Call {
     /// A call from whatever address and port the kernel takes.
     #[must_use]
     pub fn new(transport: Transport, target: SocketAddr, timeout: Duration) -> Self {
-        Self {
-            transport,
-            target,
-            bind: None,
-            timeout,
-        }
+        Self { transport, target, bind: None, timeout }
     }
 }
 
@@ -163,20 +158,12 @@ impl Session {
         };
         let strange = || Failure::Other(format!("strange answer {text:?}"));
         let (server, seen) = text.trim_end().rsplit_once(' ').ok_or_else(strange)?;
-        Ok(Reply {
-            server: server.to_owned(),
-            seen: seen.parse().map_err(|_| strange())?,
-            local,
-        })
+        Ok(Reply { server: server.to_owned(), seen: seen.parse().map_err(|_| strange())?, local })
     }
 }
 
 fn open_socket(call: Call) -> Result<OwnedFd, Failure> {
-    let family = if call.target.is_ipv4() {
-        AddressFamily::Inet
-    } else {
-        AddressFamily::Inet6
-    };
+    let family = if call.target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let kind = match call.transport {
         Transport::Tcp => SockType::Stream,
         Transport::Udp | Transport::UdpUnconnected => SockType::Datagram,

@@ -78,6 +78,22 @@ impl Host {
         Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
     }
 
+    /// Which files the tools of all backends are, so that a remembered choice can be told to be stale.
+    #[must_use]
+    pub fn tools_fingerprint(&self) -> String {
+        use std::os::unix::fs::MetadataExt;
+        let describe = |tool: &&str| {
+            let path = self.tools.find(tool)?;
+            let meta = path.metadata().ok()?;
+            Some(format!("{} {} {}", path.display(), meta.ino(), meta.mtime()))
+        };
+        ["iptables-restore", "ip6tables-restore", "nft"]
+            .iter()
+            .filter_map(describe)
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
     /// Asks the kernel for addresses and devices of this network namespace.
     pub fn node_facts(&self) -> Result<NodeFacts> {
         use netlink::route;

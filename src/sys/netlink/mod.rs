@@ -12,6 +12,7 @@ pub mod nftables;
 pub mod nftkey;
 pub mod route;
 pub mod socket;
+pub mod socket_diag;
 
 /// `struct nfgenmsg`, which begins every `NETLINK_NETFILTER` payload: family, version and a
 /// resource number in network byte order.

@@ -295,10 +295,7 @@ mod tests {
     #[test]
     fn elements_of_sets_maps_and_verdict_maps() {
         let key = nla(1 | NLA_F_NESTED, &nla(NFTA_DATA_VALUE, &[0, 80]));
-        assert_eq!(
-            element(&answer(std::slice::from_ref(&key))),
-            Some(Element::default())
-        );
+        assert_eq!(element(&answer(std::slice::from_ref(&key))), Some(Element::default()));
 
         let data = nla(NFTA_SET_ELEM_DATA, &nla(NFTA_DATA_VALUE, &[10, 0, 0, 2]));
         let comment = nla(NFTA_SET_ELEM_USERDATA, b"\x00\x04pod\0");

@@ -39,6 +39,14 @@ impl Message {
         Self { kind, payload }
     }
 
+    /// A message of one of the netlink-packet crates' own types.
+    #[must_use]
+    pub fn of(message: &impl NetlinkSerializable) -> Self {
+        let mut payload = vec![0; message.buffer_len()];
+        message.serialize(&mut payload);
+        Self { kind: message.message_type(), payload }
+    }
+
     /// Everything behind the netlink header.
     #[must_use]
     pub fn payload(&self) -> &[u8] {

@@ -67,10 +67,7 @@ impl Filter {
         }
         // Host byte order, unlike everything else in ctnetlink.
         let flags = DefaultNla::new(CTA_FILTER_ORIG_FLAGS, flags.to_ne_bytes().to_vec());
-        [
-            nested(CTA_TUPLE_ORIG, &[TuplePart::Proto(parts)]),
-            nested(CTA_FILTER, &[flags]),
-        ]
+        [nested(CTA_TUPLE_ORIG, &[TuplePart::Proto(parts)]), nested(CTA_FILTER, &[flags])]
     }
 }
 
@@ -89,9 +86,7 @@ pub(super) fn dump_request(family: Family, filter: Option<Filter>) -> Message {
     Message::new(
         kind,
         &header(family),
-        attributes
-            .as_ref()
-            .map_or(&[], |attributes| &attributes[..]),
+        attributes.as_ref().map_or(&[], |attributes| &attributes[..]),
     )
 }
 
@@ -213,10 +208,7 @@ mod tests {
 
     #[test]
     fn a_filter_on_protocol_and_port() {
-        let filter = Filter {
-            protocol: 17,
-            port: Some(53),
-        };
+        let filter = Filter { protocol: 17, port: Some(53) };
         let request = dump_request(Family::V4, Some(filter));
         assert_eq!(
             request.payload(),
@@ -235,16 +227,10 @@ mod tests {
 
     #[test]
     fn a_filter_on_a_protocol() {
-        let filter = Filter {
-            protocol: 17,
-            port: None,
-        };
+        let filter = Filter { protocol: 17, port: None };
         let request = dump_request(Family::V6, Some(filter));
         assert_eq!(request.payload()[0], 10);
-        assert_eq!(
-            request.payload()[4..16],
-            [16, 0, 1, 0x80, 12, 0, 2, 0x80, 5, 0, 1, 0]
-        );
+        assert_eq!(request.payload()[4..16], [16, 0, 1, 0x80, 12, 0, 2, 0x80, 5, 0, 1, 0]);
         assert_eq!(request.payload().last_chunk(), Some(&[0b1000, 0, 0, 0]));
         assert!(filter.admits(17, 54) && !filter.admits(132, 54));
         assert_eq!(dump_request(Family::V4, None).payload(), [2, 0, 0, 0]);
@@ -274,10 +260,9 @@ mod tests {
 
     #[test]
     fn an_entry_is_a_flow_and_what_names_it() {
-        let entry = entry(Family::V4, NEW, &sample(), |protocol, port| {
-            (protocol, port) == (17, 8080)
-        })
-        .unwrap();
+        let entry =
+            entry(Family::V4, NEW, &sample(), |protocol, port| (protocol, port) == (17, 8080))
+                .unwrap();
         assert_eq!(
             entry.flow,
             Flow {

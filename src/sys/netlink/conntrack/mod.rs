@@ -37,10 +37,8 @@ pub fn delete(
     protocols_and_ports: &[(Protocol, u16)],
     wanted: impl Fn(&Flow) -> bool,
 ) -> io::Result<usize> {
-    let listed: HashSet<(u8, u16)> = protocols_and_ports
-        .iter()
-        .map(|(protocol, port)| (protocol.number(), *port))
-        .collect();
+    let listed: HashSet<(u8, u16)> =
+        protocols_and_ports.iter().map(|(protocol, port)| (protocol.number(), *port)).collect();
     if listed.is_empty() {
         return Ok(0);
     }
@@ -108,18 +106,12 @@ fn dump(
 /// The dumps to ask for, each with a filter; none if a filter cannot say what is listed.
 fn filters(listed: &HashSet<(u8, u16)>) -> Vec<Filter> {
     if listed.len() <= PASSES {
-        let one = |&(protocol, port)| Filter {
-            protocol,
-            port: Some(port),
-        };
+        let one = |&(protocol, port)| Filter { protocol, port: Some(port) };
         return listed.iter().map(one).collect();
     }
     let protocols: HashSet<u8> = listed.iter().map(|(protocol, _)| *protocol).collect();
     match Vec::from_iter(protocols)[..] {
-        [protocol] => vec![Filter {
-            protocol,
-            port: None,
-        }],
+        [protocol] => vec![Filter { protocol, port: None }],
         _ => Vec::new(),
     }
 }
@@ -134,13 +126,7 @@ mod tests {
         assert_eq!(few.len(), 2);
         assert!(few.iter().all(|filter| filter.port == Some(53)));
         let mut many: HashSet<_> = (1..=20).map(|port| (17, port)).collect();
-        assert_eq!(
-            filters(&many),
-            [Filter {
-                protocol: 17,
-                port: None
-            }]
-        );
+        assert_eq!(filters(&many), [Filter { protocol: 17, port: None }]);
         many.insert((132, 1));
         assert!(filters(&many).is_empty());
     }

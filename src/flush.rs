@@ -1,0 +1,187 @@
+//! Which conntrack entries a change of rules makes stale. Pure.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use crate::facts::NodeFacts;
+use crate::model::{Claim, Family, Protocol};
+use crate::record::Record;
+use crate::sys::netlink::conntrack::Flow;
+
+/// TCP connections end with their pod; UDP and SCTP entries are kept alive by packets alone.
+fn is_flushed(protocol: Protocol) -> bool {
+    matches!(protocol, Protocol::Udp | Protocol::Sctp)
+}
+
+/// Whether an attachment has claims of which entries can go stale.
+#[must_use]
+pub fn concerns(record: &Record) -> bool {
+    record.mappings.iter().any(|mapping| is_flushed(mapping.protocol))
+}
+
+/// The claims that changed hands, and who has them now.
+pub struct Flush<'a> {
+    claims: BTreeSet<Claim>,
+    /// Newest first.
+    holders: Vec<&'a Record>,
+    /// Where packets went before, which they must not any more.
+    former_pods: BTreeSet<IpAddr>,
+    facts: &'a NodeFacts,
+}
+
+impl<'a> Flush<'a> {
+    /// `others` are the records that share ports with the two, oldest first.
+    #[must_use]
+    pub fn new(
+        added: Option<&'a Record>,
+        removed: Option<&'a Record>,
+        others: &'a [Record],
+        facts: &'a NodeFacts,
+    ) -> Self {
+        let claims = added
+            .iter()
+            .chain(&removed)
+            .flat_map(|record| record.claims())
+            .filter(|claim| is_flushed(claim.protocol))
+            .collect();
+        let former_pods = removed
+            .iter()
+            .flat_map(|record| &record.addresses)
+            .map(ipnetwork::IpNetwork::ip)
+            .collect();
+        let mut holders: Vec<&Record> = others.iter().chain(added).collect();
+        holders.sort_by_key(|record| std::cmp::Reverse(record.order));
+        Flush { claims, holders, former_pods, facts }
+    }
+
+    /// Protocols and ports of one family, to preselect entries.
+    #[must_use]
+    pub fn ports(&self, family: Family) -> Vec<(Protocol, u16)> {
+        let ports: BTreeSet<(Protocol, u16)> = self
+            .claims
+            .iter()
+            .filter(|claim| claim.family == family)
+            .map(|claim| (claim.protocol, claim.port))
+            .collect();
+        ports.into_iter().collect()
+    }
+
+    /// Whether an entry belongs to one of the claims and leads elsewhere than the rules do now. A
+    /// flow that merely has the port, to an address that is none of the node's, is never taken.
+    #[must_use]
+    pub fn takes(&self, flow: &Flow) -> bool {
+        let destination = flow.original.destination;
+        let claimed = self.claims.iter().any(|claim| {
+            claim.protocol.number() == flow.protocol
+                && claim.port == destination.port()
+                && claim.family == flow.family
+                && claim.address.map_or_else(
+                    || self.facts.is_local(&destination.ip()),
+                    |ip| ip == destination.ip(),
+                )
+        });
+        claimed
+            && match self.target(flow) {
+                Some(target) => flow.reply.source != target,
+                // Nothing has the claim any more: what was not translated goes on.
+                None => self.former_pods.contains(&flow.reply.source.ip()),
+            }
+    }
+
+    /// Where a new flow with this destination would be sent.
+    fn target(&self, flow: &Flow) -> Option<SocketAddr> {
+        let destination = flow.original.destination;
+        let find = |address: Option<IpAddr>| {
+            self.holders.iter().flat_map(|record| record.forwards(flow.family)).find(|forward| {
+                forward.claim.protocol.number() == flow.protocol
+                    && forward.claim.port == destination.port()
+                    && forward.claim.address == address
+            })
+        };
+        find(Some(destination.ip())).or_else(|| find(None)).map(|forward| forward.target)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+    use crate::model::BackendKind;
+    use crate::record::samples::record;
+    use crate::sys::netlink::conntrack::Tuple;
+
+    const CLIENT: &str = "198.51.100.2:4000";
+
+    /// A UDP flow from the client to `to` that was translated to `now_at`.
+    fn flow(to: &str, now_at: &str) -> Flow {
+        let client: SocketAddr = CLIENT.parse().unwrap();
+        Flow {
+            family: Family::V4,
+            protocol: 17,
+            original: Tuple { source: client, destination: to.parse().unwrap() },
+            reply: Tuple { source: now_at.parse().unwrap(), destination: client },
+        }
+    }
+
+    fn node() -> NodeFacts {
+        NodeFacts {
+            addresses: BTreeSet::from(["192.0.2.1".parse().unwrap(), "192.0.2.9".parse().unwrap()]),
+            ..NodeFacts::default()
+        }
+    }
+
+    #[test]
+    fn add_takes_untranslated_and_former_flows_and_leaves_the_rest() {
+        let facts = node();
+        let new = record("new", &["10.0.0.3/24"], &["udp 53 5353"], BackendKind::Nftables, 2);
+        let flush = Flush::new(Some(&new), None, &[], &facts);
+        for (to, now_at, taken) in [
+            ("192.0.2.1:53", "192.0.2.1:53", true),
+            ("127.0.0.1:53", "127.0.0.1:53", true),
+            ("192.0.2.1:53", "10.0.0.2:5353", true),
+            ("192.0.2.1:53", "10.0.0.3:5353", false),
+            ("192.0.2.1:54", "192.0.2.1:54", false),
+            ("10.96.0.10:53", "10.0.0.9:53", false),
+            ("203.0.113.7:53", "203.0.113.7:53", false),
+        ] {
+            assert_eq!(flush.takes(&flow(to, now_at)), taken, "{to} {now_at}");
+        }
+        assert_eq!(flush.ports(Family::V4), [(Protocol::Udp, 53)]);
+        assert_eq!(flush.ports(Family::V6), []);
+    }
+
+    #[test]
+    fn a_specific_address_has_its_own_flows() {
+        let facts = node();
+        let specific =
+            record("s", &["10.0.0.2/24"], &["udp 53 53 192.0.2.9"], BackendKind::Nftables, 1);
+        let any = record("a", &["10.0.0.3/24"], &["udp 53 53"], BackendKind::Nftables, 2);
+        let others = [specific.clone()];
+        let flush = Flush::new(Some(&any), None, &others, &facts);
+        assert!(!flush.takes(&flow("192.0.2.9:53", "10.0.0.2:53")));
+        assert!(flush.takes(&flow("192.0.2.1:53", "192.0.2.1:53")));
+        let others = [any];
+        let flush = Flush::new(Some(&specific), None, &others, &facts);
+        assert!(flush.takes(&flow("192.0.2.9:53", "10.0.0.3:53")));
+        assert!(!flush.takes(&flow("192.0.2.1:53", "10.0.0.3:53")));
+    }
+
+    #[test]
+    fn del_takes_what_led_to_the_pod() {
+        let facts = node();
+        let gone =
+            record("gone", &["10.0.0.2/24"], &["udp 53 53", "tcp 80 80"], BackendKind::Nftables, 1);
+        let flush = Flush::new(None, Some(&gone), &[], &facts);
+        assert!(flush.takes(&flow("192.0.2.1:53", "10.0.0.2:53")));
+        assert!(!flush.takes(&flow("192.0.2.1:53", "192.0.2.1:53")));
+        assert!(!flush.takes(&flow("192.0.2.1:53", "10.0.0.9:53")));
+        assert!(concerns(&gone));
+        assert!(!concerns(&record(
+            "tcp",
+            &["10.0.0.2/24"],
+            &["tcp 80 80"],
+            BackendKind::Nftables,
+            1
+        )));
+    }
+}

@@ -1,0 +1,183 @@
+//! ADD: the attachment's mappings become its record and rules; prevResult goes out as it came in.
+
+use std::collections::BTreeSet;
+
+use super::to_json;
+use crate::cni::envelope::Envelope;
+use crate::cni::invocation::Invocation;
+use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::model::{BackendKind, Claim, Family};
+use crate::record::{FORMAT, IndexKey, Record, chain_name, chain_name_of_interface, record_id};
+use crate::request::Request;
+use crate::sys::store::is_recorded;
+use crate::sys::{Host, namespace, netlink, nft};
+
+pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
+    if !invocation.netns_override && namespace::is_own(&invocation.netns) {
+        return Err(Error::OwnNetns { path: invocation.netns.clone() });
+    }
+    let request = Request::read(invocation, envelope)?;
+    let reply = to_json(&request.result)?;
+    let dir = request.state_dir();
+    let id = record_id(&request.attachment);
+    if !request.forwards() {
+        if !request.conf.mappings.is_empty() {
+            host.warn(format!(
+                "{} has no address in prevResult: its {} port mappings are not forwarded",
+                request.attachment,
+                request.conf.mappings.len()
+            ));
+        }
+        // Containers without mappings are the rule: they cost no lock and no process.
+        if !is_recorded(&dir, &id) {
+            return Ok(reply);
+        }
+    }
+    let engine = Engine::lock(host, &dir)?;
+    let old = engine.store.get(&id)?.record();
+    if !request.forwards() {
+        if let Some(old) = old {
+            engine.remove(&old)?;
+        }
+        return Ok(reply);
+    }
+    let kind = engine.choose_backend(request.conf.backend)?;
+    // Another backend's rules cannot be replaced in one transaction.
+    let old = match old {
+        Some(other) if other.backend != kind => {
+            engine.remove(&other)?;
+            None
+        }
+        old => old,
+    };
+    let record = plan(&engine, &request, kind, old.as_ref())?;
+    resolve_conflicts(&engine, &request, &record)?;
+    engine.add(&record, old.as_ref())?;
+    warn_about_shadows(host, &record);
+    Ok(reply)
+}
+
+/// The record that follows from the request and the node.
+fn plan(
+    engine: &Engine,
+    request: &Request,
+    kind: BackendKind,
+    old: Option<&Record>,
+) -> Result<Record> {
+    let host = engine.host;
+    let chain = match old {
+        Some(old) => old.chain.clone(),
+        None => free_chain(engine, request)?,
+    };
+    let mut record = Record {
+        format: FORMAT,
+        attachment: request.attachment.clone(),
+        netns: request.netns.clone(),
+        pod: request.pod.clone(),
+        mappings: request.conf.mappings.clone(),
+        addresses: request.addresses.networks.clone(),
+        options: request.conf.options.clone(),
+        backend: kind,
+        chain,
+        localnet_device: None,
+        statements_v4: Vec::new(),
+        statements_v6: Vec::new(),
+        order: host.since_boot(),
+        time: host.now(),
+    };
+    if kind == BackendKind::Nftables {
+        record.statements_v4 = compile(host, request, Family::V4)?;
+        record.statements_v6 = compile(host, request, Family::V6)?;
+        let neighbours =
+            Family::ALL.into_iter().any(|family| record.masquerades_neighbours(family));
+        // Postrouting chains know the input device since Linux 5.7 (28f8bfd1ac94); before, the
+        // decision is made in prerouting and carried by a packet mark.
+        if neighbours && host.kernel_version().is_some_and(|version| version < (5, 7)) {
+            record.options.mark_masq_bit.get_or_insert(DEFAULT_MARK_MASQ_BIT);
+        }
+    }
+    if record.forwards_loopback()
+        && let Some(network) = record.network(Family::V4)
+    {
+        record.localnet_device = host.device_towards(network.ip())?.filter(|device| device != "lo");
+        if record.localnet_device.is_none() {
+            host.warn(format!("no device leads to {}: 127.0.0.1 will not reach it", network.ip()));
+        }
+    }
+    Ok(record)
+}
+
+/// Upstream's chain name, unless another interface of the container on this network has it.
+fn free_chain(engine: &Engine, request: &Request) -> Result<String> {
+    let attachment = &request.attachment;
+    let chain = chain_name(&attachment.network, &attachment.container_id);
+    if engine.store.has_other(&IndexKey::Chain(chain.clone()), &record_id(attachment))? {
+        return Ok(chain_name_of_interface(attachment));
+    }
+    Ok(chain)
+}
+
+fn compile(host: &Host, request: &Request, family: Family) -> Result<Vec<serde_json::Value>> {
+    let conditions = request.conf.options.conditions(family);
+    if conditions.is_empty() {
+        return Ok(Vec::new());
+    }
+    let key = match family {
+        Family::V4 => "conditionsV4",
+        Family::V6 => "conditionsV6",
+    };
+    let text = conditions.join(" ");
+    nft::compile(host, &text).map_err(|reason| {
+        Error::Config(format!("{key} is {text:?}: nft does not take it: {reason}"))
+    })
+}
+
+/// Refuses a claim whose owner is alive, if the configuration says so; else the newest wins. An
+/// owner whose network namespace is gone cannot object.
+fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Result<()> {
+    if request.conf.conflict_policy != ConflictPolicy::Deny {
+        return Ok(());
+    }
+    let claims = record.claims();
+    let keys: BTreeSet<IndexKey> =
+        record.index_keys().into_iter().filter(|key| matches!(key, IndexKey::Port(_))).collect();
+    for other in engine.store.sharing(&keys, &record.id())? {
+        // The same container on another network asks for the same ports (podman does).
+        if other.attachment.container_id == record.attachment.container_id {
+            continue;
+        }
+        let taken = other.claims().into_iter().find(|claim| claims.contains(claim));
+        if let Some(claim) = taken.filter(|_| namespace::exists(&other.netns)) {
+            return Err(Error::PortTaken {
+                claim: claim.to_string(),
+                owner: other.attachment.container_id,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What the operator would otherwise search for: a hostIP that no packet has, a server of the node
+/// that is not reached any more.
+fn warn_about_shadows(host: &Host, record: &Record) {
+    let Ok(facts) = host.node_facts() else {
+        return;
+    };
+    for claim in record.claims() {
+        if let Some(ip) = claim.address.filter(|ip| !facts.is_local(ip)) {
+            host.warn(format!(
+                "hostIP {ip} of {claim} is not an address of this node: nothing will be forwarded"
+            ));
+        }
+        if listens(&claim) {
+            host.warn(format!("a process of this node listens on {claim}: connections to it now reach the container"));
+        }
+    }
+}
+
+fn listens(claim: &Claim) -> bool {
+    netlink::socket_diag::is_open(claim.family, claim.protocol, claim.address, claim.port)
+        .unwrap_or(false)
+}

@@ -1,0 +1,106 @@
+//! CHECK: the kernel is compared with what the attachment asked for. Changes nothing.
+
+use std::collections::BTreeSet;
+
+use crate::backend::{self, Observe};
+use crate::cni::envelope::Envelope;
+use crate::cni::invocation::Invocation;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::model::BackendKind;
+use crate::record::{FORMAT, IndexKey, Record, chain_name, record_id};
+use crate::request::Request;
+use crate::sys::store::is_recorded;
+use crate::sys::{Host, sysctl};
+
+pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<()> {
+    envelope.version.require("CHECK", "0.4.0")?;
+    let request = Request::read(invocation, envelope)?;
+    let dir = request.state_dir();
+    let id = record_id(&request.attachment);
+    if !request.forwards() && !is_recorded(&dir, &id) {
+        return Ok(());
+    }
+    let engine = Engine::lock(host, &dir)?;
+    let record = engine.store.get(&id)?.record();
+    let mut problems = Vec::new();
+    let (expected, recorded) = match record {
+        Some(record) => {
+            problems.extend(differences(&request, &record));
+            (record, true)
+        }
+        None => (as_upstream_would(&request), false),
+    };
+    let keys: BTreeSet<IndexKey> = expected
+        .index_keys()
+        .into_iter()
+        .filter(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)))
+        .collect();
+    let mut related = engine.store.sharing(&keys, &id)?;
+    related.retain(|other| other.backend == expected.backend);
+    let parts = engine.store.parts(expected.backend)?;
+    let observer: &dyn Observe = backend::of(expected.backend);
+    problems.extend(observer.problems(host, &expected, &related, &parts, recorded)?);
+    problems.extend(localnet_problem(&expected));
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Drift(format!("{}: {}", request.attachment, problems.join("; "))))
+}
+
+/// An attachment without a record may be upstream's, which uses iptables unless told otherwise.
+fn as_upstream_would(request: &Request) -> Record {
+    Record {
+        format: FORMAT,
+        attachment: request.attachment.clone(),
+        netns: request.netns.clone(),
+        pod: request.pod.clone(),
+        mappings: request.conf.mappings.clone(),
+        addresses: request.addresses.networks.clone(),
+        options: request.conf.options.clone(),
+        backend: request.conf.backend.unwrap_or(BackendKind::Iptables),
+        chain: chain_name(&request.attachment.network, &request.attachment.container_id),
+        localnet_device: None,
+        statements_v4: Vec::new(),
+        statements_v6: Vec::new(),
+        order: 0,
+        time: 0,
+    }
+}
+
+/// Where the request is not what was carried out.
+fn differences(request: &Request, record: &Record) -> Vec<String> {
+    let mut problems = Vec::new();
+    let wanted: Vec<String> = request.addresses.networks.iter().map(ToString::to_string).collect();
+    let known: Vec<String> = record.addresses.iter().map(ToString::to_string).collect();
+    if wanted != known {
+        problems.push(format!(
+            "prevResult has the addresses {}, forwarded are {}",
+            wanted.join(", "),
+            known.join(", ")
+        ));
+    }
+    for mapping in request.conf.mappings.iter().filter(|mapping| !record.mappings.contains(mapping))
+    {
+        problems.push(format!(
+            "{} {} to containerPort {} is asked for and was not at ADD",
+            mapping.protocol, mapping.host_port, mapping.container_port
+        ));
+    }
+    for mapping in record.mappings.iter().filter(|mapping| !request.conf.mappings.contains(mapping))
+    {
+        problems.push(format!(
+            "{} {} to containerPort {} is forwarded and not asked for any more",
+            mapping.protocol, mapping.host_port, mapping.container_port
+        ));
+    }
+    problems
+}
+
+fn localnet_problem(record: &Record) -> Option<String> {
+    let device = record.localnet_device.as_ref()?;
+    let value = sysctl::read(&["net", "ipv4", "conf", device, "route_localnet"])
+        .unwrap_or_else(|error| error.to_string());
+    (value != "1")
+        .then(|| format!("127.0.0.1 is not forwarded: net.ipv4.conf.{device}.route_localnet should be 1 and is {value}"))
+}

@@ -1,0 +1,66 @@
+//! DEL: everything of the attachment goes. Needs nothing but its key, and is done as often as asked.
+
+use crate::backend::{self, Unrecorded};
+use crate::cni::envelope::Envelope;
+use crate::cni::invocation::Invocation;
+use crate::conf::{NetConf, has_mappings};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::model::BackendKind;
+use crate::record::{IndexKey, chain_name, record_id};
+use crate::request;
+use crate::sys::Host;
+use crate::sys::store::{Found, is_recorded};
+
+pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<()> {
+    // No other key may keep DEL from its work: runtimes repeat it for ever.
+    let dir = request::state_dir(NetConf::state_dir(envelope).unwrap_or_default());
+    let attachment = request::attachment(invocation, envelope);
+    let id = record_id(&attachment);
+    let recorded = is_recorded(&dir, &id);
+    if !recorded && !has_mappings(envelope) {
+        return Ok(());
+    }
+    let engine = Engine::lock(host, &dir)?;
+    match engine.store.get(&id)? {
+        Found::Record(record) => return engine.remove(&record),
+        Found::Newer(format) => {
+            host.warn(format!("the record of {attachment} has format {format} of a newer portmap and is left alone"));
+        }
+        Found::Damaged(reason) => {
+            host.warn(format!(
+                "the record of {attachment} is damaged ({reason}): its rules are searched for"
+            ));
+            restore_all(&engine)?;
+            engine.store.remove_file(&id)?;
+        }
+        Found::None => {}
+    }
+    // No record: perhaps upstream's plugin made rules. The chain of a sibling interface is not ours.
+    let chain = chain_name(&attachment.network, &attachment.container_id);
+    if engine.store.has_other(&IndexKey::Chain(chain.clone()), &id)? {
+        return Ok(());
+    }
+    let unrecorded = Unrecorded::One { attachment: &attachment, chain: &chain };
+    let errors: Vec<Error> = BackendKind::ALL
+        .into_iter()
+        .filter_map(|kind| backend::of(kind).remove_unrecorded(host, &unrecorded).err())
+        .collect();
+    match errors.is_empty() {
+        true => Ok(()),
+        false => {
+            Err(Error::Several { what: format!("removing the rules of {attachment}"), errors })
+        }
+    }
+}
+
+/// Without its record, an attachment's rules are those that no record asks for.
+fn restore_all(engine: &Engine) -> Result<()> {
+    let facts = engine.host.node_facts()?;
+    for kind in BackendKind::ALL {
+        if engine.store.has_other(&IndexKey::Backend(kind), "")? {
+            engine.restore(kind, &Default::default(), &facts)?;
+        }
+    }
+    Ok(())
+}

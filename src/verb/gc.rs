@@ -1,0 +1,45 @@
+//! GC: attachments of this network that the runtime does not know any more go.
+
+use std::collections::BTreeSet;
+
+use crate::backend::{self, Unrecorded};
+use crate::cni::envelope::Envelope;
+use crate::conf::NetConf;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::model::BackendKind;
+use crate::request;
+use crate::sys::Host;
+
+pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
+    envelope.version.require("GC", "1.1.0")?;
+    let valid = envelope.valid_attachments()?;
+    let dir = request::state_dir(NetConf::state_dir(envelope)?);
+    let engine = Engine::lock(host, &dir)?;
+    let (records, problems) = engine.store.all()?;
+    for problem in problems {
+        host.warn(problem);
+    }
+    let mut errors: Vec<Error> = Vec::new();
+    let mut recorded: BTreeSet<String> = BTreeSet::new();
+    for record in &records {
+        recorded.insert(record.chain.clone());
+        let attachment = &record.attachment;
+        let is_valid = valid.iter().any(|valid| {
+            valid.container_id == attachment.container_id && valid.ifname == attachment.ifname
+        });
+        if attachment.network == envelope.name && !is_valid {
+            errors.extend(engine.remove(record).err());
+        }
+    }
+    let keep: BTreeSet<&str> = valid.iter().map(|valid| valid.container_id.as_str()).collect();
+    let unrecorded =
+        Unrecorded::AllBut { network: &envelope.name, keep: &keep, recorded: &recorded };
+    for kind in BackendKind::ALL {
+        errors.extend(backend::of(kind).remove_unrecorded(host, &unrecorded).err());
+    }
+    match errors.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Several { what: format!("GC of network {}", envelope.name), errors }),
+    }
+}
