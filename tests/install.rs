@@ -12,7 +12,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -74,6 +74,16 @@ impl Drop for Dir {
         if !std::thread::panicking() {
             drop(fs::remove_dir_all(&self.0));
         }
+    }
+}
+
+/// A program that ends with the test, however that ends.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
     }
 }
 
@@ -347,10 +357,12 @@ fn replaces_a_running_program() {
             .status()
             .unwrap();
         assert!(copied.success());
-        let mut running = Command::new(dest.join("portmap"))
-            .arg("600")
-            .spawn()
-            .unwrap();
+        let mut running = Running(
+            Command::new(dest.join("portmap"))
+                .arg("600")
+                .spawn()
+                .unwrap(),
+        );
 
         let said = succeeds(&mut shell.install(&new, &dest));
         assert!(said.contains("replaces another one there: sleep"), "{said}");
@@ -359,11 +371,9 @@ fn replaces_a_running_program() {
             fs::read(&new).unwrap()
         );
         assert!(
-            running.try_wait().unwrap().is_none(),
+            running.0.try_wait().unwrap().is_none(),
             "the running one runs on"
         );
-        running.kill().unwrap();
-        running.wait().unwrap();
         fs::remove_file(dest.join("portmap")).unwrap();
     }
 }
