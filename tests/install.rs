@@ -100,10 +100,7 @@ impl Shell {
         for tool in COREUTILS {
             symlink(find(tool), path.join(tool)).unwrap();
         }
-        Shell {
-            argv: vec![find("dash")],
-            path,
-        }
+        Shell { argv: vec![find("dash")], path }
     }
 
     fn busybox(dir: &Dir) -> Self {
@@ -119,10 +116,7 @@ impl Shell {
                 .unwrap()
                 .success()
         );
-        Shell {
-            argv: vec![busybox, "sh".into()],
-            path,
-        }
+        Shell { argv: vec![busybox, "sh".into()], path }
     }
 
     fn both(dir: &Dir) -> [Self; 2] {
@@ -172,10 +166,7 @@ fn succeeds(command: &mut Command) -> String {
 fn fails(command: &mut Command, status: i32, message: &str) -> Output {
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(status), "{output:?}");
-    assert!(
-        text(&output.stderr).contains(message),
-        "{message:?} is not in {output:?}"
-    );
+    assert!(text(&output.stderr).contains(message), "{message:?} is not in {output:?}");
     output
 }
 
@@ -193,27 +184,18 @@ fn names(dir: &Path) -> Vec<String> {
 fn installs_into_a_new_directory_and_then_has_nothing_to_do() {
     let dir = Dir::new("idempotent");
     for (i, shell) in Shell::both(&dir).iter().enumerate() {
-        let (new, dest) = (
-            dir.portmap("1.0.0", 0),
-            dir.join(&format!("opt{i}/cni/bin")),
-        );
+        let (new, dest) = (dir.portmap("1.0.0", 0), dir.join(&format!("opt{i}/cni/bin")));
         // What a download leaves is not executable.
         fs::set_permissions(&new, PermissionsExt::from_mode(0o600)).unwrap();
 
         let said = succeeds(&mut shell.install(&new, &dest));
-        assert!(
-            said.contains("Created") && said.contains("(portmap 1.0.0)"),
-            "{said}"
-        );
+        assert!(said.contains("Created") && said.contains("(portmap 1.0.0)"), "{said}");
         assert_eq!(names(&dest), ["portmap"]);
         let installed = fs::metadata(dest.join("portmap")).unwrap();
         assert_eq!(installed.permissions().mode() & 0o7777, 0o755);
 
         let said = succeeds(&mut shell.install(&new, &dest));
-        assert!(
-            said.contains("already up to date (portmap 1.0.0)"),
-            "{said}"
-        );
+        assert!(said.contains("already up to date (portmap 1.0.0)"), "{said}");
         let again = fs::metadata(dest.join("portmap")).unwrap();
         assert_eq!(again.modified().unwrap(), installed.modified().unwrap());
     }
@@ -225,11 +207,7 @@ fn the_directory_comes_from_the_environment_and_the_binary_from_beside_the_scrip
     let shell = Shell::dash(&dir);
     let script = dir.join("install.sh");
     fs::copy(INSTALL, &script).unwrap();
-    fails(
-        shell.command(&script).env("CNI_BIN_DIR", dir.join("bin")),
-        1,
-        "give --binary FILE",
-    );
+    fails(shell.command(&script).env("CNI_BIN_DIR", dir.join("bin")), 1, "give --binary FILE");
 
     fs::rename(dir.portmap("1.0.0", 0), dir.join("portmap")).unwrap();
     succeeds(shell.command(&script).env("CNI_BIN_DIR", dir.join("bin")));
@@ -241,10 +219,7 @@ fn without_cargo_it_says_what_is_missing() {
     let dir = Dir::new("no-cargo");
     let mut command = Shell::dash(&dir).command(Path::new(INSTALL));
     fails(
-        command
-            .arg("--dest")
-            .arg(dir.join("bin"))
-            .env("HOME", &dir.0),
+        command.arg("--dest").arg(dir.join("bin")).env("HOME", &dir.0),
         1,
         "no cargo to build it with",
     );
@@ -279,16 +254,8 @@ fn a_build_is_found_wherever_cargo_put_it() {
     fs::set_permissions(&cargo, PermissionsExt::from_mode(0o755)).unwrap();
 
     let mut command = shell.command(&source.join("install.sh"));
-    succeeds(
-        command
-            .arg("--dest")
-            .arg(dir.join("bin"))
-            .env("HOME", dir.join("home")),
-    );
-    assert_eq!(
-        fs::read(dir.join("bin/portmap")).unwrap(),
-        fs::read(built).unwrap()
-    );
+    succeeds(command.arg("--dest").arg(dir.join("bin")).env("HOME", dir.join("home")));
+    assert_eq!(fs::read(dir.join("bin/portmap")).unwrap(), fs::read(built).unwrap());
 }
 
 #[test]
@@ -311,10 +278,7 @@ fn under_sudo_the_build_belongs_to_who_called_it() {
                 dir.join("log").display()
             ),
         ),
-        (
-            "cargo",
-            format!("echo '{{\"executable\":\"{}\"}}'", built.display()),
-        ),
+        ("cargo", format!("echo '{{\"executable\":\"{}\"}}'", built.display())),
     ] {
         fs::write(shell.path.join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(shell.path.join(name), PermissionsExt::from_mode(0o755)).unwrap();
@@ -331,10 +295,7 @@ fn under_sudo_the_build_belongs_to_who_called_it() {
     succeeds(&mut install());
     let log = fs::read_to_string(dir.join("log")).unwrap();
     assert!(log.starts_with("-u nobody -H -- env PATH="), "{log}");
-    assert!(
-        log.contains(" CARGO_TARGET_DIR=/elsewhere cargo build --release --locked "),
-        "{log}"
-    );
+    assert!(log.contains(" CARGO_TARGET_DIR=/elsewhere cargo build --release --locked "), "{log}");
 
     // What root checked out, root builds: nobody else could write there.
     fs::remove_file(dir.join("log")).unwrap();
@@ -351,29 +312,15 @@ fn replaces_a_running_program() {
         fs::create_dir_all(&dest).unwrap();
         // cp, because a file that this process had open for writing may still be open in a child
         // that another test's thread is just starting.
-        let copied = Command::new("cp")
-            .arg(find("sleep"))
-            .arg(dest.join("portmap"))
-            .status()
-            .unwrap();
+        let copied =
+            Command::new("cp").arg(find("sleep")).arg(dest.join("portmap")).status().unwrap();
         assert!(copied.success());
-        let mut running = Running(
-            Command::new(dest.join("portmap"))
-                .arg("600")
-                .spawn()
-                .unwrap(),
-        );
+        let mut running = Running(Command::new(dest.join("portmap")).arg("600").spawn().unwrap());
 
         let said = succeeds(&mut shell.install(&new, &dest));
         assert!(said.contains("replaces another one there: sleep"), "{said}");
-        assert_eq!(
-            fs::read(dest.join("portmap")).unwrap(),
-            fs::read(&new).unwrap()
-        );
-        assert!(
-            running.0.try_wait().unwrap().is_none(),
-            "the running one runs on"
-        );
+        assert_eq!(fs::read(dest.join("portmap")).unwrap(), fs::read(&new).unwrap());
+        assert!(running.0.try_wait().unwrap().is_none(), "the running one runs on");
         fs::remove_file(dest.join("portmap")).unwrap();
     }
 }
@@ -384,10 +331,7 @@ fn names_the_versions_of_an_upgrade() {
     let shell = Shell::dash(&dir);
     succeeds(&mut shell.install(&dir.portmap("1.0.0", 0), &dir.join("bin")));
     let said = succeeds(&mut shell.install(&dir.portmap("2.0.0", 0), &dir.join("bin")));
-    assert!(
-        said.contains("(portmap 2.0.0)") && said.contains("portmap 1.0.0"),
-        "{said}"
-    );
+    assert!(said.contains("(portmap 2.0.0)") && said.contains("portmap 1.0.0"), "{said}");
 }
 
 #[test]
@@ -419,10 +363,7 @@ fn refuses_what_is_not_a_working_portmap() {
             (program("foreign", &foreign), "built for another one"),
         ] {
             fails(&mut shell.install(&binary, &dest), 1, message);
-            assert_eq!(
-                fs::read(dest.join("portmap")).unwrap(),
-                fs::read(&old).unwrap()
-            );
+            assert_eq!(fs::read(dest.join("portmap")).unwrap(), fs::read(&old).unwrap());
             assert_eq!(names(&dest), ["portmap"]);
         }
         assert!(!dir.join("ran").exists());
@@ -434,17 +375,9 @@ fn refuses_a_destination_that_cannot_be() {
     let dir = Dir::new("destination");
     for shell in Shell::both(&dir) {
         let new = dir.portmap("1.0.0", 0);
-        fails(
-            &mut shell.install(&new, &new),
-            1,
-            "does not exist and cannot be created",
-        );
+        fails(&mut shell.install(&new, &new), 1, "does not exist and cannot be created");
         fs::create_dir_all(dir.join("bin/portmap")).unwrap();
-        fails(
-            &mut shell.install(&new, &dir.join("bin")),
-            1,
-            "portmap is a directory",
-        );
+        fails(&mut shell.install(&new, &dir.join("bin")), 1, "portmap is a directory");
         assert_eq!(names(&dir.join("bin")), ["portmap"]);
         assert_eq!(names(&dir.join("bin/portmap")), [""; 0]);
     }
@@ -483,19 +416,13 @@ fn removes_what_killed_runs_left_and_nothing_else() {
         let dead_id = dead.id();
         dead.wait().unwrap();
         let live = format!(".portmap.{}", std::process::id());
-        for name in [
-            format!(".portmap.{dead_id}"),
-            live.clone(),
-            ".portmap.conf".into(),
-            "bridge".into(),
-        ] {
+        for name in
+            [format!(".portmap.{dead_id}"), live.clone(), ".portmap.conf".into(), "bridge".into()]
+        {
             fs::write(dest.join(name), "").unwrap();
         }
         succeeds(&mut shell.install(&dir.portmap("1.0.0", 0), &dest));
-        assert_eq!(
-            names(&dest),
-            [live.as_str(), ".portmap.conf", "bridge", "portmap"]
-        );
+        assert_eq!(names(&dest), [live.as_str(), ".portmap.conf", "bridge", "portmap"]);
         fs::remove_dir_all(dest).unwrap();
     }
 }
@@ -526,33 +453,18 @@ fn a_kill_leaves_the_old_one_or_the_new_one() {
                 .unwrap();
             // Spread over the whole run, and a little beyond its end.
             std::thread::sleep(whole.mul_f64(f64::from(kill) / f64::from(KILLS) * 1.2));
-            killpg(
-                Pid::from_raw(i32::try_from(run.id()).unwrap()),
-                Signal::SIGKILL,
-            )
-            .unwrap();
+            killpg(Pid::from_raw(i32::try_from(run.id()).unwrap()), Signal::SIGKILL).unwrap();
             run.wait().unwrap();
 
             let after = fs::read(dest.join("portmap")).unwrap();
-            assert!(
-                after == contents[new] || after == before,
-                "half a file after kill {kill}"
-            );
+            assert!(after == contents[new] || after == before, "half a file after kill {kill}");
             assert_eq!(
-                fs::metadata(dest.join("portmap"))
-                    .unwrap()
-                    .permissions()
-                    .mode()
-                    & 0o7777,
+                fs::metadata(dest.join("portmap")).unwrap().permissions().mode() & 0o7777,
                 0o755
             );
             replaced += u32::from(after != before);
             let others = names(&dest).len() - 1;
-            assert!(
-                others <= 1,
-                "what earlier runs left is still there: {:?}",
-                names(&dest)
-            );
+            assert!(others <= 1, "what earlier runs left is still there: {:?}", names(&dest));
             left_over += others;
         }
         // Otherwise the kills came too early or too late to mean anything.
@@ -593,11 +505,7 @@ fn an_interrupted_run_clears_up() {
             std::thread::sleep(Duration::from_millis(5));
         }
         assert_eq!(names(&dest).len(), 1);
-        killpg(
-            Pid::from_raw(i32::try_from(run.id()).unwrap()),
-            Signal::SIGTERM,
-        )
-        .unwrap();
+        killpg(Pid::from_raw(i32::try_from(run.id()).unwrap()), Signal::SIGTERM).unwrap();
         assert!(!run.wait().unwrap().success());
         assert_eq!(names(&dest), [""; 0]);
         fs::remove_file(dir.join("asked")).unwrap();
@@ -612,16 +520,9 @@ fn misuse_is_told_apart_from_failure() {
             (&["--binary"][..], "--binary needs a value"),
             (&["--dest", ""], "--dest needs a value"),
             (&["--frobnicate"], "unknown argument: --frobnicate"),
-            (
-                &["--uninstall", "--demo"],
-                "--uninstall goes with --dest only",
-            ),
+            (&["--uninstall", "--demo"], "--uninstall goes with --dest only"),
         ] {
-            fails(
-                shell.command(Path::new(INSTALL)).args(arguments),
-                2,
-                message,
-            );
+            fails(shell.command(Path::new(INSTALL)).args(arguments), 2, message);
         }
         let help = succeeds(shell.command(Path::new(INSTALL)).arg("--help"));
         for option in ["--binary", "--dest", "--demo", "--uninstall", "CNI_BIN_DIR"] {
@@ -638,16 +539,9 @@ fn the_demo_runs_from_where_it_was_installed() {
     let script =
         "#!/bin/sh\ncase $1 in --version) echo portmap 1.0.0;; *) echo \"$0 $*\"; exit 7;; esac\n";
     fs::write(&new, script).unwrap();
-    let output = shell
-        .install(&new, &dir.join("bin"))
-        .arg("--demo")
-        .output()
-        .unwrap();
+    let output = shell.install(&new, &dir.join("bin")).arg("--demo").output().unwrap();
     assert_eq!(output.status.code(), Some(7), "{output:?}");
-    assert!(
-        text(&output.stdout).ends_with("bin/portmap demo\n"),
-        "{output:?}"
-    );
+    assert!(text(&output.stdout).ends_with("bin/portmap demo\n"), "{output:?}");
 }
 
 /// Runs `body` with `$dest` on a fresh tmpfs that only this script sees. `$install` is the script
@@ -655,11 +549,7 @@ fn the_demo_runs_from_where_it_was_installed() {
 fn on_tmpfs(dir: &Dir, shell: &Shell, options: &str, body: &str) {
     let mount = dir.join("mount");
     fs::create_dir_all(&mount).unwrap();
-    let argv: Vec<String> = shell
-        .argv
-        .iter()
-        .map(|arg| arg.display().to_string())
-        .collect();
+    let argv: Vec<String> = shell.argv.iter().map(|arg| arg.display().to_string()).collect();
     let script = format!(
         "set -eu; dest='{mount}'; old='{old}'; new='{new}'
          mount -t tmpfs -o {options} none \"$dest\"

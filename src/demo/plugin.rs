@@ -98,7 +98,7 @@ pub fn command(plugin: &Path, verb: &str, attachment: &Attachment) -> Command {
     let mut command = Command::new(plugin);
     command
         .env_clear()
-        .env("PATH", search_path())
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .env("CNI_COMMAND", verb)
         .env("CNI_CONTAINERID", &attachment.container_id)
         .env("CNI_NETNS", &attachment.netns)
