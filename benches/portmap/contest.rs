@@ -62,6 +62,23 @@ pub fn enter(
             }
         }
     }
+    // What the peer lacks is compared with its iptables-nft, asked for or not.
+    let reference = stand_in(&contestants, Variant::IptablesNft).is_some();
+    if let (Some(peer), false) = (peer, reference) {
+        let lacking = variants
+            .iter()
+            .any(|v| stand_in(&contestants, *v).is_none());
+        if lacking {
+            contestants.insert(
+                0,
+                Contestant {
+                    side: Side::Peer,
+                    variant: Variant::IptablesNft,
+                    binary: peer.to_owned(),
+                },
+            );
+        }
+    }
     Ok((contestants, notes))
 }
 

@@ -41,6 +41,10 @@ pub enum Variant {
 }
 
 impl Variant {
+    /// What stays inside a network namespace. eBPF does not: its socket hooks belong to the
+    /// machine's root cgroup, so they would outlive the run, and it is measured on request only.
+    const CONFINED: [Self; 3] = [Self::IptablesLegacy, Self::IptablesNft, Self::Nftables];
+
     /// The `backend` of the configuration.
     fn backend(self) -> &'static str {
         match self {
@@ -98,7 +102,7 @@ struct Options {
     /// Only these sections
     #[arg(long, value_delimiter = ',', value_name = "SECTION,...")]
     only: Vec<Section>,
-    /// Only these backends
+    /// These backends (default: all but ebpf)
     #[arg(long, value_delimiter = ',', value_name = "BACKEND,...")]
     variant: Vec<Variant>,
     /// Also write every single measurement to this file
@@ -198,7 +202,7 @@ fn run(options: &Options) -> Res<()> {
         rig::find_tool(tool, package)?;
     }
     let variants = match &options.variant[..] {
-        [] => Variant::value_variants(),
+        [] => &Variant::CONFINED,
         some => some,
     };
     let wanted = |section| options.only.is_empty() || options.only.contains(&section);

@@ -31,10 +31,28 @@ pub fn machine(ours: &Path, peer: Option<&Path>) -> String {
     for (name, path) in [("ours", Some(ours)), ("peer", peer)] {
         let Some(path) = path else { continue };
         let size = fs::metadata(path).map_or(0, |m| m.len());
-        let about = said(path, &[]);
+        let about = [said(path, &[]), package(path)].concat();
         text += &format!("* {name}: {} ({about}), {size} bytes\n", path.display());
     }
     text
+}
+
+/// The package and version a file is from: Debian's build does not know its own version.
+fn package(path: &Path) -> String {
+    let script = "dpkg-query --show \"$(dpkg --search \"$0\" | cut -d: -f1)\"";
+    Command::new("sh")
+        .args(["-c", script])
+        .arg(path)
+        .output()
+        .ok()
+        .filter(|output| output.status.success())
+        .map(|output| {
+            let text = String::from_utf8_lossy(&output.stdout)
+                .trim()
+                .replace('\t', " ");
+            format!("; package {text}")
+        })
+        .unwrap_or_default()
 }
 
 /// The one-minute load average: whoever reads the numbers must know how quiet the machine was.
