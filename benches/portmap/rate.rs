@@ -63,12 +63,8 @@ pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
             lanes.push(Lane::new(rules, rig)?);
         }
     }
+    progress("connections");
     for round in 0..plan.rate_rounds {
-        progress(&format!(
-            "connections, round {} of {}",
-            round + 1,
-            plan.rate_rounds
-        ));
         let count = lanes.len();
         for turn in 0..count {
             let turn = if round % 2 == 0 {
