@@ -103,8 +103,6 @@ impl Attachment {
 pub struct Cost {
     pub wall_ms: f64,
     pub cpu_ms: f64,
-    /// The largest single process among the plugin and its tools.
-    pub rss_kib: i64,
     /// What it printed, if it failed.
     pub failure: Option<String>,
 }
@@ -160,7 +158,6 @@ impl Call {
         Ok(Cost {
             wall_ms,
             cpu_ms: milliseconds(usage.ru_utime) + milliseconds(usage.ru_stime),
-            rss_kib: usage.ru_maxrss,
             failure,
         })
     }

@@ -135,7 +135,7 @@ impl Lane<'_> {
 
     fn weigh(&mut self) -> Res<()> {
         for (_, call, series) in &mut self.calls {
-            series.own_kib = self.rig.on(|| memory::peak(call))?;
+            series.peak = self.rig.on(|| memory::peak(call))?;
         }
         Ok(())
     }
@@ -236,19 +236,19 @@ pub fn times(series: Option<&Series>) -> String {
     )
 }
 
-#[expect(clippy::cast_precision_loss, reason = "memory sizes fit in a double")]
 fn memory_of(series: Option<&Series>) -> String {
     series.map_or_else(
         || "-".to_owned(),
-        |s| {
-            let own = s.own_kib.map_or(f64::NAN, |kib| kib as f64 / 1024.0);
-            format!(
-                "{} ({})",
-                number(s.rss_kib as f64 / 1024.0, 1),
-                number(own, 1)
-            )
-        },
+        |s| format!("{} ({})", mebibytes(s.peak.largest), mebibytes(s.peak.own)),
     )
+}
+
+#[expect(clippy::cast_precision_loss, reason = "memory sizes fit in a double")]
+pub fn mebibytes(kib: u64) -> String {
+    match kib {
+        0 => "-".to_owned(),
+        _ => format!("{:.1}", kib as f64 / 1024.0),
+    }
 }
 
 /// A number, or a dash for what was not measured.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::contest::{Contestant, Side, stand_in};
 use crate::plugin::Verb;
-use crate::process::{self, Cell, number, ratio};
+use crate::process::{self, Cell, mebibytes, number, ratio};
 use crate::rate::{self, Lane};
 use crate::stats::median;
 use crate::{Plan, Variant};
@@ -78,15 +78,14 @@ fn said(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> String {
 }
 
 /// The peak of our own process, and of the largest tool it started.
-#[expect(clippy::cast_precision_loss, reason = "memory sizes fit in a double")]
 pub fn memory(cells: &[Cell]) -> String {
     let ours = || cells.iter().filter(|c| c.side == Side::Ours);
-    let own = ours().filter_map(|c| c.series.own_kib).max();
-    let any = ours().map(|c| c.series.rss_kib).max().unwrap_or(0);
+    let own = ours().map(|c| c.series.peak.own).max().unwrap_or(0);
+    let largest = ours().map(|c| c.series.peak.largest).max().unwrap_or(0);
     format!(
-        "Peak memory of ours: {} MiB the plugin itself, {:.1} MiB the largest process with its tools.\n",
-        number(own.map_or(f64::NAN, |kib| kib as f64 / 1024.0), 1),
-        any as f64 / 1024.0,
+        "Peak memory of ours: {} MiB the plugin itself, {} MiB the largest process with its tools.\n",
+        mebibytes(own),
+        mebibytes(largest),
     )
 }
 
@@ -100,6 +99,10 @@ pub fn aims(cells: &[Cell], lanes: &[Lane], contestants: &[Contestant], plan: &P
         let ours = process::find(cells, Side::Ours, variant, others, ports, verb);
         ratio(peer, ours)
     };
+    let mark = |variant| match stand_in(contestants, variant) {
+        Some(peer) if peer != variant => "†",
+        _ => "",
+    };
     for variant in [Variant::IptablesLegacy, Variant::IptablesNft] {
         for (ports, aim) in [(1, 5.0), (10, 10.0)] {
             for verb in [Verb::Add, Verb::Del] {
@@ -109,7 +112,10 @@ pub fn aims(cells: &[Cell], lanes: &[Lane], contestants: &[Contestant], plan: &P
                     .iter()
                     .map(|n| times(variant, *n, ports, verb))
                     .fold(f64::NAN, f64::min);
-                let what = format!("{variant} {} with {ports} ports, times faster", verb.name());
+                let what = format!(
+                    "{variant} {} with {ports} port(s), times faster",
+                    verb.name()
+                );
                 rows.push((what, aim, worst, worst >= aim));
             }
         }
@@ -119,7 +125,11 @@ pub fn aims(cells: &[Cell], lanes: &[Lane], contestants: &[Contestant], plan: &P
             .map(|ports| times(Variant::Nftables, most, ports, verb))
             .into_iter()
             .fold(f64::NAN, f64::min);
-        let what = format!("nftables {} with {most} others, times faster", verb.name());
+        let what = format!(
+            "nftables {} with {most} others, times faster{}",
+            verb.name(),
+            mark(Variant::Nftables)
+        );
         rows.push((what, aim, value, value >= aim));
     }
     for verb in [Verb::Add, Verb::Del] {

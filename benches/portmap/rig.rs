@@ -90,6 +90,34 @@ impl Rig {
         })
     }
 
+    /// Another `/run` and other tools on the same node.
+    pub fn beside(&self, variant: Variant) -> Res<Self> {
+        let mounts = on_new_thread(|| {
+            self.node.enter()?;
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            private_run(variant)?;
+            for (name, netns) in self.others() {
+                show(netns, &Path::new("/run/netns").join(name))?;
+            }
+            Ok(File::open("/proc/thread-self/ns/mnt")?)
+        })?;
+        Ok(Self {
+            node: self.node.handle()?,
+            mounts,
+            pod_a: self.pod_a.handle()?,
+            pod_b: self.pod_b.handle()?,
+            client: self.client.handle()?,
+        })
+    }
+
+    fn others(&self) -> [(&'static str, &Netns); 3] {
+        [
+            ("pod-a", &self.pod_a),
+            ("pod-b", &self.pod_b),
+            ("client", &self.client),
+        ]
+    }
+
     /// Runs `work` on a thread that is on this node.
     pub fn on<T: Send>(&self, work: impl FnOnce() -> Res<T> + Send) -> Res<T> {
         on_new_thread(|| {

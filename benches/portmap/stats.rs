@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::memory::Peak;
 use crate::plugin::Cost;
 
 /// The middle value; NaN of nothing, which prints as a gap.
@@ -29,10 +30,8 @@ pub fn max(values: &[f64]) -> f64 {
 pub struct Series {
     pub wall: Vec<f64>,
     pub cpu: Vec<f64>,
-    /// The largest single process of all calls.
-    pub rss_kib: i64,
-    /// The plugin alone, without the tools it starts, in a call that was not timed.
-    pub own_kib: Option<u64>,
+    /// Of one call that was not timed.
+    pub peak: Peak,
     pub failed: usize,
     pub failure: Option<String>,
 }
@@ -41,7 +40,6 @@ impl Series {
     pub fn push(&mut self, cost: Cost) {
         self.wall.push(cost.wall_ms);
         self.cpu.push(cost.cpu_ms);
-        self.rss_kib = self.rss_kib.max(cost.rss_kib);
         if let Some(text) = cost.failure {
             self.failed += 1;
             self.failure = Some(text);
@@ -54,8 +52,8 @@ impl Series {
             "cpu_ms": self.cpu,
             "median_wall_ms": median(&self.wall),
             "median_cpu_ms": median(&self.cpu),
-            "rss_kib": self.rss_kib,
-            "own_kib": self.own_kib,
+            "peak_own_kib": self.peak.own,
+            "peak_largest_kib": self.peak.largest,
             "failed": self.failed,
             "failure": self.failure,
         })

@@ -22,57 +22,65 @@ pub struct Lane {
     pub entries: u32,
     pub add: Series,
     pub del: Series,
-    rig: Rig,
-    calls: [Call; 2],
 }
 
+/// Here all share one node: the kernel keeps the flows of all namespaces in one table, and whoever
+/// looks for flows walks it all, so that flows on one node slow the calls on another.
 pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
     let about = Attachment {
         protocol: "udp",
         ..Attachment::measured(1)
     };
-    let mut lanes = Vec::new();
+    let node = Rig::new(Variant::IptablesNft)?;
+    let mut teams = Vec::new();
     for contestant in contestants {
-        for wanted in [0, plan.entries] {
-            progress(&format!("{contestant}: {wanted} conntrack entries"));
-            let rig = Rig::new(contestant.variant)?;
-            let (entries, calls) = rig.on(|| {
-                let mut calls = [
-                    contestant.call(Verb::Add, &about)?,
-                    contestant.call(Verb::Del, &about)?,
-                ];
-                // Whatever the first ADD of a node makes for good is not this section's matter.
-                for call in &mut calls {
-                    call.must()?;
-                }
-                Ok((fill(wanted)?, calls))
-            })?;
-            lanes.push(Lane {
-                side: contestant.side,
-                variant: contestant.variant,
-                entries,
-                add: Series::default(),
-                del: Series::default(),
-                rig,
-                calls,
-            });
-        }
+        let rig = node.beside(contestant.variant)?;
+        let calls = rig.on(|| {
+            let mut calls = [
+                contestant.call(Verb::Add, &about)?,
+                contestant.call(Verb::Del, &about)?,
+            ];
+            // Whatever the first ADD of a node makes for good is not this section's matter.
+            for call in &mut calls {
+                call.must()?;
+            }
+            Ok(calls)
+        })?;
+        teams.push((rig, calls));
     }
-    let count = lanes.len();
-    for round in 0..plan.rounds {
+    let mut lanes = Vec::new();
+    for wanted in [0, plan.entries] {
+        progress(&format!("UDP calls beside {wanted} conntrack entries"));
+        let entries = node.on(|| fill(wanted))?;
+        let first = lanes.len();
+        lanes.extend(contestants.iter().map(|contestant| Lane {
+            side: contestant.side,
+            variant: contestant.variant,
+            entries,
+            add: Series::default(),
+            del: Series::default(),
+        }));
+        turns(&mut teams, &mut lanes[first..], plan.rounds)?;
+    }
+    Ok(lanes)
+}
+
+fn turns(teams: &mut [(Rig, [Call; 2])], lanes: &mut [Lane], rounds: usize) -> Res<()> {
+    let count = teams.len();
+    for round in 0..rounds {
         for turn in 0..count {
             let turn = if round % 2 == 0 {
                 turn
             } else {
                 count - 1 - turn
             };
-            let lane = &mut lanes[(turn + round) % count];
-            let [add, del] = &mut lane.calls;
-            lane.add.push(lane.rig.on(|| add.must())?);
-            lane.del.push(lane.rig.on(|| del.must())?);
+            let index = (turn + round) % count;
+            let (rig, [add, del]) = &mut teams[index];
+            lanes[index].add.push(rig.on(|| add.must())?);
+            lanes[index].del.push(rig.on(|| del.must())?);
         }
     }
-    Ok(lanes)
+    Ok(())
 }
 
 impl Lane {
