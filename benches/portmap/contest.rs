@@ -46,11 +46,7 @@ pub fn enter(
     for &variant in variants {
         for (side, binary) in [(Side::Peer, peer), (Side::Ours, Some(ours))] {
             let Some(binary) = binary else { continue };
-            let contestant = Contestant {
-                side,
-                variant,
-                binary: binary.to_owned(),
-            };
+            let contestant = Contestant { side, variant, binary: binary.to_owned() };
             match lack(&contestant)? {
                 None => contestants.push(contestant),
                 Some(reason) => notes.push(match side {
@@ -65,9 +61,7 @@ pub fn enter(
     // What the peer lacks is compared with its iptables-nft, asked for or not.
     let reference = stand_in(&contestants, Variant::IptablesNft).is_some();
     if let (Some(peer), false) = (peer, reference) {
-        let lacking = variants
-            .iter()
-            .any(|v| stand_in(&contestants, *v).is_none());
+        let lacking = variants.iter().any(|v| stand_in(&contestants, *v).is_none());
         if lacking {
             contestants.insert(
                 0,
@@ -84,14 +78,8 @@ pub fn enter(
 
 /// Who stands for the peer beside `variant`: itself, or the peer's iptables-nft.
 pub fn stand_in(contestants: &[Contestant], variant: Variant) -> Option<Variant> {
-    let has = |v: Variant| {
-        contestants
-            .iter()
-            .any(|c| c.side == Side::Peer && c.variant == v)
-    };
-    [variant, Variant::IptablesNft]
-        .into_iter()
-        .find(|v| has(*v))
+    let has = |v: Variant| contestants.iter().any(|c| c.side == Side::Peer && c.variant == v);
+    [variant, Variant::IptablesNft].into_iter().find(|v| has(*v))
 }
 
 /// Why a binary does not have a backend. Asking is not enough: upstream before 1.6 ignores the
@@ -102,9 +90,7 @@ fn lack(contestant: &Contestant) -> Res<Option<String>> {
     }
     let rig = Rig::new(contestant.variant)?;
     rig.on(|| {
-        let cost = contestant
-            .call(Verb::Add, &Attachment::measured(1))?
-            .run()?;
+        let cost = contestant.call(Verb::Add, &Attachment::measured(1))?.run()?;
         if let Some(text) = cost.failure {
             return Ok(Some(text));
         }

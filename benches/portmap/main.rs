@@ -2,11 +2,7 @@
 //!
 //! How to run it, and what the columns mean: `benches/README.md`.
 
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a benchmark prints its table"
-)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark prints its table")]
 
 mod contest;
 mod memory;
@@ -183,11 +179,7 @@ fn run(options: &Options) -> Res<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err("network namespaces need root; benches/README.md says how to run it".into());
     }
-    let plan = if options.quick {
-        Plan::quick()
-    } else {
-        Plan::full()
-    };
+    let plan = if options.quick { Plan::quick() } else { Plan::full() };
     // Threads that enter a mount namespace leave the working directory behind.
     let ours = fs::canonicalize(&options.ours)
         .map_err(|e| format!("--ours {}: {e}", options.ours.display()))?;
@@ -218,19 +210,13 @@ fn run(options: &Options) -> Res<()> {
     let mut cells = Vec::new();
     if wanted(Section::Process) {
         cells = process::measure(&contestants, &plan)?;
-        println!(
-            "\n## Whole process\n\n{}",
-            process::table(&cells, &contestants)
-        );
+        println!("\n## Whole process\n\n{}", process::table(&cells, &contestants));
         println!("{}", report::memory(&cells));
     }
     let mut flows = Vec::new();
     if wanted(Section::Udp) {
         flows = udp::measure(&contestants, &plan)?;
-        println!(
-            "## UDP port, many tracked flows\n\n{}",
-            udp::table(&flows, &contestants)
-        );
+        println!("## UDP port, many tracked flows\n\n{}", udp::table(&flows, &contestants));
     }
     let mut lanes = Vec::new();
     if wanted(Section::Rate) {

@@ -132,21 +132,14 @@ impl Call {
             .env("CNI_IFNAME", "eth0")
             .env("CNI_ARGS", "")
             .env("CNI_PATH", "/opt/cni/bin");
-        Ok(Self {
-            input,
-            output: Path::new(DIR).join("output"),
-            command,
-        })
+        Ok(Self { input, output: Path::new(DIR).join("output"), command })
     }
 
     /// Runs it and measures from before the process is made until it has been reaped.
     pub fn run(&mut self) -> Res<Cost> {
         // Files, not pipes: reading from a pipe would be the benchmark's work, in the measured time.
         let output = File::create(&self.output)?;
-        self.command
-            .stdin(File::open(&self.input)?)
-            .stdout(output.try_clone()?)
-            .stderr(output);
+        self.command.stdin(File::open(&self.input)?).stdout(output.try_clone()?).stderr(output);
         let start = Instant::now();
         let child = self
             .command
@@ -177,10 +170,7 @@ impl Call {
     /// The command with a pipe as its input, and what to write there.
     pub fn held(&mut self) -> Res<(&mut Command, Vec<u8>)> {
         let output = File::create(&self.output)?;
-        self.command
-            .stdin(Stdio::piped())
-            .stdout(output.try_clone()?)
-            .stderr(output);
+        self.command.stdin(Stdio::piped()).stdout(output.try_clone()?).stderr(output);
         Ok((&mut self.command, fs::read(&self.input)?))
     }
 
@@ -211,10 +201,7 @@ fn reap(pid: u32) -> io::Result<(i32, libc::rusage)> {
     }
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "CPU times of seconds fit in a double"
-)]
+#[expect(clippy::cast_precision_loss, reason = "CPU times of seconds fit in a double")]
 fn milliseconds(time: libc::timeval) -> f64 {
     time.tv_sec as f64 * 1e3 + time.tv_usec as f64 / 1e3
 }

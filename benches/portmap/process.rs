@@ -22,10 +22,7 @@ pub struct Cell {
 /// All contestants stand side by side, each on a node of its own, and take turns call by call: what
 /// else the machine does then hits all of them alike.
 pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Cell>> {
-    let rigs = contestants
-        .iter()
-        .map(|c| Rig::new(c.variant))
-        .collect::<Res<Vec<_>>>()?;
+    let rigs = contestants.iter().map(|c| Rig::new(c.variant)).collect::<Res<Vec<_>>>()?;
     let pairs: Vec<(&Contestant, &Rig)> = contestants.iter().zip(&rigs).collect();
     let mut cells = Vec::new();
     let mut present = 0;
@@ -38,10 +35,7 @@ pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Cell>> {
         present = others;
         // Without mappings nothing depends on what else is on the node; once shows it.
         let (verbs, ports): (&[Verb], &[u16]) = match others {
-            0 => (
-                &[Verb::Add, Verb::Check, Verb::Del, Verb::Version],
-                &[0, 1, 10],
-            ),
+            0 => (&[Verb::Add, Verb::Check, Verb::Del, Verb::Version], &[0, 1, 10]),
             _ => (&[Verb::Add, Verb::Check, Verb::Del], &[1, 10]),
         };
         for &ports in ports {
@@ -76,11 +70,7 @@ fn group(
                 .map(|&verb| Ok((verb, contestant.call(verb, &about)?, Series::default())))
                 .collect::<Res<Vec<_>>>()
         })?;
-        lanes.push(Lane {
-            contestant,
-            rig,
-            calls,
-        });
+        lanes.push(Lane { contestant, rig, calls });
     }
     let start = Instant::now();
     for round in 0..=plan.rounds {
@@ -92,11 +82,7 @@ fn group(
         for step in 0..verbs.len() {
             for turn in 0..count {
                 // Nobody always goes first, nor always after the same other one.
-                let turn = if round % 2 == 0 {
-                    turn
-                } else {
-                    count - 1 - turn
-                };
+                let turn = if round % 2 == 0 { turn } else { count - 1 - turn };
                 // Round 0 warms caches and makes what stays for good (base chains).
                 lanes[(turn + round) % count].step(step, round > 0)?;
             }
@@ -179,11 +165,7 @@ pub fn table(cells: &[Cell], contestants: &[Contestant]) -> String {
     let mut failures = Vec::new();
     for variant in variants {
         let peer_variant = stand_in(contestants, variant);
-        let mark = if peer_variant == Some(variant) {
-            ""
-        } else {
-            "†"
-        };
+        let mark = if peer_variant == Some(variant) { "" } else { "†" };
         let mut seen = Vec::new();
         for cell in cells.iter().filter(|c| c.variant == variant) {
             let key = (cell.others, cell.ports, cell.verb);
@@ -253,11 +235,7 @@ pub fn mebibytes(kib: u64) -> String {
 
 /// A number, or a dash for what was not measured.
 pub fn number(value: f64, digits: usize) -> String {
-    if value.is_nan() {
-        "-".to_owned()
-    } else {
-        format!("{value:.digits$}")
-    }
+    if value.is_nan() { "-".to_owned() } else { format!("{value:.digits$}") }
 }
 
 pub fn json(cells: &[Cell]) -> Value {

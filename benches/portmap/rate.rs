@@ -67,11 +67,7 @@ pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
     for round in 0..plan.rate_rounds {
         let count = lanes.len();
         for turn in 0..count {
-            let turn = if round % 2 == 0 {
-                turn
-            } else {
-                count - 1 - turn
-            };
+            let turn = if round % 2 == 0 { turn } else { count - 1 - turn };
             lanes[(turn + round) % count].round(plan.rate_time)?;
         }
     }
@@ -91,12 +87,7 @@ impl Lane {
                  echo 2 >/proc/sys/net/ipv4/tcp_syn_retries",
             )
         })?;
-        let lane = Self {
-            rules,
-            hostport: Vec::new(),
-            direct: Vec::new(),
-            rig,
-        };
+        let lane = Self { rules, hostport: Vec::new(), direct: Vec::new(), rig };
         let warm_up = Duration::from_millis(50);
         if matches!(rules, Rules::Of(..)) {
             lane.connections(HOSTPORT, warm_up)?;
@@ -125,10 +116,7 @@ impl Lane {
 
 /// Opens and resets connections, one after the other, and returns how many per second.
 fn connect_for(to: SocketAddr, time: Duration) -> Res<f64> {
-    let reset = libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
+    let reset = libc::linger { l_onoff: 1, l_linger: 0 };
     let start = Instant::now();
     let mut count = 0_u32;
     while start.elapsed() < time {
@@ -159,9 +147,7 @@ fn serve(pod: &Netns) -> Res<()> {
 }
 
 pub fn find(lanes: &[Lane], side: Side, variant: Variant, mappings: u16) -> Option<&Lane> {
-    lanes
-        .iter()
-        .find(|l| l.rules == Rules::Of(side, variant, mappings))
+    lanes.iter().find(|l| l.rules == Rules::Of(side, variant, mappings))
 }
 
 pub fn table(lanes: &[Lane], contestants: &[Contestant], plan: &Plan) -> String {
@@ -179,20 +165,13 @@ pub fn table(lanes: &[Lane], contestants: &[Contestant], plan: &Plan) -> String 
              |---|--:|---|--:|--:|--:|--:|--:|--:|\n";
     for contestant in contestants {
         let (side, variant) = (contestant.side, contestant.variant);
-        let one = plan
-            .mappings
-            .first()
-            .and_then(|n| find(lanes, side, variant, *n));
+        let one = plan.mappings.first().and_then(|n| find(lanes, side, variant, *n));
         for &mappings in &plan.mappings {
             let Some(lane) = find(lanes, side, variant, mappings) else {
                 continue;
             };
             let peer_variant = stand_in(contestants, variant);
-            let mark = if peer_variant == Some(variant) {
-                ""
-            } else {
-                "†"
-            };
+            let mark = if peer_variant == Some(variant) { "" } else { "†" };
             let peer = match side {
                 Side::Ours => peer_variant.and_then(|v| find(lanes, Side::Peer, v, mappings)),
                 Side::Peer => None,

@@ -18,9 +18,7 @@ pub fn machine(ours: &Path, peer: Option<&Path>) -> String {
     let model = model
         .lines()
         .find_map(|l| l.strip_prefix("model name"))
-        .map_or("unknown processor", |l| {
-            l.trim_start_matches([':', '\t', ' '])
-        });
+        .map_or("unknown processor", |l| l.trim_start_matches([':', '\t', ' ']));
     let mut text = format!(
         "Kernel {}, {cores} cores ({model}), load {}; {}; {}.\n",
         kernel.trim(),
@@ -47,9 +45,7 @@ fn package(path: &Path) -> String {
         .ok()
         .filter(|output| output.status.success())
         .map(|output| {
-            let text = String::from_utf8_lossy(&output.stdout)
-                .trim()
-                .replace('\t', " ");
+            let text = String::from_utf8_lossy(&output.stdout).trim().replace('\t', " ");
             format!("; package {text}")
         })
         .unwrap_or_default()
@@ -112,10 +108,7 @@ pub fn aims(cells: &[Cell], lanes: &[Lane], contestants: &[Contestant], plan: &P
                     .iter()
                     .map(|n| times(variant, *n, ports, verb))
                     .fold(f64::NAN, f64::min);
-                let what = format!(
-                    "{variant} {} with {ports} port(s), times faster",
-                    verb.name()
-                );
+                let what = format!("{variant} {} with {ports} port(s), times faster", verb.name());
                 rows.push((what, aim, worst, worst >= aim));
             }
         }

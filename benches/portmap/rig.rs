@@ -81,13 +81,7 @@ impl Rig {
             let node = Netns(File::open("/proc/thread-self/ns/net")?);
             Ok((node, File::open("/proc/thread-self/ns/mnt")?))
         })?;
-        Ok(Self {
-            node,
-            mounts,
-            pod_a,
-            pod_b,
-            client,
-        })
+        Ok(Self { node, mounts, pod_a, pod_b, client })
     }
 
     /// Another `/run` and other tools on the same node.
@@ -111,11 +105,7 @@ impl Rig {
     }
 
     fn others(&self) -> [(&'static str, &Netns); 3] {
-        [
-            ("pod-a", &self.pod_a),
-            ("pod-b", &self.pod_b),
-            ("client", &self.client),
-        ]
+        [("pod-a", &self.pod_a), ("pod-b", &self.pod_b), ("client", &self.client)]
     }
 
     /// Runs `work` on a thread that is on this node.

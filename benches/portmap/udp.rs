@@ -27,19 +27,14 @@ pub struct Lane {
 /// Here all share one node: the kernel keeps the flows of all namespaces in one table, and whoever
 /// looks for flows walks it all, so that flows on one node slow the calls on another.
 pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
-    let about = Attachment {
-        protocol: "udp",
-        ..Attachment::measured(1)
-    };
+    let about = Attachment { protocol: "udp", ..Attachment::measured(1) };
     let node = Rig::new(Variant::IptablesNft)?;
     let mut teams = Vec::new();
     for contestant in contestants {
         let rig = node.beside(contestant.variant)?;
         let calls = rig.on(|| {
-            let mut calls = [
-                contestant.call(Verb::Add, &about)?,
-                contestant.call(Verb::Del, &about)?,
-            ];
+            let mut calls =
+                [contestant.call(Verb::Add, &about)?, contestant.call(Verb::Del, &about)?];
             // Whatever the first ADD of a node makes for good is not this section's matter.
             for call in &mut calls {
                 call.must()?;
@@ -69,11 +64,7 @@ fn turns(teams: &mut [(Rig, [Call; 2])], lanes: &mut [Lane], rounds: usize) -> R
     let count = teams.len();
     for round in 0..rounds {
         for turn in 0..count {
-            let turn = if round % 2 == 0 {
-                turn
-            } else {
-                count - 1 - turn
-            };
+            let turn = if round % 2 == 0 { turn } else { count - 1 - turn };
             let index = (turn + round) % count;
             let (rig, [add, del]) = &mut teams[index];
             lanes[index].add.push(rig.on(|| add.must())?);
@@ -135,18 +126,12 @@ pub fn table(lanes: &[Lane], contestants: &[Contestant]) -> String {
          |---|--:|---|--:|--:|--:|\n",
     );
     let find = |side, variant, full| {
-        lanes
-            .iter()
-            .find(|l| l.side == side && l.variant == variant && (l.entries > 0) == full)
+        lanes.iter().find(|l| l.side == side && l.variant == variant && (l.entries > 0) == full)
     };
     for contestant in contestants.iter().filter(|c| c.side == Side::Ours) {
         let variant = contestant.variant;
         let peer_variant = stand_in(contestants, variant);
-        let mark = if peer_variant == Some(variant) {
-            ""
-        } else {
-            "†"
-        };
+        let mark = if peer_variant == Some(variant) { "" } else { "†" };
         for full in [false, true] {
             let ours = find(Side::Ours, variant, full);
             let peer = peer_variant.and_then(|v| find(Side::Peer, v, full));

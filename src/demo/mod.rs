@@ -7,7 +7,10 @@
 //! netlink. Tools that list rules are used where they exist, to show and compare.
 //!
 //! The integration tests stand on the same parts.
-#![allow(clippy::disallowed_methods, reason = "the demonstration makes a node of its own and acts on it")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the demonstration makes a node of its own and acts on it"
+)]
 
 mod addresses;
 mod bypass;
