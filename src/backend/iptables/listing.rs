@@ -156,10 +156,10 @@ pub fn canonical(rule: &str) -> Vec<String> {
     }
     options.retain(|option| !option.starts_with("-m "));
     for option in &mut options {
-        if let Some(address) = option.strip_prefix("-s ").or_else(|| option.strip_prefix("-d ")) {
-            if let Ok(ip) = address.parse::<IpAddr>() {
-                *option = format!("{option}/{}", Family::of(&ip).max_prefix());
-            }
+        if let Some(address) = option.strip_prefix("-s ").or_else(|| option.strip_prefix("-d "))
+            && let Ok(ip) = address.parse::<IpAddr>()
+        {
+            *option = format!("{option}/{}", Family::of(&ip).max_prefix());
         }
     }
     options.sort();
