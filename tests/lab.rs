@@ -3,6 +3,7 @@
 //! Run as root: `cargo test --test lab -- --ignored`.
 
 #![allow(
+    clippy::disallowed_methods,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
