@@ -53,18 +53,20 @@ impl<'a> Engine<'a> {
 
     /// Puts a record in place of `old`, which is the same attachment's with the same backend, and its
     /// rules into the kernel. On an error neither is there any more.
-    pub fn add(&self, record: &Record, old: Option<&Record>) -> Result<()> {
-        let facts = self.host.node_facts()?;
+    pub fn add(&self, record: &Record, old: Option<&Record>, facts: &NodeFacts) -> Result<()> {
         let before = self.store.parts(record.backend)?;
         let first_in = self.first_families(record, &before);
-        self.store.put(record, old)?;
+        if let Err(error) = self.store.put(record, old) {
+            self.store.forget_index(record, old);
+            return Err(error);
+        }
         let result = self
-            .apply(Some(record), old, &before, &facts, &first_in)
+            .apply(Some(record), old, &before, facts, &first_in)
             .and_then(|()| self.enable_localnet(record, old));
         if let Err(error) = result {
-            return Err(self.undo(record, &facts, error));
+            return Err(self.undo(record, facts, error));
         }
-        self.flush_conntrack(record, old, &facts);
+        self.flush_conntrack(record, old, facts);
         Ok(())
     }
 
@@ -90,7 +92,7 @@ impl<'a> Engine<'a> {
         purge: &BTreeSet<String>,
         facts: &NodeFacts,
     ) -> Result<()> {
-        self.restore_without(kind, None, purge, facts, &BTreeSet::new())
+        self.restore_without(kind, None, purge, &BTreeSet::new(), facts, &BTreeSet::new())
     }
 
     fn apply(
@@ -123,18 +125,20 @@ impl<'a> Engine<'a> {
             Outcome::Done => self.remember_facts(kind, &known, facts),
             Outcome::NeedsRestore(_) => {
                 let gone = if added.is_none() { Some(record) } else { None };
-                let purge = BTreeSet::from_iter(removed.map(|removed| removed.chain.clone()));
-                self.restore_without(kind, gone, &purge, facts, first_in)
+                let purge = removed.iter().map(|removed| removed.chain.clone()).collect();
+                let families = removed.iter().flat_map(|removed| removed.families()).collect();
+                self.restore_without(kind, gone, &purge, &families, facts, first_in)
             }
         }
     }
 
-    /// Restores from all records but `gone`, whose families are brought in order nevertheless.
+    /// Restores from all records but `gone`. `families` are brought in order even without records.
     fn restore_without(
         &self,
         kind: BackendKind,
         gone: Option<&Record>,
         purge: &BTreeSet<String>,
+        families: &BTreeSet<Family>,
         facts: &NodeFacts,
         first_in: &BTreeSet<Family>,
     ) -> Result<()> {
@@ -142,23 +146,18 @@ impl<'a> Engine<'a> {
         for problem in problems {
             self.host.warn(problem);
         }
-        let families = gone.map(|record| record.families().collect()).unwrap_or_default();
         records.retain(|record| {
             record.backend == kind && gone.is_none_or(|gone| record.id() != gone.id())
         });
         let keep_base = self.kept_bases(kind)?;
-        let desired = Desired {
-            records: &records,
-            purge,
-            families: &families,
-            facts,
-            keep_base: &keep_base,
-            first_in,
-        };
-        let kept = backend::of(kind).restore(self.host, &desired)?;
+        let desired =
+            Desired { records: &records, purge, families, facts, keep_base: &keep_base, first_in };
+        let mut kept = BTreeSet::new();
+        let result = backend::of(kind).restore(self.host, &desired, &mut kept);
         for family in kept {
             self.store.set_note(&kept_base_note(kind, family), Some(""))?;
         }
+        result?;
         self.remember_facts(kind, &NodeFacts::default(), facts)
     }
 
@@ -167,7 +166,9 @@ impl<'a> Engine<'a> {
         let purge = BTreeSet::from([record.chain.clone()]);
         let undone =
             self.disable_localnet(record).and_then(|()| self.store.remove(record)).and_then(|()| {
-                self.restore_without(record.backend, Some(record), &purge, facts, &BTreeSet::new())
+                let families = record.families().collect();
+                let none = BTreeSet::new();
+                self.restore_without(record.backend, Some(record), &purge, &families, facts, &none)
             });
         match undone {
             Ok(()) => error,

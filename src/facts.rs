@@ -14,7 +14,8 @@ use crate::sys::netlink::route::{Address, DefaultRoute, Link};
 pub struct NodeFacts {
     /// Devices that lead out of the node. Packets that arrive over any other one come from local pods.
     pub uplinks: BTreeSet<String>,
-    /// The node's own addresses, of both families and all scopes.
+    /// The node's own addresses, of both families. IPv6 link-local ones are left out: every pod's
+    /// link has one, and none can be called from another link.
     pub addresses: BTreeSet<IpAddr>,
 }
 
@@ -58,7 +59,7 @@ impl NodeFacts {
                 .collect(),
             addresses: addresses
                 .iter()
-                .filter(|address| !ignored.contains(&address.index))
+                .filter(|address| !ignored.contains(&address.index) && !is_link_local(&address.ip))
                 .map(|address| address.ip)
                 .collect(),
         }
@@ -69,6 +70,10 @@ impl NodeFacts {
     pub fn is_local(&self, ip: &IpAddr) -> bool {
         ip.is_loopback() || self.addresses.contains(ip)
     }
+}
+
+fn is_link_local(ip: &IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
 }
 
 #[cfg(test)]
@@ -129,6 +134,7 @@ mod tests {
         assert!(facts.is_local(&"10.88.0.1".parse().unwrap()));
         assert!(facts.is_local(&"127.1.2.3".parse().unwrap()));
         assert!(!facts.is_local(&"10.96.0.1".parse().unwrap()));
+        assert!(!facts.is_local(&"fe80::1".parse().unwrap()));
     }
 
     #[test]

@@ -95,9 +95,9 @@ pub trait Apply {
     /// The fast path.
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome>;
 
-    /// The slow path: from whatever there is to what is desired. Returns the families whose base
-    /// chains were there before.
-    fn restore(&self, host: &Host, desired: &Desired) -> Result<BTreeSet<Family>>;
+    /// The slow path: from whatever there is to what is desired. Families whose base chains turn out
+    /// to be somebody else's are added to `kept`, also when it fails.
+    fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Family>) -> Result<()>;
 
     /// Removes what upstream's plugin made for attachments of which there is no record: of
     /// `attachment`, or of every container of its network that `keep` does not name.

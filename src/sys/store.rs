@@ -66,7 +66,7 @@ pub fn is_recorded(dir: &Path, id: &str) -> bool {
     record_path(dir, id).exists()
 }
 
-/// Whether records could be kept in `dir`, as far as can be told without writing.
+/// Whether records can be kept in `dir`, which is made if it is missing.
 pub fn check_usable(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(|error| {
         Error::io(format!("create the state directory {}", dir.display()), error)
@@ -134,6 +134,15 @@ impl Store {
             self.index_remove(key, &id)?;
         }
         Ok(())
+    }
+
+    /// Takes back the index entries of a record that could not be written in place of `replaced`.
+    pub fn forget_index(&self, record: &Record, replaced: Option<&Record>) {
+        let kept = replaced.map(Record::index_keys).unwrap_or_default();
+        for key in record.index_keys().difference(&kept) {
+            // What stays is not believed by readers.
+            drop(self.index_remove(key, &record.id()));
+        }
     }
 
     /// Removes a record and its index entries.

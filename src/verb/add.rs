@@ -8,6 +8,7 @@ use crate::cni::invocation::Invocation;
 use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Claim, Family};
 use crate::record::{FORMAT, IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
@@ -54,8 +55,10 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     };
     let record = plan(&engine, &request, kind, old.as_ref())?;
     resolve_conflicts(&engine, &request, &record)?;
-    engine.add(&record, old.as_ref())?;
-    warn_about_shadows(host, &record);
+    let facts = host.node_facts()?;
+    adopt_from_other_backends(&engine, &record, &facts)?;
+    engine.add(&record, old.as_ref(), &facts)?;
+    warn_about_shadows(host, &record, &facts);
     Ok(reply)
 }
 
@@ -159,12 +162,35 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
     Ok(())
 }
 
+/// Backends see packets in a fixed order, whatever the age of their claims. Where a port is claimed
+/// through several, the older attachments move to the backend of the newest, so that precedence is
+/// decided in one place. Rules in one backend's own syntax cannot move.
+fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts) -> Result<()> {
+    let keys: BTreeSet<IndexKey> =
+        record.index_keys().into_iter().filter(|key| matches!(key, IndexKey::Port(_))).collect();
+    for other in engine.store.sharing(&keys, &record.id())? {
+        if other.backend == record.backend {
+            continue;
+        }
+        let options = &other.options;
+        if options.external_set_mark_chain.is_some()
+            || Family::ALL.iter().any(|family| !options.conditions(*family).is_empty())
+        {
+            engine.host.warn(format!(
+                "{} claims the same port through {} with options that {} has not: which one is reached is undefined",
+                other.attachment, other.backend, record.backend
+            ));
+            continue;
+        }
+        engine.remove(&other)?;
+        engine.add(&Record { backend: record.backend, ..other }, None, facts)?;
+    }
+    Ok(())
+}
+
 /// What the operator would otherwise search for: a hostIP that no packet has, a server of the node
 /// that is not reached any more.
-fn warn_about_shadows(host: &Host, record: &Record) {
-    let Ok(facts) = host.node_facts() else {
-        return;
-    };
+fn warn_about_shadows(host: &Host, record: &Record, facts: &NodeFacts) {
     for claim in record.claims() {
         if let Some(ip) = claim.address.filter(|ip| !facts.is_local(ip)) {
             host.warn(format!(

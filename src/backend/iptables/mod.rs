@@ -96,18 +96,17 @@ impl Apply for Iptables {
         Ok(Outcome::Done)
     }
 
-    fn restore(&self, host: &Host, desired: &Desired) -> Result<BTreeSet<Family>> {
-        let mut kept = BTreeSet::new();
+    fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Family>) -> Result<()> {
         let uplinks: Vec<String> = desired.facts.uplinks.iter().cloned().collect();
         for family in Family::ALL {
             let records: Vec<&Record> =
                 desired.records.iter().filter(|record| record.network(family).is_some()).collect();
-            let needed = !records.is_empty() || desired.families.contains(&family);
-            let listing = match list(host, family, "nat") {
-                Ok(listing) => listing,
-                Err(_) if !needed => continue,
-                Err(error) => return Err(failed("read the rules", family, error)),
-            };
+            // Reading would make the kernel load the family's table, which others take notice of.
+            if records.is_empty() && !desired.families.contains(&family) {
+                continue;
+            }
+            let listing = list(host, family, "nat")
+                .map_err(|error| failed("read the rules", family, error))?;
             mark_chains_exist(&records, family, &listing)?;
             if desired.first_in.contains(&family) && listing.has_chain(rules::DNAT) {
                 kept.insert(family);
@@ -127,7 +126,7 @@ impl Apply for Iptables {
             restore(host, family, &(raw + &nat))
                 .map_err(|error| failed("change the rules", family, error))?;
         }
-        Ok(kept)
+        Ok(())
     }
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {

@@ -123,15 +123,16 @@ impl Apply for Nftables {
         }
     }
 
-    fn restore(&self, host: &Host, desired: &Desired) -> Result<BTreeSet<Family>> {
+    fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Family>) -> Result<()> {
         let records: Vec<&Record> = desired.records.iter().collect();
-        nft::apply(host, &script::restore(&records, desired.facts)).map_err(failed)?;
-        Ok(BTreeSet::new())
+        nft::apply(host, &script::restore(&records, desired.facts)).map_err(failed)
     }
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
-        let mut reader =
-            NftReader::open().map_err(|error| Error::io("open a netlink socket", error))?;
+        // A kernel without nf_tables has no table to look at.
+        let Ok(mut reader) = NftReader::open() else {
+            return Ok(());
+        };
         for (family, name) in [(NftFamily::Ip, "ip"), (NftFamily::Ip6, "ip6")] {
             // An error means that the kernel has no nf_tables, and so no table.
             if !reader.table_exists(family, UPSTREAM_TABLE).unwrap_or(false) {
