@@ -33,7 +33,7 @@ pub enum Error {
         "CNI_NETNS {path} is the network namespace of the plugin itself: it must be the pod's (or set CNI_NETNS_OVERRIDE=1)"
     )]
     OwnNetns { path: String },
-    #[error("another call has held the node's lock {path} for {seconds} s: try again later")]
+    #[error("another process has held the lock {path} for {seconds} s: try again later")]
     Busy { path: PathBuf, seconds: u64 },
     #[error("no backend works on this node: {reasons}")]
     NoBackend { reasons: String },

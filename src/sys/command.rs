@@ -23,6 +23,9 @@ pub enum ToolError {
     Missing { tool: String },
     #[error("{tool} cannot be started: {source}")]
     Start { tool: String, source: io::Error },
+    /// Another program has held the lock that the tool needs.
+    #[error("{tool} has waited for {lock} for {seconds} s")]
+    Busy { tool: String, lock: &'static str, seconds: u64 },
     #[error("{tool} {}: {stderr}", describe(*status))]
     Failed {
         tool: String,
@@ -44,6 +47,9 @@ impl ToolError {
     #[must_use]
     pub fn into_error(self, what: String) -> Error {
         let tool = match &self {
+            ToolError::Busy { lock, seconds, .. } => {
+                return Error::Busy { path: lock.into(), seconds: *seconds };
+            }
             ToolError::Missing { tool }
             | ToolError::Start { tool, .. }
             | ToolError::Failed { tool, .. } => tool.clone(),

@@ -9,7 +9,21 @@ use crate::backend::iptables::listing::Listing;
 use crate::model::Family;
 
 /// Seconds to wait for the xtables lock, which iptables-legacy has and which other tools may hold.
-const WAIT: &str = "20";
+const WAIT_SECONDS: u64 = 20;
+const XTABLES_LOCK: &str = "/run/xtables.lock";
+
+/// Tells a lock that was not to be had, which is no reason to try another way, from a failure.
+fn classify(tool: &str, status: Option<i32>, stderr: &str) -> ToolError {
+    // "Another app is currently holding the xtables lock" (iptables 1.4.20 and later).
+    if stderr.contains("holding the xtables lock") {
+        return ToolError::Busy {
+            tool: tool.to_owned(),
+            lock: XTABLES_LOCK,
+            seconds: WAIT_SECONDS,
+        };
+    }
+    ToolError::Failed { tool: tool.to_owned(), status, stderr: stderr.trim().to_owned() }
+}
 
 fn tool(family: Family) -> &'static str {
     match family {
@@ -27,13 +41,14 @@ pub fn restore(host: &Host, family: Family, text: &str) -> Result<(), ToolError>
         Family::V4 => "iptables-restore",
         Family::V6 => "ip6tables-restore",
     };
-    host.tools.run(tool, &["--noflush", "-w", WAIT], text).map(drop).map_err(|error| match error {
-        ToolError::Failed { tool, status, stderr } => {
-            let stderr = with_failed_line(&stderr, text);
-            ToolError::Failed { tool, status, stderr }
-        }
-        other => other,
-    })
+    host.tools.run(tool, &["--noflush", "-w", &WAIT_SECONDS.to_string()], text).map(drop).map_err(
+        |error| match error {
+            ToolError::Failed { tool, status, stderr } => {
+                classify(&tool, status, &with_failed_line(&stderr, text))
+            }
+            other => other,
+        },
+    )
 }
 
 /// The tool names the line that failed by its number alone.
@@ -87,15 +102,16 @@ fn execute(host: &Host, family: Family, table: &str, command: &str) -> Result<Li
     }
     // Without the crate's own `--wait`, which has no limit.
     let crate_tool = IPTables { cmd: tool, has_check: true, has_wait: false, is_numeric: false };
-    let output = crate_tool.execute(table, &format!("-w {WAIT} {command}")).map_err(|error| {
-        ToolError::Start { tool: tool.to_owned(), source: std::io::Error::other(error.to_string()) }
-    })?;
+    let output =
+        crate_tool.execute(table, &format!("-w {WAIT_SECONDS} {command}")).map_err(|error| {
+            ToolError::Start {
+                tool: tool.to_owned(),
+                source: std::io::Error::other(error.to_string()),
+            }
+        })?;
     if !output.status.success() {
-        return Err(ToolError::Failed {
-            tool: tool.to_owned(),
-            status: output.status.code(),
-            stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        });
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        return Err(classify(tool, output.status.code(), &stderr));
     }
     Ok(Listing::parse(&String::from_utf8_lossy(&output.stdout)))
 }
