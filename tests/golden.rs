@@ -11,7 +11,8 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use portmap::backend::iptables::{listing::Listing, script as iptables};
+use portmap::backend::iptables::listing::Listing;
+use portmap::backend::iptables::script::{self as iptables, Shared};
 use portmap::backend::nftables::{objects, objects::Objects, script as nft};
 use portmap::cni::reply::ErrorReply;
 use portmap::conf::Options;
@@ -167,11 +168,11 @@ fn iptables_scripts_are_as_reviewed() {
             text += &iptables::restore_nat(&desired, &Listing::default());
             text += &format!(
                 "\n# {family}, fast path: ADD of the newest\n{}",
-                iptables::add(last, None, family)
+                iptables::add(last, None, family, Shared::CheckedInside)
             );
             text += &format!(
-                "\n# {family}, fast path: the same again\n{}",
-                iptables::add(last, Some(last), family)
+                "\n# {family}, fast path: the same again, shared chains checked before\n{}",
+                iptables::add(last, Some(last), family, Shared::CheckedBefore)
             );
             text += &format!(
                 "\n# {family}, fast path: DEL, others remain\n{}",

@@ -68,6 +68,14 @@ pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolErr
     execute(host, family, table, "-S")
 }
 
+/// Whether the tool is the variant that keeps its rules in nf_tables (xtables-nft-multi).
+pub fn is_nft(host: &Host, family: Family) -> bool {
+    let program = host.tools.find(tool(family)).and_then(|path| path.canonicalize().ok());
+    program.is_some_and(|path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().contains("nft"))
+    })
+}
+
 /// Some chains of a table; those that do not exist are left out. iptables-nft reads a chain by itself
 /// much faster than the table (0.2 against 56 ms at 1,000 chains); iptables-legacy cannot.
 pub fn list_chains(
@@ -76,11 +84,7 @@ pub fn list_chains(
     table: &str,
     chains: &[&str],
 ) -> Result<Listing, ToolError> {
-    let resolved = host.tools.find(tool(family)).and_then(|path| path.canonicalize().ok());
-    let nft = resolved.is_some_and(|path| {
-        path.file_name().is_some_and(|name| name.to_string_lossy().contains("nft"))
-    });
-    if !nft {
+    if !is_nft(host, family) {
         return list(host, family, table);
     }
     let mut listing = Listing::default();

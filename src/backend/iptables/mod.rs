@@ -10,6 +10,7 @@ pub mod script;
 use std::collections::BTreeSet;
 
 use listing::Listing;
+use script::Shared;
 
 use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded};
 use crate::error::{Error, Result};
@@ -17,8 +18,9 @@ use crate::model::Family;
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
-use crate::sys::iptables::{list, list_chains, restore};
+use crate::sys::iptables::{is_nft, list, list_chains, restore};
 use crate::sys::namespace::in_scratch_netns;
+use crate::sys::netlink::nftables::{NftFamily, NftReader};
 
 /// The backend.
 pub struct Iptables;
@@ -83,7 +85,11 @@ impl Apply for Iptables {
         });
         for family in change.families() {
             let text = match (change.added, change.removed) {
-                (Some(added), removed) => script::add(added, removed, family),
+                (Some(added), removed) => match shared_chains(host, added, family) {
+                    Some(Ok(())) => script::add(added, removed, family, Shared::CheckedBefore),
+                    Some(Err(missing)) => return Ok(Outcome::NeedsRestore(missing)),
+                    None => script::add(added, removed, family, Shared::CheckedInside),
+                },
                 (None, Some(removed)) => script::remove(removed, family, &gone, change.parts_after),
                 (None, None) => continue,
             };
@@ -155,6 +161,36 @@ impl Apply for Iptables {
         }
         Ok(())
     }
+}
+
+/// With iptables-nft, looks over netlink whether the shared chains lead where they should; `None` with
+/// iptables-legacy, and where netlink does not tell.
+fn shared_chains(
+    host: &Host,
+    record: &Record,
+    family: Family,
+) -> Option<std::result::Result<(), String>> {
+    if !is_nft(host, family) {
+        return None;
+    }
+    let mut reader = NftReader::open().ok()?;
+    let nft_family = match family {
+        Family::V4 => NftFamily::Ip,
+        Family::V6 => NftFamily::Ip6,
+    };
+    for (table, chain, target) in script::shared_chains(record, family) {
+        let jumps = reader.rule_jumps(nft_family, table, chain).ok()?;
+        let found = match target {
+            Some(target) => jumps.iter().flatten().any(|jump| jump == target),
+            None => !jumps.is_empty(),
+        };
+        if !found {
+            let what = target
+                .map_or("any rule".to_owned(), |target| format!("a rule that leads to {target}"));
+            return Some(Err(format!("chain {chain} of table {table} does not have {what}")));
+        }
+    }
+    Some(Ok(()))
 }
 
 /// Steps that the fast path cannot express.

@@ -24,7 +24,10 @@ const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
+const NFTA_RULE_EXPRESSIONS: u16 = 4;
 const NFTA_RULE_USERDATA: u16 = 7;
+const NFTA_EXPR_DATA: u16 = 2;
+const NFTA_IMMEDIATE_DATA: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_LIST_ELEM: u16 = 1;
 const NFTA_SET_ELEM_DATA: u16 = 2;
@@ -132,17 +135,38 @@ impl NftReader {
         table: &str,
         chain: &str,
     ) -> io::Result<Vec<Option<String>>> {
+        self.rules(family, table, chain, |rule| find(rule, NFTA_RULE_USERDATA).and_then(comment))
+    }
+
+    /// The chain that every rule of a chain leads to, in the order of the rules, `None` for a rule
+    /// with another end. Empty if the chain or the table does not exist.
+    pub fn rule_jumps(
+        &mut self,
+        family: NftFamily,
+        table: &str,
+        chain: &str,
+    ) -> io::Result<Vec<Option<String>>> {
+        self.rules(family, table, chain, jump)
+    }
+
+    fn rules<T>(
+        &mut self,
+        family: NftFamily,
+        table: &str,
+        chain: &str,
+        mut decode: impl FnMut(&[u8]) -> T,
+    ) -> io::Result<Vec<T>> {
         let names =
             [RuleAttribute::Table(table.to_owned()), RuleAttribute::Chain(chain.to_owned())];
         let request = message(libc::NFT_MSG_GETRULE, family, &names);
         let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWRULE);
         self.socket.dump(&request, |kind, payload| {
             let rest = payload.get(NFGENMSG_LENGTH..)?;
-            // Old kernels ignore the names, and send the rules of every chain.
+            // Linux before 4.10 sends the rules of every chain.
             let ours = kind == new
                 && named(rest, NFTA_RULE_TABLE, table)
                 && named(rest, NFTA_RULE_CHAIN, chain);
-            ours.then(|| find(rest, NFTA_RULE_USERDATA).and_then(comment))
+            ours.then(|| decode(rest))
         })
     }
 
@@ -242,6 +266,15 @@ fn element(message: &[u8]) -> Option<Element> {
         }
     }
     Some(element)
+}
+
+/// A jump is an immediate expression that loads a verdict.
+fn jump(rule: &[u8]) -> Option<String> {
+    let expressions = find(rule, NFTA_RULE_EXPRESSIONS)?;
+    attributes(expressions).find_map(|(_, expression)| {
+        let data = find(find(expression, NFTA_EXPR_DATA)?, NFTA_IMMEDIATE_DATA)?;
+        find(find(data, NFTA_DATA_VERDICT)?, NFTA_VERDICT_CHAIN).map(text)
+    })
 }
 
 /// User data is a sequence of type, length and value, with one byte each for the first two.
