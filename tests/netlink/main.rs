@@ -14,6 +14,7 @@
 mod conntrack;
 mod nftables;
 mod route;
+mod socket_diag;
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -22,9 +23,12 @@ use nix::sched::{CloneFlags, unshare};
 
 /// Runs `test` in a new network namespace with `lo` up. Only the thread enters it, and with it the
 /// processes that it starts.
+///
+/// The thread has a table of descriptors of its own as well. Otherwise a process that another test
+/// starts holds this one's sockets from fork to exec: a listener that is closed still listens.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).expect("root is needed");
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_FILES).expect("root is needed");
         run("ip link set lo up");
         test();
     });

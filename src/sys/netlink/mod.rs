@@ -1,5 +1,6 @@
 //! What the kernel is asked without starting a process: links, addresses and routes
-//! (`NETLINK_ROUTE`), connection tracking and nf_tables (`NETLINK_NETFILTER`).
+//! (`NETLINK_ROUTE`), connection tracking and nf_tables (`NETLINK_NETFILTER`), listening sockets
+//! (`NETLINK_SOCK_DIAG`).
 //!
 //! Requests are built from the types of the netlink-packet crates. Answers are taken apart by
 //! attribute number instead: those crates decode a message whole, so that one statistics block or

@@ -1,0 +1,150 @@
+#![allow(clippy::disallowed_methods, reason = "these tests make the sockets that are found")]
+
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, bind,
+    listen, setsockopt, socket, sockopt,
+};
+use portmap::model::{Family, Protocol};
+use portmap::sys::netlink::socket_diag;
+
+use crate::{in_namespace, run};
+
+/// What `is_open` says of IPv4 and IPv6: any local address, one of `ADDRESSES`, the other one.
+type Answers = ([bool; 3], [bool; 3]);
+
+const NOBODY: Answers = ([false; 3], [false; 3]);
+const ADDRESSES: [&str; 4] = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"];
+
+fn add_addresses() {
+    for address in ADDRESSES {
+        let options = if address.contains(':') { "/128 nodad" } else { "/32" };
+        run(&format!("ip addr add {address}{options} dev lo"));
+    }
+}
+
+fn ask(protocol: Protocol, port: u16) -> Answers {
+    let one = |family, address: Option<&str>| {
+        let address: Option<IpAddr> = address.map(|text| text.parse().unwrap());
+        socket_diag::is_open(family, protocol, address, port).unwrap()
+    };
+    let [first4, second4, first6, second6] = ADDRESSES.map(Some);
+    (
+        [one(Family::V4, None), one(Family::V4, first4), one(Family::V4, second4)],
+        [one(Family::V6, None), one(Family::V6, first6), one(Family::V6, second6)],
+    )
+}
+
+/// An IPv6 socket bound to port 8080 and, with TCP, listening.
+fn bound6(kind: SockType, address: &str, v6only: bool) -> OwnedFd {
+    let socket = socket(AddressFamily::Inet6, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    setsockopt(&socket, sockopt::Ipv6V6Only, &v6only).unwrap();
+    let address: SockaddrIn6 = format!("[{address}]:8080").parse().unwrap();
+    bind(socket.as_raw_fd(), &address).unwrap();
+    if kind == SockType::Stream {
+        listen(&socket, Backlog::new(1).unwrap()).unwrap();
+    }
+    socket
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn listening_tcp_sockets() {
+    in_namespace(|| {
+        add_addresses();
+        let answers = |address: &str| {
+            let _listener = TcpListener::bind(address).unwrap();
+            assert_eq!(ask(Protocol::Tcp, 8081), NOBODY, "{address}");
+            assert_eq!(ask(Protocol::Udp, 8080), NOBODY, "{address}");
+            ask(Protocol::Tcp, 8080)
+        };
+        assert_eq!(answers("0.0.0.0:8080"), ([true; 3], [false; 3]));
+        assert_eq!(answers("192.0.2.1:8080"), ([true, true, false], [false; 3]));
+        assert_eq!(answers("[2001:db8::1]:8080"), ([false; 3], [true, true, false]));
+        assert_eq!(ask(Protocol::Tcp, 8080), NOBODY);
+    });
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn ipv6_sockets_take_ipv4_unless_told_otherwise() {
+    in_namespace(|| {
+        add_addresses();
+        for (kind, protocol) in
+            [(SockType::Stream, Protocol::Tcp), (SockType::Datagram, Protocol::Udp)]
+        {
+            for (address, v6only, expected) in [
+                ("::", false, ([true; 3], [true; 3])),
+                ("::", true, ([false; 3], [true; 3])),
+                ("2001:db8::1", false, ([false; 3], [true, true, false])),
+                ("::ffff:192.0.2.1", false, ([true, true, false], [false; 3])),
+                ("::ffff:0.0.0.0", false, ([true; 3], [false; 3])),
+            ] {
+                let _socket = bound6(kind, address, v6only);
+                assert_eq!(ask(protocol, 8080), expected, "{protocol} {address} {v6only}");
+            }
+            assert_eq!(ask(protocol, 8080), NOBODY);
+        }
+    });
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn a_connection_without_a_listener_is_not_open() {
+    in_namespace(|| {
+        add_addresses();
+        let listener = TcpListener::bind("192.0.2.1:8080").unwrap();
+        let client = TcpStream::connect("192.0.2.1:8080").unwrap();
+        let (server, _) = listener.accept().unwrap();
+        let client_port = client.local_addr().unwrap().port();
+        assert_eq!(ask(Protocol::Tcp, 8080), ([true, true, false], [false; 3]));
+        drop(listener);
+        assert_eq!(server.local_addr().unwrap().port(), 8080);
+        assert_eq!(ask(Protocol::Tcp, 8080), NOBODY);
+        assert_eq!(ask(Protocol::Tcp, client_port), NOBODY);
+    });
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn udp_sockets_that_are_not_connected() {
+    in_namespace(|| {
+        add_addresses();
+        let socket = UdpSocket::bind("0.0.0.0:8080").unwrap();
+        assert_eq!(ask(Protocol::Udp, 8080), ([true; 3], [false; 3]));
+        assert_eq!(ask(Protocol::Udp, 8081), NOBODY);
+        assert_eq!(ask(Protocol::Tcp, 8080), NOBODY);
+        socket.connect("192.0.2.2:53").unwrap();
+        assert_eq!(ask(Protocol::Udp, 8080), NOBODY);
+        drop(socket);
+
+        let _one = UdpSocket::bind("192.0.2.2:8080").unwrap();
+        assert_eq!(ask(Protocol::Udp, 8080), ([true, false, true], [false; 3]));
+        let _group = UdpSocket::bind("224.0.0.251:5353").unwrap();
+        assert_eq!(ask(Protocol::Udp, 5353), NOBODY);
+    });
+}
+
+/// Without SCTP in the kernel, asking for it is not an error.
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn listening_sctp_sockets() {
+    in_namespace(|| {
+        add_addresses();
+        assert_eq!(ask(Protocol::Sctp, 8080), NOBODY);
+        let protocol = SockProtocol::Sctp;
+        let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, protocol);
+        let socket = match made {
+            Err(Errno::EPROTONOSUPPORT) => return println!("no SCTP here"),
+            made => made.unwrap(),
+        };
+        let address: SockaddrIn = "192.0.2.1:8080".parse().unwrap();
+        bind(socket.as_raw_fd(), &address).unwrap();
+        assert_eq!(ask(Protocol::Sctp, 8080), NOBODY);
+        listen(&socket, Backlog::new(1).unwrap()).unwrap();
+        assert_eq!(ask(Protocol::Sctp, 8080), ([true, true, false], [false; 3]));
+    });
+}
