@@ -435,7 +435,7 @@ mod tests {
         store.put(&old, None).unwrap();
         store.put(&new, None).unwrap();
         let port = BTreeSet::from([IndexKey::Port("tcp-80".into())]);
-        assert_eq!(store.sharing(&port, &new.id()).unwrap(), [old.clone()]);
+        assert_eq!(store.sharing(&port, &new.id()).unwrap(), std::slice::from_ref(&old));
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
         assert!(store.has_other(&IndexKey::Backend(BackendKind::Iptables), &new.id()).unwrap());
         assert!(
@@ -447,7 +447,7 @@ mod tests {
 
         let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
         store.put(&moved, Some(&new)).unwrap();
-        assert_eq!(store.sharing(&port, "").unwrap(), [old.clone()]);
+        assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
         store.remove(&old).unwrap();
         store.remove(&moved).unwrap();
         store.remove(&moved).unwrap();
