@@ -6,9 +6,13 @@ use super::Host;
 use super::command::ToolError;
 use super::namespace::in_scratch_netns;
 
+/// What nft reads as its input. Its own name for it, `-`, means /dev/stdin, which minimal images and
+/// early boot stages may lack.
+const STDIN: &str = "/proc/self/fd/0";
+
 /// Sends commands in JSON; all of them are one transaction.
 pub fn apply(host: &Host, json: &str) -> Result<(), ToolError> {
-    host.tools.run("nft", &["-j", "-f", "-"], json).map(drop)
+    host.tools.run("nft", &["-j", "-f", STDIN], json).map(drop)
 }
 
 /// A table as nft's JSON, without decoding by the crate's schema: one object it does not know makes
@@ -33,7 +37,7 @@ pub fn compile(host: &Host, conditions: &str) -> Result<Vec<Value>, String> {
     in_scratch_netns(|| {
         let script =
             format!("table inet portmap {{\n chain conditions {{\n {conditions} accept\n }}\n}}\n");
-        host.tools.run("nft", &["-f", "-"], &script).map_err(|error| error.to_string())?;
+        host.tools.run("nft", &["-f", STDIN], &script).map_err(|error| error.to_string())?;
         let objects = list_table(host, "inet", "portmap").map_err(|error| error.to_string())?;
         let mut rules = objects.iter().filter_map(|object| object.get("rule"));
         let (Some(rule), None) = (rules.next(), rules.next()) else {
