@@ -165,7 +165,8 @@ impl Store {
     /// Every record, oldest first, and what is wrong with the files that are none.
     pub fn all(&self) -> Result<(Vec<Record>, Vec<String>)> {
         let (mut records, mut problems) = (Vec::new(), Vec::new());
-        for name in self.names(Path::new("records"))? {
+        for name in entries(&self.dir.join("records"))? {
+            let name = name?;
             let Some(id) = name.strip_suffix(".json") else {
                 continue;
             };
@@ -209,9 +210,12 @@ impl Store {
         Ok(records)
     }
 
-    /// Whether a record other than `id` has the key.
+    /// Whether a record other than `id` has the key. Looks no further than the first, so that the
+    /// answer costs the same whatever their number.
     pub fn has_other(&self, key: &IndexKey, id: &str) -> Result<bool> {
-        for other in self.users(key)? {
+        let dir = self.index_dir(key);
+        for other in entries(&dir)? {
+            let other = other?;
             if other != id
                 && self
                     .get(&other)?
@@ -227,7 +231,8 @@ impl Store {
     /// The parts of a backend that records need.
     pub fn parts(&self, backend: BackendKind) -> Result<BTreeSet<Part>> {
         let mut parts = BTreeSet::new();
-        for name in self.names(&Path::new("index").join(format!("parts-{backend}")))? {
+        for name in entries(&self.dir.join("index").join(format!("parts-{backend}")))? {
+            let name = name?;
             if let Some(part) = Part::parse(&name)
                 && self.has_other(&IndexKey::Part(backend, part), "")?
             {
@@ -238,35 +243,23 @@ impl Store {
     }
 
     fn users(&self, key: &IndexKey) -> Result<Vec<String>> {
-        let (kind, name) = key.path();
-        self.names(&Path::new("index").join(kind).join(name))
+        entries(&self.index_dir(key))?.collect()
     }
 
-    fn names(&self, relative: &Path) -> Result<Vec<String>> {
-        let path = self.dir.join(relative);
-        let entries = match fs::read_dir(&path) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Error::io(format!("read {}", path.display()), error)),
-        };
-        entries
-            .map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()))
-            .filter(|name| name.as_ref().map_or(true, |name| !name.starts_with('.')))
-            .collect::<io::Result<_>>()
-            .map_err(|error| Error::io(format!("read {}", path.display()), error))
+    fn index_dir(&self, key: &IndexKey) -> PathBuf {
+        let (kind, name) = key.path();
+        self.dir.join("index").join(kind).join(name)
     }
 
     fn index_add(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let (kind, name) = key.path();
-        let dir = self.dir.join("index").join(kind).join(name);
+        let dir = self.index_dir(key);
         fs::create_dir_all(&dir)
             .and_then(|()| File::create(dir.join(id)).map(drop))
             .map_err(|error| Error::io(format!("write the index entry {}", dir.display()), error))
     }
 
     fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let (kind, name) = key.path();
-        let dir = self.dir.join("index").join(kind).join(name);
+        let dir = self.index_dir(key);
         ignore_absent(fs::remove_file(dir.join(id))).map_err(|error| {
             Error::io(format!("remove the index entry {}", dir.display()), error)
         })?;
@@ -301,6 +294,23 @@ impl Store {
         };
         result.map_err(|error| Error::io(format!("write {}", path.display()), error))
     }
+}
+
+/// Names in a directory, without those that begin with a dot; none if there is no directory.
+fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>>> {
+    let failed = |path: &Path, error| Error::io(format!("read {}", path.display()), error);
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => Some(entries),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(failed(path, error)),
+    };
+    let path = path.to_owned();
+    let names = entries.into_iter().flatten().map(move |entry| {
+        entry
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .map_err(|error| failed(&path, error))
+    });
+    Ok(names.filter(|name| name.as_ref().map_or(true, |name| !name.starts_with('.'))))
 }
 
 fn record_path(dir: &Path, id: &str) -> PathBuf {
