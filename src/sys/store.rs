@@ -12,9 +12,10 @@
 //! after it), so a reader checks what it finds, and a kill in between leaves nothing to repair.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -68,9 +69,7 @@ pub fn is_recorded(dir: &Path, id: &str) -> bool {
 
 /// Whether records can be kept in `dir`, which is made if it is missing.
 pub fn check_usable(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).map_err(|error| {
-        Error::io(format!("create the state directory {}", dir.display()), error)
-    })?;
+    create_state_dir(dir)?;
     nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).map_err(|error| {
         Error::io(format!("write to the state directory {}", dir.display()), error.into())
     })
@@ -80,9 +79,7 @@ impl Store {
     /// Waits for the lock and opens the directory, which is made if it is missing. State of an
     /// earlier boot is discarded: the rules it describes are gone.
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
-        fs::create_dir_all(dir).map_err(|error| {
-            Error::io(format!("create the state directory {}", dir.display()), error)
-        })?;
+        create_state_dir(dir)?;
         let store = Store { dir: dir.to_owned(), _lock: lock(&dir.join("lock"))? };
         let boot = store.dir.join("boot");
         match fs::read_to_string(&boot) {
@@ -294,6 +291,19 @@ impl Store {
         };
         result.map_err(|error| Error::io(format!("write {}", path.display()), error))
     }
+}
+
+/// Root's alone, whatever the runtime's umask: records become rules.
+fn create_state_dir(dir: &Path) -> Result<()> {
+    let create = || {
+        dir.parent().map_or(Ok(()), fs::create_dir_all)?;
+        match DirBuilder::new().mode(0o700).create(dir) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        }
+    };
+    create()
+        .map_err(|error| Error::io(format!("create the state directory {}", dir.display()), error))
 }
 
 /// Names in a directory, without those that begin with a dot; none if there is no directory.
