@@ -1,0 +1,96 @@
+//! A specific hostIP goes before the wildcard, whoever came first.
+
+use std::net::SocketAddr;
+
+use portmap::demo::matrix::{Case, Place};
+use portmap::demo::server::Servers;
+use portmap::demo::topology::Shape;
+use portmap::demo::traffic::Transport;
+use portmap::model::Family;
+
+use crate::rig::{
+    Container, INSIDE, PORT, Stage, assert_calls, client, mapped, mapped_at, reaches, refused,
+};
+use crate::support::{Node, Variant};
+
+/// Calls of the client to the specific and to the other address; no name is a closed port.
+fn answers(
+    stage: &Stage,
+    family: Family,
+    specific: Option<&str>,
+    other: Option<&str>,
+) -> Vec<Case> {
+    let lab = &stage.lab;
+    [(lab.node_address(family), specific), (lab.second_node_address(family), other)]
+        .into_iter()
+        .flat_map(|(ip, server)| match server {
+            Some(server) => reaches(Place::Client, ip, PORT, server, client(lab, family)),
+            None => refused(Place::Client, ip, PORT),
+        })
+        .collect()
+}
+
+on_each_variant! {
+    fn across_two_pods(variant: Variant) {
+        let stage = Stage::new(Shape::Cilium);
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        for (family, specific_first) in Family::ALL.into_iter().flat_map(|f| [(f, true), (f, false)]) {
+            let wildcard = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+            let address = lab.node_address(family).to_string();
+            let specific = Container::new(&node, lab, 1, mapped_at(&address, PORT, INSIDE));
+            if specific_first {
+                specific.add();
+                wildcard.add();
+            } else {
+                wildcard.add();
+                specific.add();
+            }
+            let what = format!("{family}, specific first: {specific_first}");
+            assert_calls(&what, lab, answers(&stage, family, Some("pod-b"), Some("pod-a")));
+            specific.check();
+            wildcard.check();
+            // Whichever goes, the other one has what is left.
+            if specific_first {
+                specific.del();
+                assert_calls(&what, lab, answers(&stage, family, Some("pod-a"), Some("pod-a")));
+                wildcard.check();
+                wildcard.del();
+            } else {
+                wildcard.del();
+                assert_calls(&what, lab, answers(&stage, family, Some("pod-b"), None));
+                specific.check();
+                specific.del();
+            }
+            node.assert_clean(&before);
+        }
+    }
+
+    fn inside_one_attachment(variant: Variant) {
+        const OTHER: u16 = 81;
+        let stage = Stage::new(Shape::Cilium);
+        let lab = &stage.lab;
+        let mut servers = Servers::default();
+        for family in Family::ALL {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let address = SocketAddr::new(lab.pods[0].address(family).unwrap(), OTHER);
+                servers.add(&lab.pods[0].netns, "port-81", transport, address).unwrap();
+            }
+        }
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        for (family, specific_first) in Family::ALL.into_iter().flat_map(|f| [(f, true), (f, false)]) {
+            let wildcard = mapped(PORT, INSIDE);
+            let specific = mapped_at(&lab.node_address(family).to_string(), PORT, OTHER);
+            let mappings = if specific_first { [specific, wildcard] } else { [wildcard, specific] };
+            let container = Container::new(&node, lab, 0, mappings.concat());
+            container.add();
+            let what = format!("{family}, specific first: {specific_first}");
+            assert_calls(&what, lab, answers(&stage, family, Some("port-81"), Some("pod-a")));
+            container.check();
+            container.del();
+            node.assert_clean(&before);
+        }
+    }
+}
