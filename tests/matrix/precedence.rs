@@ -36,10 +36,22 @@ on_each_variant! {
         let lab = &stage.lab;
         let node = Node::new(&lab.node, variant);
         let before = node.snapshot();
-        for (family, specific_first) in Family::ALL.into_iter().flat_map(|f| [(f, true), (f, false)]) {
+        // A specific claim may stand beside wildcards of the same container, for other ports.
+        for (family, specific_first, mixed) in [
+            (Family::V4, true, false),
+            (Family::V4, false, false),
+            (Family::V4, true, true),
+            (Family::V4, false, true),
+            (Family::V6, true, true),
+            (Family::V6, false, false),
+        ] {
             let wildcard = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
             let address = lab.node_address(family).to_string();
-            let specific = Container::new(&node, lab, 1, mapped_at(&address, PORT, INSIDE));
+            let mut mappings = mapped_at(&address, PORT, INSIDE);
+            if mixed {
+                mappings.extend(mapped(PORT + 1, INSIDE));
+            }
+            let specific = Container::new(&node, lab, 1, mappings);
             if specific_first {
                 specific.add();
                 wildcard.add();
@@ -47,7 +59,7 @@ on_each_variant! {
                 wildcard.add();
                 specific.add();
             }
-            let what = format!("{family}, specific first: {specific_first}");
+            let what = format!("{family}, specific first: {specific_first}, mixed: {mixed}");
             assert_calls(&what, lab, answers(&stage, family, Some("pod-b"), Some("pod-a")));
             specific.check();
             wildcard.check();
@@ -64,6 +76,41 @@ on_each_variant! {
                 specific.del();
             }
             node.assert_clean(&before);
+        }
+    }
+
+    /// Two pods want all of a port, and one address of it each.
+    fn each_its_own_address_and_the_newest_the_rest(variant: Variant) {
+        let stage = Stage::new(Shape::Cilium);
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        for family in Family::ALL {
+            let own = [lab.node_address(family), lab.second_node_address(family)];
+            let pods = [0, 1].map(|pod| {
+                let specific = mapped_at(&own[pod].to_string(), PORT, INSIDE);
+                Container::new(&node, lab, pod, [mapped(PORT, INSIDE), specific].concat())
+            });
+            let assert_rest = |what: &str, server: &str| {
+                let rest = lab.gateway(family);
+                let cases = reaches(Place::Client, rest, PORT, server, client(lab, family));
+                assert_calls(what, lab, cases);
+            };
+            for newest in [0, 1] {
+                let oldest = 1 - newest;
+                pods[oldest].add();
+                pods[newest].add();
+                assert_calls("both", lab, answers(&stage, family, Some("pod-a"), Some("pod-b")));
+                assert_rest("both", &lab.pods[newest].name);
+                pods.iter().for_each(Container::check);
+                pods[newest].del();
+                let left = Some(lab.pods[oldest].name.as_str());
+                assert_calls("one", lab, answers(&stage, family, left, left));
+                assert_rest("one", &lab.pods[oldest].name);
+                pods[oldest].check();
+                pods[oldest].del();
+                node.assert_clean(&before);
+            }
         }
     }
 
