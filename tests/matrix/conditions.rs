@@ -145,8 +145,16 @@ on_each_variant! {
         one_caller.check();
         one_caller.del();
         assert_answers("one", &stage, Family::V4, [Some("pod-a"); 2]);
+        // The newest goes first, and this one leaves nothing over.
+        one_caller.add();
+        all_callers.del();
+        all_callers.add();
+        assert_answers("newest", &stage, Family::V4, [Some("pod-a"); 2]);
         all_callers.check();
         all_callers.del();
+        assert_answers("one caller", &stage, Family::V4, [None, Some("pod-b")]);
+        one_caller.check();
+        one_caller.del();
         node.assert_clean(&before);
     }
 }

@@ -7,8 +7,9 @@ use portmap::demo::matrix::{Case, Place, Source};
 use portmap::demo::server::Servers;
 use portmap::demo::topology::Shape;
 use portmap::model::Family;
+use serde_json::json;
 
-use crate::rig::{Container, INSIDE, PORT, Stage, assert_calls, client, mapped, reaches};
+use crate::rig::{Container, INSIDE, PORT, Stage, assert_calls, client, mapped, reaches, shell};
 use crate::support::{Node, Variant};
 
 /// How a Service is made, and how it goes.
@@ -154,5 +155,50 @@ on_each_variant! {
         container.check();
         container.del();
         node.assert_clean(&before);
+    }
+
+    /// A Service may lead to the very port that a hostPort leads to. Its connections are not the
+    /// hostPort's: they keep their source, whatever `masqAll` says.
+    fn a_service_of_the_same_pod_keeps_its_sources(variant: Variant) {
+        const VIRTUAL: u16 = 443;
+        const NODE_PORT: u16 = 30080;
+        let stage = Stage::new(Shape::Ptp);
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        for (family, cluster_ip) in [(Family::V4, "10.96.0.10"), (Family::V6, "fd00:96::10")] {
+            let (ip, address, _) = service(&stage, family);
+            let target = SocketAddr::new(lab.pods[0].address(family).unwrap(), INSIDE);
+            let rules = ["tcp", "udp"].map(|protocol| {
+                format!(
+                    "{ip} daddr {cluster_ip} {protocol} dport {VIRTUAL} dnat to {target}\n\
+                     {ip} daddr {address} {protocol} dport {NODE_PORT} dnat to {target}"
+                )
+            });
+            node.shell(&format!(
+                "nft 'table {ip} kube-proxy {{\nchain services {{\n\
+                 type nat hook prerouting priority -110;\n{}\n}}\n}}'",
+                rules.join("\n")
+            ));
+            shell(&lab.client, &format!("ip route add {cluster_ip} via {address}"));
+        }
+        let before = node.snapshot();
+        for masq_all in [false, true] {
+            let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE))
+                .with("masqAll", json!(masq_all));
+            container.add();
+            let mut cases = Vec::new();
+            for (family, cluster_ip) in [(Family::V4, "10.96.0.10"), (Family::V6, "fd00:96::10")] {
+                let cluster_ip: IpAddr = cluster_ip.parse().unwrap();
+                let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
+                let own = lab.node_address(family);
+                let outside = client(lab, family);
+                cases.extend(reaches(Place::Client, cluster_ip, VIRTUAL, "pod-a", outside));
+                cases.extend(reaches(Place::Pod(1), cluster_ip, VIRTUAL, "pod-a", neighbour));
+                cases.extend(reaches(Place::Client, own, NODE_PORT, "pod-a", outside));
+            }
+            assert_calls(&format!("masqAll: {masq_all}"), lab, cases);
+            container.del();
+            node.assert_clean(&before);
+        }
     }
 }
