@@ -145,6 +145,7 @@ impl Objects {
                 pod.clone(),
                 Atom::Protocol(forward.claim.protocol),
                 Atom::Port(forward.target.port()),
+                Atom::Port(forward.claim.port),
             ];
             add(format!("flows{digit}"), key);
         }

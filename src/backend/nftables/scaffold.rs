@@ -22,7 +22,7 @@ use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
 use serde_json::{Value, json};
 
 use super::objects::{digit, ip_name, not_an_uplink};
-use crate::model::Family;
+use crate::model::{Family, Protocol};
 use crate::record::Part;
 
 /// Our table, of family inet.
@@ -186,7 +186,10 @@ fn sets(parts: &BTreeSet<Part>) -> Vec<Value> {
                     commands.push(map(&format!("{prefix}{digit}_addr"), &key, ip));
                     commands.push(map(&format!("{prefix}{digit}_port"), &key, InetService));
                 }
-                commands.push(set(&format!("flows{digit}"), &[ip, InetProto, InetService]));
+                commands.push(set(
+                    &format!("flows{digit}"),
+                    &[ip, InetProto, InetService, InetService],
+                ));
                 commands.push(set(&format!("all{digit}"), &[ip]));
                 commands.push(set(&format!("nodes{digit}"), &[ip]));
             }
@@ -284,27 +287,36 @@ fn of_family(family: Family) -> Value {
 }
 
 /// From postrouting to the masquerade chain: connections that were translated from a node address to
-/// a mapped port of a pod. A Service's connection to the same port of the pod had another address.
+/// a mapped port of a pod, on that mapping's hostPort. A Service's connection to the same port of the
+/// pod had another address (its own) or another port (a NodePort).
 fn masquerade_entry(family: Family, chain: &str) -> Vec<Value> {
     let (ip, digit) = (ip_name(family), digit(family));
     let translated =
         json!({"match": {"op": "in", "left": {"ct": {"key": "status"}}, "right": "dnat"}});
-    let target = json!({"match": {
-        "op": "==",
-        "left": {"concat": [payload(ip, "daddr"), {"meta": {"key": "l4proto"}}, payload("th", "dport")]},
-        "right": format!("@flows{digit}"),
-    }});
     let to_node = json!({"match": {
         "op": "==",
         "left": {"ct": {"key": format!("{ip} daddr"), "dir": "original"}},
         "right": format!("@nodes{digit}"),
     }});
+    let from_loopback = in_network(payload(ip, "saddr"), "127.0.0.0", 8);
     let mut rules = Vec::new();
-    if family == Family::V4 {
-        let from_loopback = in_network(payload(ip, "saddr"), "127.0.0.0", 8);
-        rules.push(json!([translated, from_loopback, target, {"masquerade": null}]));
+    // The original port has a type only where the protocol is known (nft 1.0.6): a rule for each.
+    for protocol in [Protocol::Sctp, Protocol::Tcp, Protocol::Udp] {
+        let protocol = equal(json!({"meta": {"key": "l4proto"}}), protocol.name());
+        let flow = json!({"match": {
+            "op": "==",
+            "left": {"concat": [
+                payload(ip, "daddr"), {"meta": {"key": "l4proto"}}, payload("th", "dport"),
+                {"ct": {"key": "proto-dst", "dir": "original"}},
+            ]},
+            "right": format!("@flows{digit}"),
+        }});
+        if family == Family::V4 {
+            let masquerade = json!({"masquerade": null});
+            rules.push(json!([protocol, translated, from_loopback, flow, masquerade]));
+        }
+        rules.push(json!([protocol, translated, to_node, flow, {"jump": {"target": chain}}]));
     }
-    rules.push(json!([translated, to_node, target, {"jump": {"target": chain}}]));
     rules
 }
 

@@ -1,0 +1,95 @@
+//! What `route_localnet` opens, the guard keeps shut (CVE-2020-8558): packets to 127.0.0.1 from
+//! outside of the node reach neither a pod nor a service that the node keeps to itself.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use portmap::demo::netns::Netns;
+use portmap::demo::server::Servers;
+use portmap::demo::topology::UPLINK;
+use portmap::demo::traffic::{Call, Failure, Transport};
+use portmap::model::Family;
+
+use crate::rig::{Container, INSIDE, PORT, SILENCE, Stage, TIMEOUT, all, bound, mapped_at, shell};
+use crate::support::{Node, Variant};
+
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// A service of the node for itself.
+const PRIVATE: u16 = 9999;
+
+/// Makes a machine send packets for 127.0.0.1 to its gateway, and take answers from there. The kernel
+/// does so when the address is not its own.
+fn become_attacker(attacker: &Netns, gateway: IpAddr) {
+    attacker.set_sysctl("ipv4/conf/eth0/route_localnet", "1").unwrap();
+    shell(
+        attacker,
+        &format!("ip -4 address flush dev lo; ip route add 127.0.0.1 via {gateway} dev eth0"),
+    );
+}
+
+/// What an attacker gets from 127.0.0.1 of the node.
+fn attacks(attackers: &[(&Netns, IpAddr)], port: u16) -> Vec<Result<String, Failure>> {
+    let target = SocketAddr::new(LOCALHOST, port);
+    let calls: Vec<(&Netns, Call)> = attackers
+        .iter()
+        .flat_map(|(attacker, source)| {
+            [Transport::Tcp, Transport::Udp]
+                .map(|transport| (*attacker, bound(transport, *source, target, SILENCE)))
+        })
+        .collect();
+    all(&calls).into_iter().map(|result| result.map(|reply| reply.server)).collect()
+}
+
+on_each_variant! {
+    fn packets_from_outside_to_127_0_0_1_are_dropped(variant: Variant) {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let mut servers = Servers::default();
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let address = SocketAddr::new(LOCALHOST, PRIVATE);
+            servers.add(&lab.node, "node", transport, address).unwrap();
+        }
+        let pod = &lab.pods[0];
+        let from_client = (&lab.client, lab.client_address(Family::V4));
+        let from_pod = (&pod.netns, pod.address(Family::V4).unwrap());
+        become_attacker(&lab.client, lab.node_address(Family::V4));
+        become_attacker(&pod.netns, lab.gateway(Family::V4));
+
+        // Something else on this node has opened the uplink, as kube-proxy does. That alone lets
+        // the client in: without this, the rest of the test would prove nothing.
+        let localnet = |link: &str| format!("ipv4/conf/{link}/route_localnet");
+        lab.node.set_sysctl(&localnet(UPLINK), "1").unwrap();
+        lab.node.set_sysctl(&localnet(&pod.host_link), "1").unwrap();
+        let open = vec![Ok("node".to_owned()); 4];
+        assert_eq!(attacks(&[from_client, from_pod], PRIVATE), open);
+        lab.node.set_sysctl(&localnet(&pod.host_link), "0").unwrap();
+        let before = node.snapshot();
+
+        for host_ip in ["127.0.0.1", ""] {
+            let container = Container::new(&node, lab, 0, mapped_at(host_ip, PORT, INSIDE));
+            container.add();
+            assert_eq!(
+                lab.node.sysctl(&localnet(&pod.host_link)).unwrap(),
+                "1",
+                "the plugin itself has opened the pod's link"
+            );
+            for port in [PRIVATE, PORT] {
+                let dropped = vec![Err(Failure::TimedOut); 4];
+                assert_eq!(attacks(&[from_client, from_pod], port), dropped, "port {port}");
+            }
+            // The node's own way to both is open.
+            for (port, server) in [(PRIVATE, "node"), (PORT, "pod-a")] {
+                let target = SocketAddr::new(LOCALHOST, port);
+                let calls = [Transport::Tcp, Transport::Udp]
+                    .map(|transport| (&lab.node, Call::new(transport, target, TIMEOUT)));
+                for reply in all(&calls) {
+                    assert_eq!(reply.unwrap().server, server);
+                }
+            }
+            container.check();
+            container.del();
+            node.assert_clean(&before);
+        }
+        assert_eq!(attacks(&[from_client], PRIVATE), open[..2], "the guard went with its user");
+    }
+}

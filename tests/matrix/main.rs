@@ -1,0 +1,57 @@
+//! Traffic to hostPorts on every kind of node: who is reached, and which source address the pod saw.
+//!
+//! Run as root: `cargo test --test matrix -- --ignored`. Each test makes a node, its pods and a client
+//! in namespaces of its own, lets the plugin change that node, calls, and looks what is left.
+
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+/// One test for each variant of a node's tools, so that a failure's name says where.
+macro_rules! on_each_variant {
+    ($($(#[$meta:meta])* fn $name:ident($variant:ident: Variant) $body:block)*) => {$(
+        $(#[$meta])*
+        mod $name {
+            use super::*;
+
+            fn holds($variant: Variant) $body
+
+            #[test]
+            #[ignore = "privileged: makes network namespaces"]
+            fn iptables_nft() {
+                holds(Variant::IptablesNft);
+            }
+
+            #[test]
+            #[ignore = "privileged: makes network namespaces"]
+            fn iptables_legacy() {
+                holds(Variant::IptablesLegacy);
+            }
+
+            #[test]
+            #[ignore = "privileged: makes network namespaces"]
+            fn nftables() {
+                holds(Variant::Nftables);
+            }
+        }
+    )*};
+}
+
+mod conditions;
+mod host_ip;
+mod localhost;
+mod masquerade;
+mod precedence;
+mod recordings;
+mod replay;
+mod rig;
+mod sctp;
+mod services;
+mod shapes;
+#[path = "../support/mod.rs"]
+mod support;
+mod versions;

@@ -1,0 +1,180 @@
+//! Options that say whose source address is rewritten, and how: `snat`, `masqAll`, `markMasqBit`.
+
+use std::net::{IpAddr, SocketAddr};
+
+use portmap::demo::matrix::{Expect, Place, Source};
+use portmap::demo::topology::Shape;
+use portmap::demo::traffic::{Call, Failure, Transport};
+use portmap::model::Family;
+use serde_json::json;
+
+use crate::rig::{
+    Container, INSIDE, PORT, SILENCE, Stage, all, assert_calls, assert_unmapped, client,
+    every_path, mapped, reaches,
+};
+use crate::support::{IPTABLES, Node, Variant};
+
+/// A call of pod-a to its own hostPort by a socket that takes answers from anywhere.
+fn to_itself(stage: &Stage) -> Result<IpAddr, Failure> {
+    let target = stage.lab.node_socket(Family::V4, PORT);
+    let call = Call::new(Transport::UdpUnconnected, target, SILENCE);
+    all(&[(&stage.lab.pods[0].netns, call)]).remove(0).map(|reply| reply.seen.ip())
+}
+
+on_each_variant! {
+    /// `snat: false` leaves every source as it is, also where the answer is then lost.
+    fn without_snat_nothing_is_rewritten(variant: Variant) {
+        let stage = Stage::new(Shape::Ptp);
+        let lab = &stage.lab;
+        let pod = &lab.pods[0];
+        // The kernel refuses a packet that comes in with the pod's own address as its source. With
+        // this the pod takes it, and by its answer shows what it saw.
+        pod.netns.set_sysctl("ipv4/conf/eth0/accept_local", "1").unwrap();
+        let own = pod.address(Family::V4).unwrap();
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+
+        let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+        container.add();
+        let seen = to_itself(&stage).unwrap();
+        assert!(lab.is_node_address(seen), "by default the pod sees {seen} of the node");
+        container.del();
+
+        let container = container.with("snat", json!(false));
+        container.add();
+        assert_eq!(
+            to_itself(&stage),
+            Err(Failure::WrongSource(SocketAddr::new(own, INSIDE))),
+            "the pod answered its own address directly"
+        );
+        let mut cases = Vec::new();
+        for family in Family::ALL {
+            let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
+            let ip = lab.node_address(family);
+            cases.extend(reaches(Place::Client, ip, PORT, "pod-a", client(lab, family)));
+            cases.extend(reaches(Place::Pod(1), ip, PORT, "pod-a", neighbour));
+            cases.extend(reaches(Place::Node, ip, PORT, "pod-a", Source::Node));
+        }
+        assert_calls("snat: false", lab, cases.clone());
+        let localnet = format!("ipv4/conf/{}/route_localnet", pod.host_link);
+        assert_eq!(lab.node.sysctl(&localnet).unwrap(), "0", "127.0.0.1 cannot work without snat");
+        container.check();
+        container.del();
+        assert_unmapped("after DEL", lab, &cases);
+        node.assert_clean(&before);
+    }
+
+    /// `masqAll: true` rewrites every source of a hostPort's connections, and of no other ones.
+    fn masq_all_is_for_host_ports_alone(variant: Variant) {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let container =
+            Container::new(&node, lab, 0, mapped(PORT, INSIDE)).with("masqAll", json!(true));
+        container.add();
+        let mut paths = every_path(lab, 0, PORT);
+        for case in &mut paths {
+            if case.from == Place::Client {
+                case.expect = Expect::Reached(Source::Node);
+            }
+        }
+        let mut cases = paths.clone();
+        for family in Family::ALL {
+            let ip = lab.pods[0].address(family).unwrap();
+            let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
+            cases.extend(reaches(Place::Client, ip, INSIDE, "pod-a", client(lab, family)));
+            cases.extend(reaches(Place::Pod(1), ip, INSIDE, "pod-a", neighbour));
+        }
+        assert_calls("masqAll: true", lab, cases);
+        container.check();
+        container.del();
+        assert_unmapped("after DEL", lab, &paths);
+        node.assert_clean(&before);
+    }
+
+    /// The bit of the packet mark can be chosen; two attachments may choose differently.
+    fn mark_bits_of_one_s_own(variant: Variant) {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let containers = [(0, 5), (1, 27)].map(|(pod, bit)| {
+            let port = PORT + u16::try_from(pod).unwrap();
+            let mut container = Container::new(&node, lab, pod, mapped(port, INSIDE));
+            container = container.with("markMasqBit", json!(bit));
+            container.config["name"] = json!(format!("network-{bit}"));
+            container
+        });
+        containers[0].add();
+        containers[1].add();
+        let listing = node.shell(match variant {
+            Variant::Nftables => "nft list ruleset",
+            _ => "iptables -t nat -S",
+        });
+        for bit in [5, 27] {
+            let mark = 1_u32 << bit;
+            let spellings = [format!("{mark:#x}/{mark:#x}"), format!("{mark:#010x}")];
+            assert!(
+                spellings.iter().any(|spelling| listing.contains(spelling)),
+                "no mark {mark:#x} in:\n{listing}"
+            );
+        }
+        let paths = [every_path(lab, 0, PORT), every_path(lab, 1, PORT + 1)];
+        assert_calls("markMasqBit", lab, paths.concat());
+        containers.iter().for_each(Container::check);
+        containers[0].del();
+        assert_unmapped("after DEL", lab, &paths[0]);
+        assert_calls("after the other's DEL", lab, paths[1].clone());
+        containers[1].check();
+        containers[1].del();
+        node.assert_clean(&before);
+    }
+
+    /// Direct traffic between pods, and to them, is none of the plugin's business.
+    fn direct_traffic_keeps_its_source(variant: Variant) {
+        let stage = Stage::new(Shape::Cilium);
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+        container.add();
+        let mut cases = Vec::new();
+        for family in Family::ALL {
+            let ip = lab.pods[0].address(family).unwrap();
+            let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
+            cases.extend(reaches(Place::Client, ip, INSIDE, "pod-a", client(lab, family)));
+            cases.extend(reaches(Place::Pod(1), ip, INSIDE, "pod-a", neighbour));
+        }
+        assert_calls("direct traffic", lab, cases);
+        container.del();
+    }
+}
+
+/// `externalSetMarkChain`: somebody else's chain marks, and their rule masquerades.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_chain_of_others_marks() {
+    for variant in IPTABLES {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        for nat in ["iptables -w -t nat", "ip6tables -w -t nat"] {
+            node.shell(&format!(
+                "{nat} -N KUBE-MARK-MASQ; {nat} -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000; \
+                 {nat} -A POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE"
+            ));
+        }
+        let before = node.snapshot();
+        let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE))
+            .with("externalSetMarkChain", json!("KUBE-MARK-MASQ"));
+        container.add();
+        let own = node.shell("iptables -t nat -S");
+        assert!(!own.contains("CNI-HOSTPORT-SETMARK"), "no mark of its own:\n{own}");
+        let paths = every_path(lab, 0, PORT);
+        assert_calls("externalSetMarkChain", lab, paths.clone());
+        container.check();
+        container.del();
+        assert_unmapped("after DEL", lab, &paths);
+        node.assert_clean(&before);
+    }
+}

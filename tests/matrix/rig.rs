@@ -1,0 +1,226 @@
+//! Containers with hostPorts as a runtime handles them, and calls with what should come of them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use portmap::demo::matrix::{self, Capabilities, Case, Expect, Place, Service, Source};
+use portmap::demo::netns::Netns;
+use portmap::demo::plugin::{self, Attachment};
+use portmap::demo::server::Servers;
+use portmap::demo::topology::{Lab, Options, Shape};
+use portmap::demo::traffic::{Call, Failure, Reply, Transport, reach};
+use portmap::model::Family;
+use serde_json::{Value, json};
+
+use crate::support::{Node, attachment, prev_result};
+
+/// How long a call may take that should succeed, or be refused.
+pub const TIMEOUT: Duration = Duration::from_millis(1500);
+/// How long to wait for nothing. Each such call is made successfully elsewhere in its test.
+pub const SILENCE: Duration = Duration::from_millis(400);
+/// The port that every pod serves, by TCP and UDP. It is the same in all pods, so that a call that
+/// ends in the wrong one is answered, and noticed.
+pub const INSIDE: u16 = 80;
+/// The hostPort of a test that needs one.
+pub const PORT: u16 = 8080;
+
+pub const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected];
+
+/// A laboratory of which every pod serves.
+pub struct Stage {
+    pub lab: Lab,
+    _servers: Vec<Servers>,
+}
+
+impl Stage {
+    pub fn new(shape: Shape) -> Self {
+        Self::with(Options::new(shape))
+    }
+
+    /// Pods whose replies to each other never meet the host's connection tracking.
+    pub fn bypassing() -> Self {
+        let mut options = Options::new(Shape::Cilium);
+        options.bypass = true;
+        Self::with(options)
+    }
+
+    pub fn with(options: Options) -> Self {
+        let lab = Lab::build(options).unwrap();
+        let serve = |pod: &portmap::demo::topology::Pod| pod.serve(&[INSIDE], &[INSIDE]).unwrap();
+        let servers = lab.pods.iter().map(serve).collect();
+        Stage { lab, _servers: servers }
+    }
+}
+
+/// One container on one network, between its ADD and its DEL.
+pub struct Container<'a> {
+    node: &'a Node<'a>,
+    pub config: Value,
+    pub attachment: Attachment,
+}
+
+impl<'a> Container<'a> {
+    /// The container of a laboratory pod. `mappings` are `portMappings`.
+    pub fn new(node: &'a Node<'a>, lab: &Lab, pod: usize, mappings: Vec<Value>) -> Self {
+        let prev_result = prev_result(lab, pod, &node.cni_version);
+        Container {
+            node,
+            config: node.config(json!(mappings), prev_result),
+            attachment: attachment(&lab.pods[pod], &format!("container-of-{}", lab.pods[pod].name)),
+        }
+    }
+
+    /// With another key of the configuration.
+    pub fn with(mut self, key: &str, value: Value) -> Self {
+        self.config[key] = value;
+        self
+    }
+
+    /// ADD; it must hand the previous result on.
+    pub fn add(&self) {
+        let output = self.node.ok("ADD", &self.config, &self.attachment);
+        let result: Value = serde_json::from_str(&output.stdout).unwrap();
+        assert_eq!(result, self.config["prevResult"], "ADD changed the result");
+    }
+
+    pub fn check(&self) {
+        let output = self.node.ok("CHECK", &self.config, &self.attachment);
+        assert_eq!(output.stdout, "", "CHECK prints nothing");
+    }
+
+    pub fn del(&self) {
+        let output = self.node.ok("DEL", &self.config, &self.attachment);
+        assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", ""));
+    }
+
+    /// DEL as for lists before 0.4.0 in the worst case: no previous result, no mappings, and the
+    /// namespace is gone.
+    pub fn del_by_key_alone(&self) {
+        let mut config = self.config.clone();
+        let fields = config.as_object_mut().unwrap();
+        fields.remove("prevResult");
+        fields.remove("runtimeConfig");
+        let attachment = Attachment { netns: PathBuf::new(), ..self.attachment.clone() };
+        self.node.ok("DEL", &config, &attachment);
+    }
+}
+
+/// A port by TCP and by UDP.
+pub fn mapped(host_port: u16, container_port: u16) -> Vec<Value> {
+    mapped_at("", host_port, container_port)
+}
+
+/// A port by TCP and by UDP, with a hostIP.
+pub fn mapped_at(host_ip: &str, host_port: u16, container_port: u16) -> Vec<Value> {
+    let one = |protocol: &str| {
+        json!({
+            "hostPort": host_port, "containerPort": container_port,
+            "protocol": protocol, "hostIP": host_ip,
+        })
+    };
+    vec![one("tcp"), one("udp")]
+}
+
+/// Every path to a pod's hostPort, by TCP and UDP. More is known than the demonstration asks for: a
+/// caller in a pod is always seen with an address of the node. What is left alone is asked for by
+/// connected sockets only; others are not told, and would wait.
+pub fn every_path(lab: &Lab, pod: usize, host_port: u16) -> Vec<Case> {
+    let services = TRANSPORTS.map(|transport| Service { pod, transport, host_port });
+    let mut cases = matrix::cases(lab, &services, Capabilities { localhost_v6: Some(false) });
+    for case in &mut cases {
+        if matches!(case.from, Place::Pod(_)) {
+            case.expect = Expect::Reached(Source::Node);
+        }
+    }
+    cases.retain(|case| {
+        case.expect != Expect::LeftAlone || case.transport != Transport::UdpUnconnected
+    });
+    cases
+}
+
+/// Calls that end in a server, by TCP and UDP.
+pub fn reaches(from: Place, ip: IpAddr, port: u16, server: &str, source: Source) -> Vec<Case> {
+    TRANSPORTS
+        .map(|transport| case(from, transport, (ip, port), server, Expect::Reached(source)))
+        .into()
+}
+
+/// Calls that nothing answers and nothing swallows. Only connected sockets are told so.
+pub fn refused(from: Place, ip: IpAddr, port: u16) -> Vec<Case> {
+    [Transport::Tcp, Transport::Udp]
+        .map(|transport| case(from, transport, (ip, port), "none", Expect::LeftAlone))
+        .into()
+}
+
+fn case(
+    from: Place,
+    transport: Transport,
+    target: (IpAddr, u16),
+    server: &str,
+    expect: Expect,
+) -> Case {
+    Case {
+        path: format!("{from:?}"),
+        from,
+        transport,
+        target: target.into(),
+        server: server.to_owned(),
+        expect,
+    }
+}
+
+/// The outside client, of which a pod sees its own address.
+pub fn client(lab: &Lab, family: Family) -> Source {
+    Source::Kept(lab.client_address(family))
+}
+
+/// Makes all calls at once and fails the test over those that came to something else.
+pub fn assert_calls(what: &str, lab: &Lab, cases: Vec<Case>) {
+    assert!(!cases.is_empty());
+    let outcomes = matrix::run(lab, cases, TIMEOUT);
+    let wrong: Vec<String> = outcomes
+        .iter()
+        .filter(|outcome| !outcome.ok)
+        .map(|outcome| {
+            let case = &outcome.case;
+            format!(
+                "{} by {} to {} of {}: {:?} expected, was {:?}",
+                case.path, case.transport, case.target, case.server, case.expect, outcome.result
+            )
+        })
+        .collect();
+    let shape = lab.options.shape;
+    assert!(wrong.is_empty(), "{what} ({shape:?}):\n{}", wrong.join("\n"));
+}
+
+/// The same calls find nothing any more. Unconnected sockets would not be told, and are left out.
+pub fn assert_unmapped(what: &str, lab: &Lab, cases: &[Case]) {
+    let mut cases = matrix::unmapped(cases);
+    cases.retain(|case| case.transport != Transport::UdpUnconnected);
+    assert_calls(what, lab, cases);
+}
+
+/// Calls from addresses of the caller's choice, all at once.
+pub fn all(calls: &[(&Netns, Call)]) -> Vec<Result<Reply, Failure>> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            calls.iter().map(|(from, call)| scope.spawn(|| reach(from, *call))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// A call from one of the caller's addresses.
+pub fn bound(transport: Transport, source: IpAddr, target: SocketAddr, timeout: Duration) -> Call {
+    Call { bind: Some(SocketAddr::new(source, 0)), ..Call::new(transport, target, timeout) }
+}
+
+/// Runs a command line by the shell inside any namespace of the laboratory.
+pub fn shell(inside: &Netns, script: &str) -> String {
+    let mut command = Command::new("sh");
+    command.args(["-ec", script]).env("PATH", plugin::search_path());
+    let output = plugin::run(&mut command, b"", inside).unwrap();
+    assert!(output.success(), "{script}: {} {}", output.stdout, output.stderr);
+    output.stdout
+}
