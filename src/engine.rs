@@ -121,7 +121,21 @@ impl<'a> Engine<'a> {
             facts,
             keep_base: &keep_base,
         };
-        match backend::of(kind).change(self.host, &change)? {
+        let backend = backend::of(kind);
+        // A repeated ADD is how runtimes and people repair an attachment, and a step from a record to
+        // the same record changes nothing on the fast path.
+        let is_whole = match (added, removed) {
+            (Some(_), Some(old)) => backend
+                .problems(self.host, old, &related, before, true)
+                .is_ok_and(|problems| problems.is_empty()),
+            _ => true,
+        };
+        let outcome = if is_whole {
+            backend.change(self.host, &change)?
+        } else {
+            Outcome::NeedsRestore("the attachment's rules are not as recorded".into())
+        };
+        match outcome {
             Outcome::Done => self.remember_facts(kind, &known, facts),
             Outcome::NeedsRestore(_) => {
                 let gone = if added.is_none() { Some(record) } else { None };
