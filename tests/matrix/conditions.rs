@@ -3,12 +3,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use portmap::demo::matrix::{Expect, Place, Source};
 use portmap::demo::topology::Shape;
 use portmap::demo::traffic::{Call, Failure, Transport};
 use portmap::model::Family;
 use serde_json::{Value, json};
 
-use crate::rig::{Container, INSIDE, PORT, Stage, TIMEOUT, TRANSPORTS, all, bound, mapped, shell};
+use crate::rig::{
+    Container, INSIDE, PORT, Stage, TIMEOUT, TRANSPORTS, all, assert_calls, bound, every_path,
+    mapped, shell,
+};
 use crate::support::{Node, Variant};
 
 /// The client's addresses: that of the laboratory, and one more.
@@ -156,6 +160,51 @@ on_each_variant! {
         one_caller.check();
         one_caller.del();
         node.assert_clean(&before);
+    }
+
+    /// Upstream's own example spares an address of the node. Beside it the options about sources
+    /// mean what they mean alone, on every path.
+    fn the_other_options_hold_beside_them(variant: Variant) {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let spare = |family| {
+            let address = lab.second_node_address(family).to_string();
+            match (variant, family) {
+                (Variant::Nftables, Family::V4) => json!(["ip", "daddr", "!=", address]),
+                (Variant::Nftables, Family::V6) => json!(["ip6", "daddr", "!=", address]),
+                _ => json!(["!", "-d", address]),
+            }
+        };
+        let option_sets = [json!({}), json!({"masqAll": true}), json!({"markMasqBit": 9}),
+            json!({"masqAll": true, "markMasqBit": 9})];
+        for options in option_sets {
+            let mut container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+            for (key, value) in options.as_object().unwrap() {
+                container = container.with(key, value.clone());
+            }
+            for (family, key) in [(Family::V4, "conditionsV4"), (Family::V6, "conditionsV6")] {
+                container = container.with(key, spare(family));
+            }
+            container.add();
+            let mut cases = every_path(lab, 0, PORT);
+            let spared = Family::ALL.map(|family| lab.second_node_address(family));
+            for case in cases.iter_mut().filter(|case| case.from == Place::Client) {
+                if spared.contains(&case.target.ip()) {
+                    case.expect = Expect::LeftAlone;
+                } else if options["masqAll"] == true {
+                    case.expect = Expect::Reached(Source::Node);
+                }
+            }
+            cases.retain(|case| {
+                case.expect != Expect::LeftAlone || case.transport != Transport::UdpUnconnected
+            });
+            assert_calls(&options.to_string(), lab, cases);
+            container.check();
+            container.del();
+            node.assert_clean(&before);
+        }
     }
 }
 
