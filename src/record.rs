@@ -98,7 +98,9 @@ pub fn old_snat_chain(chain: &str) -> String {
     chain.replacen("CNI-DN-", "CNI-SN-", 1)
 }
 
-fn hex(bytes: &[u8], digits: usize) -> String {
+/// The first hex digits of a digest.
+#[must_use]
+pub fn hex(bytes: &[u8], digits: usize) -> String {
     let mut text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     text.truncate(digits);
     text

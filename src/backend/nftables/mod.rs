@@ -194,12 +194,15 @@ fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
         }
     }
     for (chain, rules) in scaffold::chains(parts) {
-        let expected: Vec<Option<String>> =
-            (0..rules.len()).map(|index| Some(scaffold::comment(chain, index))).collect();
+        let expected: Vec<Option<String>> = rules
+            .iter()
+            .enumerate()
+            .map(|(index, rule)| Some(scaffold::comment(chain, index, rule)))
+            .collect();
         let found = reader.rule_comments(NftFamily::Inet, TABLE, chain)?;
         if found != expected {
             return Ok(Some(format!(
-                "chain {chain} of table inet {TABLE} should have {} rules as made, found {} ({})",
+                "chain {chain} of table inet {TABLE} should have {} rules as this version makes them, found {} ({})",
                 expected.len(),
                 found.len(),
                 found

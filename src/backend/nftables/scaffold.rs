@@ -20,10 +20,11 @@ use std::collections::BTreeSet;
 use nftables::schema::{Chain, NfCmd, NfListObject, NfObject, Set, SetType, SetTypeValue, Table};
 use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::objects::{digit, ip_name, not_an_uplink};
 use crate::model::{Family, Protocol};
-use crate::record::Part;
+use crate::record::{Part, hex};
 
 /// Our table, of family inet.
 pub const TABLE: &str = "portmap";
@@ -101,10 +102,12 @@ pub fn chains(parts: &BTreeSet<Part>) -> Vec<(&'static str, Vec<Value>)> {
     all
 }
 
-/// The comment of a chain's rule, counted from 0.
+/// The comment of a chain's rule, counted from 0: its place, and a digest of its statements, so that
+/// the scaffold of another version of this plugin is told from this one's.
 #[must_use]
-pub fn comment(chain: &str, index: usize) -> String {
-    format!("{chain} {index}")
+pub fn comment(chain: &str, index: usize, statements: &Value) -> String {
+    let digest = hex(&Sha256::digest(statements.to_string()), 8);
+    format!("{chain} {index} {digest}")
 }
 
 /// Commands that make the scaffold in an empty table.
@@ -128,7 +131,8 @@ pub fn commands(parts: &BTreeSet<Part>) -> Vec<Value> {
     }
     for (name, rules) in chains {
         for (index, rule) in rules.into_iter().enumerate() {
-            commands.push(add_rule(name, rule, &comment(name, index)));
+            let comment = comment(name, index, &rule);
+            commands.push(add_rule(name, rule, &comment));
         }
     }
     commands
