@@ -55,13 +55,13 @@ impl<'a> Engine<'a> {
     /// rules into the kernel. On an error neither is there any more.
     pub fn add(&self, record: &Record, old: Option<&Record>, facts: &NodeFacts) -> Result<()> {
         let before = self.store.parts(record.backend)?;
-        let first_in = self.first_families(record, &before);
+        let first = record.parts().difference(&before).copied().collect();
         if let Err(error) = self.store.put(record, old) {
             self.store.forget_index(record, old);
             return Err(error);
         }
         let result = self
-            .apply(Some(record), old, &before, facts, &first_in)
+            .apply(Some(record), old, &before, facts, &first)
             .and_then(|()| self.enable_localnet(record, old));
         if let Err(error) = result {
             return Err(self.undo(record, facts, error));
@@ -92,7 +92,7 @@ impl<'a> Engine<'a> {
         purge: &BTreeSet<String>,
         facts: &NodeFacts,
     ) -> Result<()> {
-        self.restore_without(kind, None, purge, &BTreeSet::new(), facts, &BTreeSet::new())
+        self.restore_without(kind, None, purge, None, facts, &BTreeSet::new())
     }
 
     fn apply(
@@ -101,7 +101,7 @@ impl<'a> Engine<'a> {
         removed: Option<&Record>,
         before: &BTreeSet<Part>,
         facts: &NodeFacts,
-        first_in: &BTreeSet<Family>,
+        first: &BTreeSet<Part>,
     ) -> Result<()> {
         let Some(record) = added.or(removed) else {
             return Ok(());
@@ -110,7 +110,7 @@ impl<'a> Engine<'a> {
         let related = self.related(added, removed)?;
         let after = self.parts_with(kind, added, record, before)?;
         let known = self.known_facts(kind)?;
-        let keep_base = self.kept_bases(kind)?;
+        let kept = self.kept(kind, before)?;
         let change = Change {
             added,
             removed,
@@ -119,7 +119,7 @@ impl<'a> Engine<'a> {
             parts_after: &after,
             facts_before: &known,
             facts,
-            keep_base: &keep_base,
+            kept: &kept,
         };
         let backend = backend::of(kind);
         // A repeated ADD is how runtimes and people repair an attachment, and a step from a record to
@@ -140,21 +140,21 @@ impl<'a> Engine<'a> {
             Outcome::NeedsRestore(_) => {
                 let gone = if added.is_none() { Some(record) } else { None };
                 let purge = removed.iter().map(|removed| removed.chain.clone()).collect();
-                let families = removed.iter().flat_map(|removed| removed.families()).collect();
-                self.restore_without(kind, gone, &purge, &families, facts, first_in)
+                self.restore_without(kind, gone, &purge, removed, facts, first)
             }
         }
     }
 
-    /// Restores from all records but `gone`. `families` are brought in order even without records.
+    /// Restores from all records but `gone`. What only `lost` had goes, also in families that no
+    /// record has any more.
     fn restore_without(
         &self,
         kind: BackendKind,
         gone: Option<&Record>,
         purge: &BTreeSet<String>,
-        families: &BTreeSet<Family>,
+        lost: Option<&Record>,
         facts: &NodeFacts,
-        first_in: &BTreeSet<Family>,
+        first: &BTreeSet<Part>,
     ) -> Result<()> {
         let (mut records, problems) = self.store.all()?;
         for problem in problems {
@@ -163,13 +163,24 @@ impl<'a> Engine<'a> {
         records.retain(|record| {
             record.backend == kind && gone.is_none_or(|gone| record.id() != gone.id())
         });
-        let keep_base = self.kept_bases(kind)?;
-        let desired =
-            Desired { records: &records, purge, families, facts, keep_base: &keep_base, first_in };
+        let families = lost.map(|lost| lost.families().collect()).unwrap_or_default();
+        let gone = lost.map(Record::parts).unwrap_or_default();
+        let parts = records.iter().flat_map(Record::parts).chain(gone.iter().copied());
+        let known = self.kept(kind, &parts.filter(|part| !first.contains(part)).collect())?;
+        let desired = Desired {
+            records: &records,
+            purge,
+            families: &families,
+            facts,
+            kept: &known,
+            gone: &gone,
+            first,
+        };
         let mut kept = BTreeSet::new();
         let result = backend::of(kind).restore(self.host, &desired, &mut kept);
-        for family in kept {
-            self.store.set_note(&kept_base_note(kind, family), Some(""))?;
+        for part in first {
+            let note = kept.contains(part).then_some("");
+            self.store.set_note(&kept_note(kind, *part), note)?;
         }
         result?;
         self.remember_facts(kind, &NodeFacts::default(), facts)
@@ -180,9 +191,8 @@ impl<'a> Engine<'a> {
         let purge = BTreeSet::from([record.chain.clone()]);
         let undone =
             self.disable_localnet(record).and_then(|()| self.store.remove(record)).and_then(|()| {
-                let families = record.families().collect();
-                let none = BTreeSet::new();
-                self.restore_without(record.backend, Some(record), &purge, &families, facts, &none)
+                let (lost, none) = (Some(record), BTreeSet::new());
+                self.restore_without(record.backend, lost, &purge, lost, facts, &none)
             });
         match undone {
             Ok(()) => error,
@@ -228,15 +238,12 @@ impl<'a> Engine<'a> {
         Ok(parts)
     }
 
-    fn first_families(&self, record: &Record, before: &BTreeSet<Part>) -> BTreeSet<Family> {
-        record.families().filter(|family| !before.contains(&Part::Base(*family))).collect()
-    }
-
-    fn kept_bases(&self, kind: BackendKind) -> Result<BTreeSet<Family>> {
+    /// Those of the parts that were there before this plugin needed them.
+    fn kept(&self, kind: BackendKind, parts: &BTreeSet<Part>) -> Result<BTreeSet<Part>> {
         let mut kept = BTreeSet::new();
-        for family in Family::ALL {
-            if self.store.note(&kept_base_note(kind, family))?.is_some() {
-                kept.insert(family);
+        for part in parts.iter().filter(|part| matches!(part, Part::Base(_) | Part::Mark(..))) {
+            if self.store.note(&kept_note(kind, *part))?.is_some() {
+                kept.insert(*part);
             }
         }
         Ok(kept)
@@ -358,8 +365,8 @@ fn facts_note(kind: BackendKind) -> String {
     format!("facts-{kind}")
 }
 
-fn kept_base_note(kind: BackendKind, family: Family) -> String {
-    format!("base-{kind}-{family}")
+fn kept_note(kind: BackendKind, part: Part) -> String {
+    format!("kept-{kind}-{}", part.name())
 }
 
 fn localnet_note(device: &str) -> String {

@@ -160,6 +160,7 @@ fn iptables_scripts_are_as_reviewed() {
                 purge: &BTreeSet::new(),
                 uplinks: &uplinks,
                 keep_base: false,
+                stale_bits: BTreeSet::new(),
             };
             let parts = last.parts();
             let guard = family == Family::V4 && last.localnet_device.is_some();

@@ -25,8 +25,8 @@ pub struct Change<'a> {
     /// The node as the rules know it, and as it is.
     pub facts_before: &'a NodeFacts,
     pub facts: &'a NodeFacts,
-    /// Families whose base chains were there before this plugin came.
-    pub keep_base: &'a BTreeSet<Family>,
+    /// Parts that were there before this plugin needed them: others' scaffold.
+    pub kept: &'a BTreeSet<Part>,
 }
 
 impl Change<'_> {
@@ -58,9 +58,12 @@ pub struct Desired<'a> {
     /// Families that must be brought in order even if no record has them.
     pub families: &'a BTreeSet<Family>,
     pub facts: &'a NodeFacts,
-    pub keep_base: &'a BTreeSet<Family>,
-    /// Families in which this is the first record: base chains that exist are somebody else's.
-    pub first_in: &'a BTreeSet<Family>,
+    /// As in `Change`.
+    pub kept: &'a BTreeSet<Part>,
+    /// Parts that a record had which is gone or replaced.
+    pub gone: &'a BTreeSet<Part>,
+    /// Parts that a record needs for the first time: those that exist are somebody else's.
+    pub first: &'a BTreeSet<Part>,
 }
 
 /// How a transaction on the fast path ended.
@@ -95,9 +98,9 @@ pub trait Apply {
     /// The fast path.
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome>;
 
-    /// The slow path: from whatever there is to what is desired. Families whose base chains turn out
-    /// to be somebody else's are added to `kept`, also when it fails.
-    fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Family>) -> Result<()>;
+    /// The slow path: from whatever there is to what is desired. Parts that turn out to be somebody
+    /// else's are added to `kept`, also when it fails.
+    fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Part>) -> Result<()>;
 
     /// Removes what upstream's plugin made for attachments of which there is no record: of
     /// `attachment`, or of every container of its network that `keep` does not name.

@@ -8,6 +8,9 @@
     reason = "each test program uses a part, and says by a panic that it failed"
 )]
 
+pub mod bare;
+pub mod foreign;
+
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -4,6 +4,7 @@
 
 pub mod check;
 pub mod listing;
+mod marks;
 pub mod rules;
 pub mod script;
 
@@ -34,6 +35,7 @@ impl Observe for Iptables {
             purge: &BTreeSet::new(),
             uplinks: &["eth0".to_owned()],
             keep_base: false,
+            stale_bits: BTreeSet::new(),
         };
         let text = script::restore_nat(&desired, &Listing::default())
             + &script::restore_raw(true, &Listing::default());
@@ -78,11 +80,7 @@ impl Apply for Iptables {
         if let Some(reason) = needs_listing(change) {
             return Ok(Outcome::NeedsRestore(reason));
         }
-        let mut gone = change.gone();
-        gone.retain(|part| match part {
-            Part::Base(family) | Part::Mark(family, _) => !change.keep_base.contains(family),
-            _ => true,
-        });
+        let gone = change.gone();
         for family in change.families() {
             let text = match (change.added, change.removed) {
                 (Some(added), removed) => match shared_chains(host, added, family) {
@@ -102,7 +100,7 @@ impl Apply for Iptables {
         Ok(Outcome::Done)
     }
 
-    fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Family>) -> Result<()> {
+    fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Part>) -> Result<()> {
         let uplinks: Vec<String> = desired.facts.uplinks.iter().cloned().collect();
         for family in Family::ALL {
             let records: Vec<&Record> =
@@ -114,15 +112,18 @@ impl Apply for Iptables {
             let listing = list(host, family, "nat")
                 .map_err(|error| failed("read the rules", family, error))?;
             mark_chains_exist(&records, family, &listing)?;
-            if desired.first_in.contains(&family) && listing.has_chain(rules::DNAT) {
-                kept.insert(family);
-            }
+            let found =
+                desired.first.iter().filter(|part| marks::is_there(**part, family, &listing));
+            kept.extend(found);
+            let is_kept = |part: &Part| desired.kept.contains(part) || kept.contains(part);
+            let stale = desired.gone.iter().filter(|part| !is_kept(part));
             let state = script::Desired {
                 family,
                 records,
                 purge: desired.purge,
                 uplinks: &uplinks,
-                keep_base: desired.keep_base.contains(&family) || kept.contains(&family),
+                keep_base: is_kept(&Part::Base(family)),
+                stale_bits: marks::bits(stale, family),
             };
             let nat = script::restore_nat(&state, &listing);
             let raw =
@@ -201,6 +202,18 @@ fn needs_listing(change: &Change) -> Option<String> {
     let neighbours = change.parts_after.iter().any(|part| matches!(part, Part::Neighbours(_)));
     if neighbours && change.facts_before.uplinks != change.facts.uplinks {
         return Some("the node's uplinks have changed".into());
+    }
+    let gone = change.gone();
+    if !gone.is_disjoint(change.kept) {
+        return Some("shared chains were there before".into());
+    }
+    let bits_change = |family| {
+        !marks::bits(&gone, family).is_empty()
+            && !marks::bits(change.parts_after, family).is_empty()
+    };
+    // `ip6tables-legacy -D` of 1.8.9 does not tell one bit from another.
+    if Family::ALL.into_iter().any(bits_change) {
+        return Some("one of several bits of the packet mark is not needed any more".into());
     }
     for record in change.added.iter().chain(&change.removed) {
         if Family::ALL

@@ -214,10 +214,11 @@ fn comma_separated(ports: &[u16]) -> String {
     ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// Upstream cuts what is too long and ends it with dots.
+/// Upstream cuts what is too long to 253 bytes and adds three dots; of these 256 bytes iptables
+/// keeps 255.
 fn trim_comment(comment: String) -> String {
-    match comment.get(..MAX_COMMENT - 3) {
-        Some(start) if comment.len() > MAX_COMMENT => format!("{start}..."),
+    match comment.get(..MAX_COMMENT - 2) {
+        Some(start) if comment.len() > MAX_COMMENT => format!("{start}.."),
         _ => comment,
     }
 }

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::listing::{Listing, target_of};
+use super::marks;
 use super::rules::{
     DNAT, DNAT_JUMP, GUARD, GUARD_JUMP, GUARD_RULE, LOOPBACK, LOOPBACK_JUMP, LOOPBACK_RULE, MASQ,
     MASQ_JUMP, NEIGHBOURS, NEIGHBOURS_JUMP, SETMARK, chain_rules, entry_rules, masq_rule,
@@ -19,20 +20,23 @@ use crate::record::{Part, Record, old_snat_chain};
 
 /// Lines of one table.
 #[derive(Debug, Default)]
-struct Table {
+pub(super) struct Table {
     lines: String,
+    /// Chains that have lost their rules by now: none of them can be deleted again.
+    emptied: BTreeSet<String>,
 }
 
 impl Table {
-    fn line(&mut self, command: &str, chain: &str, rest: &str) {
+    pub(super) fn line(&mut self, command: &str, chain: &str, rest: &str) {
         let space = if rest.is_empty() { "" } else { " " };
         // Writing to a String cannot fail.
         let _ = writeln!(self.lines, "{command} {chain}{space}{rest}");
     }
 
     /// Makes the chain, or empties it.
-    fn chain(&mut self, chain: &str) {
+    pub(super) fn chain(&mut self, chain: &str) {
         let _ = writeln!(self.lines, ":{chain} - [0:0]");
+        self.emptied.insert(chain.to_owned());
     }
 
     fn finish(self, table: &str) -> String {
@@ -223,6 +227,8 @@ pub struct Desired<'a> {
     pub uplinks: &'a [String],
     /// The base chains were there before this plugin came: they stay.
     pub keep_base: bool,
+    /// Bits of the packet mark whose rules this plugin made, and that may not be needed any more.
+    pub stale_bits: BTreeSet<u32>,
 }
 
 impl Desired<'_> {
@@ -294,7 +300,12 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
     }
     // After everything that leads to SETMARK.
     let others = desired.keep_base || !foreign.is_empty();
-    restore_marks(&mut nat, listing, family, &parts, others);
+    if marks::bits(&parts, family).is_empty() && !others {
+        drop_chain(&mut nat, listing, MASQ);
+        drop_chain(&mut nat, listing, SETMARK);
+    } else {
+        marks::restore(&mut nat, listing, &marks::bits(&parts, family), &desired.stale_bits);
+    }
     if family == Family::V6 {
         if desired.records.is_empty() {
             drop_chain(&mut nat, listing, LOOPBACK);
@@ -322,46 +333,6 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
         nat.line("-A", DNAT, rule);
     }
     nat.finish("nat")
-}
-
-/// Marking and masquerading. Bits that no record needs go, unless others may rely on them.
-fn restore_marks(
-    nat: &mut Table,
-    listing: &Listing,
-    family: Family,
-    parts: &BTreeSet<Part>,
-    others: bool,
-) {
-    let bits: BTreeSet<u32> = parts
-        .iter()
-        .filter_map(|part| match part {
-            Part::Mark(of, bit) if *of == family => Some(*bit),
-            _ => None,
-        })
-        .collect();
-    if bits.is_empty() && !others {
-        drop_chain(nat, listing, MASQ);
-        drop_chain(nat, listing, SETMARK);
-        return;
-    }
-    if bits.is_empty() {
-        return;
-    }
-    for chain in [SETMARK, MASQ] {
-        if !listing.has_chain(chain) {
-            nat.chain(chain);
-        }
-    }
-    for bit in bits {
-        for (chain, rule) in [(SETMARK, setmark_rule(bit)), (MASQ, masq_rule(bit))] {
-            if listing.position(chain, &rule).is_none() {
-                nat.line("-A", chain, &rule);
-            }
-        }
-    }
-    if listing.position("POSTROUTING", MASQ_JUMP).is_none() {
-        nat.line("-I", "POSTROUTING", MASQ_JUMP);
-    }
 }
 
 /// The jumps of the builtin chains. Ours that come before upstream's keep that order.
@@ -399,7 +370,7 @@ fn drop_chain(nat: &mut Table, listing: &Listing, chain: &str) {
     }
     for (from, rules) in &listing.chains {
         // `CNI-HOSTPORT-DNAT` is written anew as a whole.
-        if from != DNAT {
+        if from != DNAT && !nat.emptied.contains(from) {
             for rule in rules.iter().filter(|rule| target_of(rule).as_deref() == Some(chain)) {
                 nat.line("-D", from, rule);
             }
@@ -407,6 +378,7 @@ fn drop_chain(nat: &mut Table, listing: &Listing, chain: &str) {
     }
     nat.line("-F", chain, "");
     nat.line("-X", chain, "");
+    nat.emptied.insert(chain.to_owned());
 }
 
 /// Brings table raw from `listing` to the state with or without the guard.

@@ -14,7 +14,6 @@ use serde_json::{Value, json};
 use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::Family;
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
@@ -123,7 +122,7 @@ impl Apply for Nftables {
         }
     }
 
-    fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Family>) -> Result<()> {
+    fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
         let records: Vec<&Record> = desired.records.iter().collect();
         nft::apply(host, &script::restore(&records, desired.facts)).map_err(failed)
     }
