@@ -219,7 +219,7 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
     let family = desired.family;
     let parts = desired.parts();
     let ours: BTreeSet<&str> = desired.records.iter().map(|record| record.chain.as_str()).collect();
-    let foreign: Vec<&String> = listing
+    let foreign: Vec<String> = listing
         .rules(DNAT)
         .iter()
         .filter(|rule| {
@@ -227,17 +227,22 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
                 !ours.contains(target.as_str()) && !desired.purge.contains(&target)
             })
         })
+        .cloned()
         .collect();
     let keep_base = !desired.records.is_empty() || desired.keep_base || !foreign.is_empty();
     let mut nat = Table::default();
+    // What is there after the lines so far: a rule cannot be removed twice.
+    let listing = &mut listing.clone();
 
     if keep_base && (!desired.records.is_empty() || listing.has_chain(DNAT)) {
         nat.chain(DNAT);
+        listing.chains.insert(DNAT.into(), Vec::new());
     } else if !keep_base {
         drop_chain(&mut nat, listing, DNAT);
     }
     if parts.contains(&Part::Neighbours(family)) {
         nat.chain(NEIGHBOURS);
+        listing.chains.insert(NEIGHBOURS.into(), Vec::new());
     } else {
         drop_chain(&mut nat, listing, NEIGHBOURS);
     }
@@ -271,7 +276,7 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
             nat.line("-A", NEIGHBOURS, &rule);
         }
     }
-    for rule in desired.entries().iter().chain(foreign) {
+    for rule in desired.entries().iter().chain(&foreign) {
         nat.line("-A", DNAT, rule);
     }
     nat.finish("nat")
@@ -280,7 +285,7 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
 /// Marking and masquerading. Bits that no record needs go, unless others may rely on them.
 fn restore_marks(
     nat: &mut Table,
-    listing: &Listing,
+    listing: &mut Listing,
     family: Family,
     parts: &BTreeSet<Part>,
     others: bool,
@@ -345,18 +350,19 @@ fn restore_jumps(nat: &mut Table, listing: &Listing, family: Family, parts: &BTr
     }
 }
 
-/// Removes a chain with everything that leads to it.
-fn drop_chain(nat: &mut Table, listing: &Listing, chain: &str) {
-    if !listing.has_chain(chain) {
+/// Removes a chain with everything that leads to it, and takes both out of the listing.
+fn drop_chain(nat: &mut Table, listing: &mut Listing, chain: &str) {
+    if listing.chains.remove(chain).is_none() {
         return;
     }
-    for (from, rules) in &listing.chains {
-        // `CNI-HOSTPORT-DNAT` is written anew as a whole.
-        if from != DNAT {
-            for rule in rules.iter().filter(|rule| target_of(rule).as_deref() == Some(chain)) {
+    for (from, rules) in &mut listing.chains {
+        rules.retain(|rule| {
+            let leads_here = target_of(rule).as_deref() == Some(chain);
+            if leads_here {
                 nat.line("-D", from, rule);
             }
-        }
+            !leads_here
+        });
     }
     nat.line("-F", chain, "");
     nat.line("-X", chain, "");
@@ -367,7 +373,7 @@ fn drop_chain(nat: &mut Table, listing: &Listing, chain: &str) {
 pub fn restore_raw(guard: bool, listing: &Listing) -> String {
     let mut raw = Table::default();
     if !guard {
-        drop_chain(&mut raw, listing, GUARD);
+        drop_chain(&mut raw, &mut listing.clone(), GUARD);
     } else if listing.position("PREROUTING", GUARD_JUMP).is_none()
         || listing.rules(GUARD) != [GUARD_RULE]
     {
@@ -385,10 +391,8 @@ pub fn restore_raw(guard: bool, listing: &Listing) -> String {
 #[must_use]
 pub fn purge(chains: &BTreeSet<String>, listing: &Listing) -> String {
     let mut nat = Table::default();
+    let listing = &mut listing.clone();
     for chain in chains.iter().flat_map(|chain| [chain.clone(), old_snat_chain(chain)]) {
-        for rule in listing.jumps(DNAT, &chain) {
-            nat.line("-D", DNAT, rule);
-        }
         drop_chain(&mut nat, listing, &chain);
     }
     nat.finish("nat")
