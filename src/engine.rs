@@ -57,7 +57,8 @@ impl<'a> Engine<'a> {
         let before = self.store.parts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
         if let Err(error) = self.store.put(record, old) {
-            self.store.forget_index(record, old);
+            // What cannot be cleared away now, the attachment's next call clears.
+            drop(self.store.clear_moving(&record.id()));
             return Err(error);
         }
         let result = self

@@ -4,12 +4,14 @@
 //! lock                          flock(2) of whoever changes anything
 //! boot                          boot id for which the rest holds
 //! records/<id>.json             one record per attachment
+//! records/<id>.in, <id>.out     one on its way in or out: its index entries may still exist
 //! index/<kind>/<key>/<id>       empty files: which records have this port, pod address, chain …
 //! notes/<name>                  small facts, such as the backend that was found to work
 //! ```
 //!
 //! The index always holds at least what the records say (it is written before a record and removed
-//! after it), so a reader checks what it finds, and a kill in between leaves nothing to repair.
+//! after it), so a reader checks what it finds. What a kill in between leaves does no harm, and the
+//! attachment's next call clears it away.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
@@ -33,6 +35,9 @@ pub const DEFAULT_DIR: &str = "/run/cni/portmap";
 /// How long a call waits for the node's lock. Below the two minutes after which the kubelet gives
 /// up, so that the runtime gets an answer that says why.
 const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Endings of the files of records on their way in and out.
+const MOVING: [&str; 2] = ["in", "out"];
 
 /// The state directory, locked until dropped.
 pub struct Store {
@@ -61,10 +66,10 @@ impl Found {
     }
 }
 
-/// Whether there is a record file, without a lock: for the calls that have nothing to do.
+/// Whether there is anything of a record, without a lock: for the calls that have nothing to do.
 #[must_use]
 pub fn is_recorded(dir: &Path, id: &str) -> bool {
-    record_path(dir, id).exists()
+    record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
 }
 
 /// Whether records can be kept in `dir`, which is made if it is missing.
@@ -117,37 +122,54 @@ impl Store {
     /// `replaced` had.
     pub fn put(&self, record: &Record, replaced: Option<&Record>) -> Result<()> {
         let id = record.id();
-        let keys = record.index_keys();
-        for key in &keys {
-            self.index_add(key, &id)?;
-        }
+        self.clear_moving(&id)?;
         let path = record_path(&self.dir, &id);
+        let [incoming, outgoing] = MOVING.map(|way| moving_path(&self.dir, &id, way));
+        let failed = |error| Error::io(format!("write record {}", path.display()), error);
         let text = serde_json::to_vec(record)
             .map_err(|error| Error::Record { path: path.clone(), reason: error.to_string() })?;
-        create_parent(&path)
-            .and_then(|()| write_atomically(&path, &text))
-            .map_err(|error| Error::io(format!("write record {}", path.display()), error))?;
-        for key in replaced.map(Record::index_keys).unwrap_or_default().difference(&keys) {
-            self.index_remove(key, &id)?;
+        create_parent(&path).and_then(|()| write_durably(&incoming, &text)).map_err(failed)?;
+        for key in record.index_keys() {
+            self.index_add(&key, &id)?;
         }
-        Ok(())
-    }
-
-    /// Takes back the index entries of a record that could not be written in place of `replaced`.
-    pub fn forget_index(&self, record: &Record, replaced: Option<&Record>) {
-        let kept = replaced.map(Record::index_keys).unwrap_or_default();
-        for key in record.index_keys().difference(&kept) {
-            // What stays is not believed by readers.
-            drop(self.index_remove(key, &record.id()));
+        if replaced.is_some() {
+            ignore_absent(fs::hard_link(&path, &outgoing)).map_err(failed)?;
         }
+        fs::rename(&incoming, &path).map_err(failed)?;
+        self.clear_moving(&id)
     }
 
     /// Removes a record and its index entries.
     pub fn remove(&self, record: &Record) -> Result<()> {
         let id = record.id();
-        self.remove_file(&id)?;
-        for key in record.index_keys() {
-            self.index_remove(&key, &id)?;
+        self.clear_moving(&id)?;
+        let path = record_path(&self.dir, &id);
+        let [_, outgoing] = MOVING.map(|way| moving_path(&self.dir, &id, way));
+        ignore_absent(fs::rename(&path, &outgoing))
+            .map_err(|error| Error::io(format!("remove record {}", path.display()), error))?;
+        self.clear_moving(&id)
+    }
+
+    /// Removes a record that is on its way in or out, by now or since a kill, and those of its index
+    /// entries that are not also the present record's.
+    pub fn clear_moving(&self, id: &str) -> Result<()> {
+        for way in MOVING {
+            let path = moving_path(&self.dir, id, way);
+            let failed = |error| Error::io(format!("remove {}", path.display()), error);
+            let text = match fs::read(&path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            // One that was cut off has no index entries yet.
+            if let Some(moving) = parse(&text).record() {
+                let present = self.get(id)?.record();
+                let kept = present.map(|record| record.index_keys()).unwrap_or_default();
+                for key in moving.index_keys().difference(&kept) {
+                    self.index_remove(key, id)?;
+                }
+            }
+            ignore_absent(fs::remove_file(&path)).map_err(failed)?;
         }
         Ok(())
     }
@@ -165,6 +187,11 @@ impl Store {
         for name in entries(&self.dir.join("records"))? {
             let name = name?;
             let Some(id) = name.strip_suffix(".json") else {
+                if let Some((id, way)) = name.split_once('.')
+                    && MOVING.contains(&way)
+                {
+                    self.clear_moving(id)?;
+                }
                 continue;
             };
             match self.get(id)? {
@@ -327,6 +354,10 @@ fn record_path(dir: &Path, id: &str) -> PathBuf {
     dir.join("records").join(format!("{id}.json"))
 }
 
+fn moving_path(dir: &Path, id: &str, way: &str) -> PathBuf {
+    dir.join("records").join(format!("{id}.{way}"))
+}
+
 fn parse(text: &[u8]) -> Found {
     #[derive(serde::Deserialize)]
     struct Format {
@@ -391,17 +422,18 @@ fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
 /// fixed, since the lock admits one writer, so a kill leaves at most one behind.
 fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = path.with_file_name(".tmp");
-    let written = (|| {
-        let mut file = File::create(&temporary)?;
-        file.write_all(content)?;
-        nix::unistd::fsync(file.as_fd())?;
-        fs::rename(&temporary, path)
-    })();
+    let written = write_durably(&temporary, content).and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         // The error of the write is the one to report.
         drop(fs::remove_file(&temporary));
     }
     written
+}
+
+fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(content)?;
+    Ok(nix::unistd::fsync(file.as_fd())?)
 }
 
 #[cfg(test)]

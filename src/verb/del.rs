@@ -34,7 +34,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
             restore_all(&engine)?;
             engine.store.remove_file(&id)?;
         }
-        Found::None => {}
+        Found::None => engine.store.clear_moving(&id)?,
     }
     // No record: perhaps upstream's plugin made rules. The chain of a sibling interface is not ours.
     let chain = chain_name(&attachment.network, &attachment.container_id);

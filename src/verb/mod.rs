@@ -40,7 +40,8 @@ pub fn run(invocation: Result<Invocation>, stdin: &mut dyn Read, host: &Host) ->
             if verb == Some(Verb::Status) && reply.code >= 100 {
                 reply.code = status::NOT_AVAILABLE;
             }
-            if verb == Some(Verb::Del) {
+            // A call whose variables are wrong may be a DEL too.
+            if matches!(verb, None | Some(Verb::Del)) {
                 reply = reply.without_success_words();
             }
             // The reply holds strings and a number: it can be written.
