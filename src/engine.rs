@@ -87,13 +87,8 @@ impl<'a> Engine<'a> {
     }
 
     /// Brings everything of a backend into the state that the records ask for.
-    pub fn restore(
-        &self,
-        kind: BackendKind,
-        purge: &BTreeSet<String>,
-        facts: &NodeFacts,
-    ) -> Result<()> {
-        self.restore_without(kind, None, purge, None, facts, &BTreeSet::new())
+    pub fn restore(&self, kind: BackendKind, facts: &NodeFacts) -> Result<()> {
+        self.restore_without(kind, None, (None, None), facts, &BTreeSet::new())
     }
 
     fn apply(
@@ -140,20 +135,18 @@ impl<'a> Engine<'a> {
             Outcome::Done => self.remember_facts(kind, &known, facts),
             Outcome::NeedsRestore(_) => {
                 let gone = if added.is_none() { Some(record) } else { None };
-                let purge = removed.iter().map(|removed| removed.chain.clone()).collect();
-                self.restore_without(kind, gone, &purge, removed, facts, first)
+                self.restore_without(kind, gone, (added, removed), facts, first)
             }
         }
     }
 
-    /// Restores from all records but `gone`. What only `lost` had goes, also in families that no
-    /// record has any more.
+    /// Restores from all records but `gone`. Of the step's records the first must come to be there,
+    /// and what only the second had goes, also in families that no record has any more.
     fn restore_without(
         &self,
         kind: BackendKind,
         gone: Option<&Record>,
-        purge: &BTreeSet<String>,
-        lost: Option<&Record>,
+        (added, lost): (Option<&Record>, Option<&Record>),
         facts: &NodeFacts,
         first: &BTreeSet<Part>,
     ) -> Result<()> {
@@ -170,7 +163,8 @@ impl<'a> Engine<'a> {
         let known = self.kept(kind, &parts.filter(|part| !first.contains(part)).collect())?;
         let desired = Desired {
             records: &records,
-            purge,
+            added,
+            purge: &lost.iter().map(|lost| lost.chain.clone()).collect(),
             families: &families,
             facts,
             kept: &known,
@@ -189,11 +183,10 @@ impl<'a> Engine<'a> {
 
     /// After a failed ADD: the record goes, and with it whatever was done. Both errors are reported.
     fn undo(&self, record: &Record, facts: &NodeFacts, error: Error) -> Error {
-        let purge = BTreeSet::from([record.chain.clone()]);
         let undone =
             self.disable_localnet(record).and_then(|()| self.store.remove(record)).and_then(|()| {
                 let (lost, none) = (Some(record), BTreeSet::new());
-                self.restore_without(record.backend, lost, &purge, lost, facts, &none)
+                self.restore_without(record.backend, lost, (None, lost), facts, &none)
             });
         match undone {
             Ok(()) => error,

@@ -53,6 +53,8 @@ impl Change<'_> {
 pub struct Desired<'a> {
     /// All records of this backend, oldest first.
     pub records: &'a [Record],
+    /// The one of them that is being added.
+    pub added: Option<&'a Record>,
     /// Chains of attachments that must be gone.
     pub purge: &'a BTreeSet<String>,
     /// Families that must be brought in order even if no record has them.

@@ -59,7 +59,7 @@ fn restore_all(engine: &Engine) -> Result<()> {
     let facts = engine.host.node_facts()?;
     for kind in BackendKind::ALL {
         if engine.store.has_other(&IndexKey::Backend(kind), "")? {
-            engine.restore(kind, &Default::default(), &facts)?;
+            engine.restore(kind, &facts)?;
         }
     }
     Ok(())

@@ -102,6 +102,9 @@ impl Apply for Iptables {
 
     fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Part>) -> Result<()> {
         let uplinks: Vec<String> = desired.facts.uplinks.iter().cloned().collect();
+        // Everything is read before anything is changed: what an ADD that fails has not looked at
+        // would be taken for its own when it is undone.
+        let mut listings = Vec::new();
         for family in Family::ALL {
             let records: Vec<&Record> =
                 desired.records.iter().filter(|record| record.network(family).is_some()).collect();
@@ -111,10 +114,15 @@ impl Apply for Iptables {
             }
             let listing = list(host, family, "nat")
                 .map_err(|error| failed("read the rules", family, error))?;
-            mark_chains_exist(&records, family, &listing)?;
             let found =
                 desired.first.iter().filter(|part| marks::is_there(**part, family, &listing));
             kept.extend(found);
+            listings.push((family, records, listing));
+        }
+        for (family, records, listing) in &mut listings {
+            leave_out_unmarkable(host, records, desired.added, *family, listing)?;
+        }
+        for (family, records, listing) in listings {
             let is_kept = |part: &Part| desired.kept.contains(part) || kept.contains(part);
             let stale = desired.gone.iter().filter(|part| !is_kept(part));
             let state = script::Desired {
@@ -233,15 +241,34 @@ fn needs_listing(change: &Change) -> Option<String> {
     }
 }
 
-fn mark_chains_exist(records: &[&Record], family: Family, listing: &Listing) -> Result<()> {
-    for record in records {
-        if let Some(chain) = record.options.external_set_mark_chain.as_ref()
-            && !record.options.no_snat
-            && !listing.has_chain(chain)
-        {
-            return Err(Error::MarkChainMissing { chain: chain.clone(), family });
-        }
+/// A rule that leads to a chain which does not exist would make the transaction fail. An attachment
+/// whose `externalSetMarkChain` has gone must not keep others from coming and going.
+fn leave_out_unmarkable(
+    host: &Host,
+    records: &mut Vec<&Record>,
+    added: Option<&Record>,
+    family: Family,
+    listing: &Listing,
+) -> Result<()> {
+    let missing = |record: &Record| {
+        let chain = record.options.external_set_mark_chain.as_ref()?;
+        (!record.options.no_snat && !listing.has_chain(chain)).then(|| chain.clone())
+    };
+    if let Some(added) = added.filter(|added| added.network(family).is_some())
+        && let Some(chain) = missing(added)
+    {
+        return Err(Error::MarkChainMissing { chain, family });
     }
+    records.retain(|record| {
+        if let Some(chain) = missing(record) {
+            host.warn(format!(
+                "{} is not forwarded: its externalSetMarkChain {chain} is missing ({family})",
+                record.attachment
+            ));
+            return false;
+        }
+        true
+    });
     Ok(())
 }
 
