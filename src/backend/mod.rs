@@ -6,7 +6,7 @@ pub mod nftables;
 
 use std::collections::BTreeSet;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{Attachment, BackendKind, Family};
 use crate::record::{Part, Record};
@@ -77,13 +77,23 @@ pub enum Outcome {
     NeedsRestore(String),
 }
 
+/// Why a backend cannot be used.
+#[derive(Debug)]
+pub enum Unusable {
+    /// For good, as far as can be told.
+    Broken(String),
+    /// Another process has what the trial needs: nothing was found out.
+    Busy(Error),
+}
+
 /// Reading.
 pub trait Observe {
     /// Whether the backend works on this node, tried out in a network namespace of its own.
-    fn probe(&self, host: &Host) -> Result<(), String>;
+    fn probe(&self, host: &Host) -> Result<(), Unusable>;
 
     /// Where the kernel differs from what the record asks for, in the field's terms. `related` as in
-    /// `Change`; `parts` are those that all records need. `recorded` is false for an attachment
+    /// `Change`; `parts` are those that all records need, `facts` the node as the
+    /// rules know it. `recorded` is false for an attachment
     /// that upstream's plugin made.
     fn problems(
         &self,
@@ -91,6 +101,7 @@ pub trait Observe {
         record: &Record,
         related: &[Record],
         parts: &BTreeSet<Part>,
+        facts: &NodeFacts,
         recorded: bool,
     ) -> Result<Vec<String>>;
 }

@@ -5,10 +5,18 @@ use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use crate::error::Error;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long a tool may take. The longest transactions measured, 10,000 attachments at once, take
+/// seconds; the kubelet gives up after two minutes.
+const DEADLINE: Duration = Duration::from_secs(40);
 
 /// Where tools are looked for: the absolute directories of PATH, in order.
 #[derive(Debug, Clone, Default)]
@@ -26,6 +34,8 @@ pub enum ToolError {
     /// Another program has held the lock that the tool needs.
     #[error("{tool} has waited for {lock} for {seconds} s")]
     Busy { tool: String, lock: &'static str, seconds: u64 },
+    #[error("{tool} was ended after {seconds} s without a result")]
+    Hung { tool: String, seconds: u64 },
     #[error("{tool} {}: {stderr}", describe(*status))]
     Failed {
         tool: String,
@@ -52,9 +62,10 @@ impl ToolError {
             }
             ToolError::Missing { tool }
             | ToolError::Start { tool, .. }
+            | ToolError::Hung { tool, .. }
             | ToolError::Failed { tool, .. } => tool.clone(),
         };
-        Error::Tool { what, tool, details: self.to_string() }
+        Error::Tool { what, tool, details: self.to_string(), missing: self.is_missing() }
     }
 
     #[must_use]
@@ -88,14 +99,18 @@ impl Tools {
     pub fn run(&self, tool: &str, args: &[&str], input: &str) -> Result<String, ToolError> {
         let path = self.find(tool).ok_or_else(|| ToolError::Missing { tool: tool.to_owned() })?;
         let start = |source| ToolError::Start { tool: tool.to_owned(), source };
-        let output = Command::new(path)
+        let child = Command::new(path)
             .args(args)
             .env("LC_ALL", "C")
             .stdin(memory_file(input).map_err(start)?)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .output()
+            .spawn()
             .map_err(start)?;
+        let (output, timed_out) = wait(child).map_err(start)?;
+        if timed_out {
+            return Err(ToolError::Hung { tool: tool.to_owned(), seconds: DEADLINE.as_secs() });
+        }
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
@@ -105,6 +120,24 @@ impl Tools {
             stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         })
     }
+}
+
+/// Waits for a tool and what it writes. At the deadline it is killed: it has the node's lock, and every
+/// other call waits for it.
+fn wait(child: Child) -> io::Result<(Output, bool)> {
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let (done, watch) = mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        let timed_out = watch.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout);
+        if timed_out {
+            // It has not been waited for yet, so the number is still its own; if it is gone, all is well.
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        timed_out
+    });
+    let output = child.wait_with_output();
+    drop(done);
+    Ok((output?, watchdog.join().unwrap_or_default()))
 }
 
 /// Input as a file instead of a pipe: a tool that writes much before it has read all cannot block.

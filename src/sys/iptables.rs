@@ -9,7 +9,7 @@ use crate::backend::iptables::listing::Listing;
 use crate::model::Family;
 
 /// Seconds to wait for the xtables lock, which iptables-legacy has and which other tools may hold.
-const WAIT_SECONDS: u64 = 20;
+const WAIT_SECONDS: u64 = 15;
 const XTABLES_LOCK: &str = "/run/xtables.lock";
 
 /// Tells a lock that was not to be had, which is no reason to try another way, from a failure.
@@ -34,21 +34,27 @@ fn tool(family: Family) -> &'static str {
 
 /// Sends `text` to iptables-restore: each table is one transaction. Empty text does nothing.
 pub fn restore(host: &Host, family: Family, text: &str) -> Result<(), ToolError> {
-    if text.is_empty() {
-        return Ok(());
-    }
+    if text.is_empty() { Ok(()) } else { run_restore(host, family, text, &[]) }
+}
+
+/// Has iptables-restore read `text` and change nothing.
+pub fn test(host: &Host, family: Family, text: &str) -> Result<(), ToolError> {
+    run_restore(host, family, text, &["--test"])
+}
+
+fn run_restore(host: &Host, family: Family, text: &str, more: &[&str]) -> Result<(), ToolError> {
     let tool = match family {
         Family::V4 => "iptables-restore",
         Family::V6 => "ip6tables-restore",
     };
-    host.tools.run(tool, &["--noflush", "-w", &WAIT_SECONDS.to_string()], text).map(drop).map_err(
-        |error| match error {
-            ToolError::Failed { tool, status, stderr } => {
-                classify(&tool, status, &with_failed_line(&stderr, text))
-            }
-            other => other,
-        },
-    )
+    let wait = WAIT_SECONDS.to_string();
+    let args = [&["--noflush", "-w", &wait], more].concat();
+    host.tools.run(tool, &args, text).map(drop).map_err(|error| match error {
+        ToolError::Failed { tool, status, stderr } => {
+            classify(&tool, status, &with_failed_line(&stderr, text))
+        }
+        other => other,
+    })
 }
 
 /// The tool names the line that failed by its number alone.

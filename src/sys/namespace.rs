@@ -26,17 +26,15 @@ pub fn exists(path: &str) -> bool {
 }
 
 /// Runs `action` in a network namespace of its own, which is gone afterwards. Other threads keep
-/// theirs: unshare(2) changes the calling thread alone.
-pub fn in_scratch_netns<T: Send>(
-    action: impl FnOnce() -> Result<T, String> + Send,
-) -> Result<T, String> {
+/// theirs: unshare(2) changes the calling thread alone. The error says why there is none.
+pub fn in_scratch_netns<T: Send>(action: impl FnOnce() -> T + Send) -> Result<T, String> {
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
                 unshare(CloneFlags::CLONE_NEWNET).map_err(|error| {
                     format!("no network namespace to try it in (CAP_SYS_ADMIN): {error}")
                 })?;
-                action()
+                Ok(action())
             })
             .join()
             .unwrap_or_else(|_| Err("the trial ended unexpectedly".into()))

@@ -47,5 +47,5 @@ pub fn compile(host: &Host, conditions: &str) -> Result<Vec<Value>, String> {
             Some([matches @ .., last]) if last.get("accept").is_some() => Ok(matches.to_vec()),
             _ => Err("the conditions hold a verdict".into()),
         }
-    })
+    })?
 }

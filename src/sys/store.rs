@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -283,11 +283,14 @@ impl Store {
     }
 
     fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let dir = self.index_dir(key);
+        self.index_entry_remove(&self.index_dir(key), id)
+    }
+
+    fn index_entry_remove(&self, dir: &Path, id: &str) -> Result<()> {
         ignore_absent(fs::remove_file(dir.join(id))).map_err(|error| {
             Error::io(format!("remove the index entry {}", dir.display()), error)
         })?;
-        match fs::remove_dir(&dir) {
+        match fs::remove_dir(dir) {
             Err(error)
                 if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) =>
             {
@@ -307,6 +310,38 @@ impl Store {
         }
     }
 
+    /// Names of the notes that begin with `prefix`.
+    pub fn notes(&self, prefix: &str) -> Result<Vec<String>> {
+        let dir = self.dir.join("notes");
+        let names = entries(&dir)?;
+        names.filter(|name| name.as_ref().map_or(true, |name| name.starts_with(prefix))).collect()
+    }
+
+    /// Kinds and names of all keys under which a record is indexed, by whatever there is of it.
+    pub fn index_of(&self, id: &str) -> Result<Vec<(String, String)>> {
+        let index = self.dir.join("index");
+        let mut keys = Vec::new();
+        for kind in entries(&index)? {
+            let kind = kind?;
+            for name in entries(&index.join(&kind))? {
+                let name = name?;
+                if index.join(&kind).join(&name).join(id).exists() {
+                    keys.push((kind.clone(), name));
+                }
+            }
+        }
+        Ok(keys)
+    }
+
+    /// Removes everything of a record that cannot be read.
+    pub fn forget(&self, id: &str, keys: &[(String, String)]) -> Result<()> {
+        self.clear_moving(id)?;
+        self.remove_file(id)?;
+        keys.iter().try_for_each(|(kind, name)| {
+            self.index_entry_remove(&self.dir.join("index").join(kind).join(name), id)
+        })
+    }
+
     /// Makes a note, or removes it.
     pub fn set_note(&self, name: &str, text: Option<&str>) -> Result<()> {
         let path = self.dir.join("notes").join(name);
@@ -320,21 +355,35 @@ impl Store {
     }
 }
 
-/// Root's alone, whatever the runtime's umask: records become rules.
+/// Root's alone, whatever the runtime's umask: records become rules. One that others may write to is
+/// refused.
 fn create_state_dir(dir: &Path) -> Result<()> {
     let create = || {
-        dir.parent().map_or(Ok(()), fs::create_dir_all)?;
+        let parent = dir.parent().unwrap_or(dir);
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
         match DirBuilder::new().mode(0o700).create(dir) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             other => other,
-        }
+        }?;
+        fs::metadata(dir)
     };
-    create()
-        .map_err(|error| Error::io(format!("create the state directory {}", dir.display()), error))
+    let meta = create().map_err(|error| {
+        Error::io(format!("create the state directory {}", dir.display()), error)
+    })?;
+    if meta.mode() & 0o022 != 0 || meta.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(Error::Config(format!(
+            "the state directory {} has owner {} and mode {:03o}: nobody but the owner, who must be user {}, may write to it",
+            dir.display(),
+            meta.uid(),
+            meta.mode() & 0o777,
+            nix::unistd::geteuid()
+        )));
+    }
+    Ok(())
 }
 
 /// Names in a directory, without those that begin with a dot; none if there is no directory.
-fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>>> {
+fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>> + use<>> {
     let failed = |path: &Path, error| Error::io(format!("read {}", path.display()), error);
     let entries = match fs::read_dir(path) {
         Ok(entries) => Some(entries),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::to_json;
+use crate::backend::iptables::script;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
@@ -12,8 +13,9 @@ use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Claim, Family};
 use crate::record::{FORMAT, IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
-use crate::sys::store::is_recorded;
-use crate::sys::{Host, namespace, netlink, nft};
+use crate::sys::command::ToolError;
+use crate::sys::store::{Found, is_recorded};
+use crate::sys::{Host, iptables, namespace, netlink, nft};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
     if !invocation.netns_override && namespace::is_own(&invocation.netns) {
@@ -36,8 +38,21 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
             return Ok(reply);
         }
     }
-    let engine = Engine::lock(host, &dir)?;
-    let old = engine.store.get(&id)?.record();
+    let engine = Engine::lock_to_change(host, &dir)?;
+    let old = match engine.store.get(&id)? {
+        Found::Newer(format) => {
+            return Err(Error::Record {
+                path: dir.join(&id),
+                reason: format!("format {format} is a newer portmap's"),
+            });
+        }
+        Found::Damaged(reason) => {
+            host.warn(format!("the record of {} is damaged: {reason}", request.attachment));
+            engine.repair(&id)?;
+            None
+        }
+        found => found.record(),
+    };
     if !request.forwards() {
         if let Some(old) = old {
             engine.remove(&old)?;
@@ -45,19 +60,11 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         return Ok(reply);
     }
     let kind = engine.choose_backend(request.conf.backend)?;
-    // Another backend's rules cannot be replaced in one transaction.
-    let old = match old {
-        Some(other) if other.backend != kind => {
-            engine.remove(&other)?;
-            None
-        }
-        old => old,
-    };
     let record = plan(&engine, &request, kind, old.as_ref())?;
     resolve_conflicts(&engine, &request, &record)?;
     let facts = host.node_facts()?;
-    adopt_from_other_backends(&engine, &record, &facts)?;
     engine.add(&record, old.as_ref(), &facts)?;
+    adopt_from_other_backends(&engine, &record, &facts)?;
     warn_about_shadows(host, &record, &facts);
     Ok(reply)
 }
@@ -90,6 +97,11 @@ fn plan(
         order: host.since_boot(),
         time: host.now(),
     };
+    if kind == BackendKind::Iptables {
+        for family in Family::ALL {
+            validate_conditions(host, &record, family)?;
+        }
+    }
     if kind == BackendKind::Nftables {
         record.statements_v4 = compile(host, request, Family::V4)?;
         record.statements_v6 = compile(host, request, Family::V6)?;
@@ -122,15 +134,37 @@ fn free_chain(engine: &Engine, request: &Request) -> Result<String> {
     Ok(chain)
 }
 
+/// Has iptables read the conditions without acting on them, so that a mistake is found before anything
+/// is changed. Sets and other things they refer to must exist.
+fn validate_conditions(host: &Host, record: &Record, family: Family) -> Result<()> {
+    let conditions = record.options.conditions(family);
+    if conditions.is_empty() || record.network(family).is_none() {
+        return Ok(());
+    }
+    let text = script::entries_alone(record, family);
+    match iptables::test(host, family, &text) {
+        Err(ToolError::Failed { stderr, .. }) => Err(Error::Config(format!(
+            "{} is {conditions:?}: iptables does not take it: {stderr}",
+            conditions_key(family)
+        ))),
+        // Whatever else there is the change itself will meet.
+        _ => Ok(()),
+    }
+}
+
+fn conditions_key(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "conditionsV4",
+        Family::V6 => "conditionsV6",
+    }
+}
+
 fn compile(host: &Host, request: &Request, family: Family) -> Result<Vec<serde_json::Value>> {
     let conditions = request.conf.options.conditions(family);
     if conditions.is_empty() {
         return Ok(Vec::new());
     }
-    let key = match family {
-        Family::V4 => "conditionsV4",
-        Family::V6 => "conditionsV6",
-    };
+    let key = conditions_key(family);
     let text = conditions.join(" ");
     nft::compile(host, &text).map_err(|reason| {
         Error::Config(format!("{key} is {text:?}: nft does not take it: {reason}"))
@@ -163,27 +197,35 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
 }
 
 /// Backends see packets in a fixed order, whatever the age of their claims. Where a port is claimed
-/// through several, the older attachments move to the backend of the newest, so that precedence is
-/// decided in one place. Rules in one backend's own syntax cannot move.
+/// through several, the older attachments move to the backend of the newest, and with them those that
+/// share other ports with them, so that precedence is decided in one place. Rules in one backend's own
+/// syntax cannot move.
 fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts) -> Result<()> {
-    let keys: BTreeSet<IndexKey> =
-        record.index_keys().into_iter().filter(|key| matches!(key, IndexKey::Port(_))).collect();
-    for other in engine.store.sharing(&keys, &record.id())? {
-        if other.backend == record.backend {
-            continue;
+    let mut todo = vec![record.clone()];
+    while let Some(record) = todo.pop() {
+        let keys: BTreeSet<IndexKey> = record
+            .index_keys()
+            .into_iter()
+            .filter(|key| matches!(key, IndexKey::Port(_)))
+            .collect();
+        for other in engine.store.sharing(&keys, &record.id())? {
+            if other.backend == record.backend {
+                continue;
+            }
+            let options = &other.options;
+            let fixed = options.external_set_mark_chain.is_some()
+                || Family::ALL.iter().any(|family| !options.conditions(*family).is_empty());
+            let moved = Record { backend: record.backend, ..other.clone() };
+            if fixed {
+                engine.host.warn(format!(
+                    "{} claims the same port through {} with options that {} has not: the order of the hooks decides which one is reached",
+                    other.attachment, other.backend, record.backend
+                ));
+            } else {
+                engine.add(&moved, Some(&other), facts)?;
+                todo.push(moved);
+            }
         }
-        let options = &other.options;
-        if options.external_set_mark_chain.is_some()
-            || Family::ALL.iter().any(|family| !options.conditions(*family).is_empty())
-        {
-            engine.host.warn(format!(
-                "{} claims the same port through {} with options that {} has not: which one is reached is undefined",
-                other.attachment, other.backend, record.backend
-            ));
-            continue;
-        }
-        engine.remove(&other)?;
-        engine.add(&Record { backend: record.backend, ..other }, None, facts)?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::backend::{self, Observe};
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
-use crate::engine::Engine;
+use crate::engine::{Engine, localnet_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::{FORMAT, IndexKey, Record, chain_name, record_id};
@@ -39,8 +39,9 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let mut related = engine.store.sharing(&keys, &id)?;
     related.retain(|other| other.backend == expected.backend);
     let parts = engine.store.parts(expected.backend)?;
+    let facts = engine.known_facts(expected.backend)?;
     let observer: &dyn Observe = backend::of(expected.backend);
-    problems.extend(observer.problems(host, &expected, &related, &parts, recorded)?);
+    problems.extend(observer.problems(host, &expected, &related, &parts, &facts, recorded)?);
     problems.extend(localnet_problem(&expected));
     if problems.is_empty() {
         return Ok(());
@@ -99,8 +100,7 @@ fn differences(request: &Request, record: &Record) -> Vec<String> {
 
 fn localnet_problem(record: &Record) -> Option<String> {
     let device = record.localnet_device.as_ref()?;
-    let value = sysctl::read(&["net", "ipv4", "conf", device, "route_localnet"])
-        .unwrap_or_else(|error| error.to_string());
+    let value = sysctl::read(&localnet_path(device)).unwrap_or_else(|error| error.to_string());
     (value != "1")
         .then(|| format!("127.0.0.1 is not forwarded: net.ipv4.conf.{device}.route_localnet should be 1 and is {value}"))
 }

@@ -21,18 +21,17 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     if !recorded && !has_mappings(envelope) {
         return Ok(());
     }
-    let engine = Engine::lock(host, &dir)?;
+    let engine = Engine::lock_to_change(host, &dir)?;
     match engine.store.get(&id)? {
         Found::Record(record) => return engine.remove(&record),
         Found::Newer(format) => {
+            // An error would be repeated for ever: the newer version's GC will do it.
             host.warn(format!("the record of {attachment} has format {format} of a newer portmap and is left alone"));
+            return Ok(());
         }
         Found::Damaged(reason) => {
-            host.warn(format!(
-                "the record of {attachment} is damaged ({reason}): its rules are searched for"
-            ));
-            restore_all(&engine)?;
-            engine.store.remove_file(&id)?;
+            host.warn(format!("the record of {attachment} is damaged: {reason}"));
+            engine.repair(&id)?;
         }
         Found::None => engine.store.clear_moving(&id)?,
     }
@@ -52,15 +51,4 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
             Err(Error::Several { what: format!("removing the rules of {attachment}"), errors })
         }
     }
-}
-
-/// Without its record, an attachment's rules are those that no record asks for.
-fn restore_all(engine: &Engine) -> Result<()> {
-    let facts = engine.host.node_facts()?;
-    for kind in BackendKind::ALL {
-        if engine.store.has_other(&IndexKey::Backend(kind), "")? {
-            engine.restore(kind, &facts)?;
-        }
-    }
-    Ok(())
 }

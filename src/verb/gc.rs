@@ -15,7 +15,7 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
     envelope.version.require("GC", "1.1.0")?;
     let valid = envelope.valid_attachments()?;
     let dir = request::state_dir(NetConf::state_dir(envelope)?);
-    let engine = Engine::lock(host, &dir)?;
+    let engine = Engine::lock_to_change(host, &dir)?;
     let (records, problems) = engine.store.all()?;
     for problem in problems {
         host.warn(problem);

@@ -1,7 +1,7 @@
 //! STATUS: whether an ADD would work. Runtimes turn a failure into "node not ready", so it is
 //! reported only if the next ADD could not succeed.
 
-use crate::backend;
+use crate::backend::{self, Unusable};
 use crate::cni::envelope::Envelope;
 use crate::conf::NetConf;
 use crate::engine::probe;
@@ -17,10 +17,18 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
     envelope.version.require("STATUS", "1.1.0")?;
     let conf = NetConf::parse(envelope)?;
     check_usable(&request::state_dir(conf.state_dir.clone()))?;
-    match conf.backend {
-        Some(kind) => backend::of(kind)
-            .probe(host)
-            .map_err(|reason| Error::BackendUnusable { backend: kind.to_string(), reason }),
+    let result = match conf.backend {
+        Some(kind) => backend::of(kind).probe(host).map_err(|unusable| match unusable {
+            Unusable::Busy(error) => error,
+            Unusable::Broken(reason) => {
+                Error::BackendUnusable { backend: kind.to_string(), reason }
+            }
+        }),
         None => probe(host).map(drop),
+    };
+    match result {
+        // Somebody else is at work, and an ADD would wait for that.
+        Err(Error::Busy { .. }) => Ok(()),
+        other => other,
     }
 }

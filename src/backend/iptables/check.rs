@@ -1,22 +1,25 @@
 //! Compares what should be with what a listing shows. Pure.
 
+use std::collections::BTreeSet;
+
 use super::listing::{Listing, canonical, option, target_of};
 use super::rules::{
     DNAT, DNAT_JUMP, GUARD, GUARD_JUMP, GUARD_RULE, LOOPBACK_JUMP, MASQ, MASQ_JUMP, NEIGHBOURS,
     NEIGHBOURS_JUMP, SETMARK, chain_rules, entry_rules, masq_rule, neighbour_rules_of,
-    setmark_rule,
+    setmark_rule, uplink_rule,
 };
 use crate::model::Family;
 use crate::record::{Part, Record};
 
-/// What is wrong in table nat for an attachment; empty if packets find their way. `additions` is
-/// false for attachments that upstream made, which have none of ours.
+/// What is wrong in table nat for an attachment; empty if packets find their way. `uplinks` are
+/// the devices that the rules know as such; none for attachments that upstream made, which have none
+/// of our additions.
 #[must_use]
 pub fn nat_problems(
     record: &Record,
     family: Family,
     listing: &Listing,
-    additions: bool,
+    uplinks: Option<&BTreeSet<String>>,
 ) -> Vec<String> {
     let mut problems = Vec::new();
     let mut need = |chain: &str, rule: &str, why: &str| {
@@ -34,13 +37,16 @@ pub fn nat_problems(
                 need(MASQ, &masq_rule(bit), "nothing is masqueraded");
                 need(SETMARK, &setmark_rule(bit), "nothing is marked for masquerading");
             }
-            Part::Neighbours(of) if of == family && additions => {
+            Part::Neighbours(of) if of == family && uplinks.is_some() => {
                 need("PREROUTING", NEIGHBOURS_JUMP, "pods of this node get no answer");
+                for device in uplinks.into_iter().flatten() {
+                    need(NEIGHBOURS, &uplink_rule(device), "outside clients lose their address");
+                }
                 for rule in neighbour_rules_of(record, family) {
                     need(NEIGHBOURS, &rule, "pods of this node get no answer");
                 }
             }
-            Part::Base(Family::V6) if family == Family::V6 && additions => {
+            Part::Base(Family::V6) if family == Family::V6 && uplinks.is_some() => {
                 need("OUTPUT", LOOPBACK_JUMP, "connections to ::1 are lost");
             }
             _ => {}

@@ -13,8 +13,9 @@ use std::collections::BTreeSet;
 use listing::Listing;
 use script::Shared;
 
-use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded};
+use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
 use crate::error::{Error, Result};
+use crate::facts::NodeFacts;
 use crate::model::Family;
 use crate::record::{Part, Record};
 use crate::sys::Host;
@@ -27,7 +28,7 @@ use crate::sys::netlink::nftables::{NftFamily, NftReader};
 pub struct Iptables;
 
 impl Observe for Iptables {
-    fn probe(&self, host: &Host) -> Result<(), String> {
+    fn probe(&self, host: &Host) -> Result<(), Unusable> {
         let sample = super::probe_record(crate::model::BackendKind::Iptables);
         let desired = script::Desired {
             family: Family::V4,
@@ -39,7 +40,14 @@ impl Observe for Iptables {
         };
         let text = script::restore_nat(&desired, &Listing::default())
             + &script::restore_raw(true, &Listing::default());
-        in_scratch_netns(|| restore(host, Family::V4, &text).map_err(|error| error.to_string()))
+        match in_scratch_netns(|| restore(host, Family::V4, &text)) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error @ ToolError::Busy { .. })) => {
+                Err(Unusable::Busy(error.into_error(String::new())))
+            }
+            Ok(Err(error)) => Err(Unusable::Broken(error.to_string())),
+            Err(reason) => Err(Unusable::Broken(reason)),
+        }
     }
 
     fn problems(
@@ -48,6 +56,7 @@ impl Observe for Iptables {
         record: &Record,
         _related: &[Record],
         _parts: &BTreeSet<Part>,
+        facts: &NodeFacts,
         recorded: bool,
     ) -> Result<Vec<String>> {
         let mut problems = Vec::new();
@@ -64,7 +73,8 @@ impl Observe for Iptables {
             ];
             let listing = list_chains(host, family, "nat", &chains)
                 .map_err(|error| failed("read the rules", family, error))?;
-            problems.extend(check::nat_problems(record, family, &listing, recorded));
+            let uplinks = recorded.then_some(&facts.uplinks);
+            problems.extend(check::nat_problems(record, family, &listing, uplinks));
         }
         if recorded && record.parts().contains(&Part::Guard) {
             let listing = list(host, Family::V4, "raw")
@@ -83,11 +93,16 @@ impl Apply for Iptables {
         let gone = change.gone();
         for family in change.families() {
             let text = match (change.added, change.removed) {
-                (Some(added), removed) => match shared_chains(host, added, family) {
-                    Some(Ok(())) => script::add(added, removed, family, Shared::CheckedBefore),
-                    Some(Err(missing)) => return Ok(Outcome::NeedsRestore(missing)),
-                    None => script::add(added, removed, family, Shared::CheckedInside),
-                },
+                (Some(added), removed) => {
+                    match shared_chains(host, added, family, &change.facts.uplinks) {
+                        Some(Ok(())) => script::add(added, removed, family, Shared::CheckedBefore),
+                        Some(Err(missing)) => return Ok(Outcome::NeedsRestore(missing)),
+                        None => {
+                            let shared = Shared::CheckedInside { uplinks: &change.facts.uplinks };
+                            script::add(added, removed, family, shared)
+                        }
+                    }
+                }
                 (None, Some(removed)) => script::remove(removed, family, &gone, change.parts_after),
                 (None, None) => continue,
             };
@@ -146,9 +161,13 @@ impl Apply for Iptables {
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
         for family in Family::ALL {
-            // A family that cannot be read holds nothing: no record says otherwise.
-            let Ok(listing) = list(host, family, "nat") else {
-                continue;
+            let listing = match list(host, family, "nat") {
+                Ok(listing) => listing,
+                Err(error @ ToolError::Busy { .. }) => {
+                    return Err(failed("read the rules", family, error));
+                }
+                // A family that cannot be read holds nothing: no record says otherwise.
+                Err(_) => continue,
             };
             let chains: BTreeSet<String> = match unrecorded {
                 Unrecorded::One { chain, .. } => BTreeSet::from([(*chain).to_owned()]),
@@ -178,6 +197,7 @@ fn shared_chains(
     host: &Host,
     record: &Record,
     family: Family,
+    uplinks: &BTreeSet<String>,
 ) -> Option<std::result::Result<(), String>> {
     if !is_nft(host, family) {
         return None;
@@ -197,6 +217,16 @@ fn shared_chains(
             let what = target
                 .map_or("any rule".to_owned(), |target| format!("a rule that leads to {target}"));
             return Some(Err(format!("chain {chain} of table {table} does not have {what}")));
+        }
+    }
+    if record.masquerades_neighbours(family) {
+        // A rule that returns leads to no chain; those that mark lead to one.
+        let jumps = reader.rule_jumps(nft_family, "nat", rules::NEIGHBOURS).ok()?;
+        if jumps.iter().take_while(|jump| jump.is_none()).count() != uplinks.len() {
+            return Some(Err(format!(
+                "chain {} of table nat does not spare the uplinks",
+                rules::NEIGHBOURS
+            )));
         }
     }
     Some(Ok(()))
@@ -222,6 +252,10 @@ fn needs_listing(change: &Change) -> Option<String> {
     // `ip6tables-legacy -D` of 1.8.9 does not tell one bit from another.
     if Family::ALL.into_iter().any(bits_change) {
         return Some("one of several bits of the packet mark is not needed any more".into());
+    }
+    let newer = |added: &Record| change.related.iter().any(|other| other.order > added.order);
+    if change.added.is_some_and(newer) {
+        return Some("a newer attachment has the same port".into());
     }
     for record in change.added.iter().chain(&change.removed) {
         if Family::ALL

@@ -179,9 +179,15 @@ fn entries(
 /// claims of attachments with a host prefix are marked.
 #[must_use]
 pub fn neighbour_rules(records: &[&Record], family: Family, uplinks: &[String]) -> Vec<String> {
-    let returns = uplinks.iter().map(|device| format!("-i {} -j RETURN", quote_if_needed(device)));
+    let returns = uplinks.iter().map(|device| uplink_rule(device));
     let marks = records.iter().flat_map(|record| neighbour_rules_of(record, family));
     returns.chain(marks).collect()
+}
+
+/// The rule of `PORTMAP-NEIGHBOURS` that spares packets from an uplink.
+#[must_use]
+pub fn uplink_rule(device: &str) -> String {
+    format!("-i {} -j RETURN", quote_if_needed(device))
 }
 
 /// An attachment's part of `PORTMAP-NEIGHBOURS`.

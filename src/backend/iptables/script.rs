@@ -13,7 +13,7 @@ use super::marks;
 use super::rules::{
     DNAT, DNAT_JUMP, GUARD, GUARD_JUMP, GUARD_RULE, LOOPBACK, LOOPBACK_JUMP, LOOPBACK_RULE, MASQ,
     MASQ_JUMP, NEIGHBOURS, NEIGHBOURS_JUMP, SETMARK, chain_rules, entry_rules, masq_rule,
-    neighbour_rules, neighbour_rules_of, promoted_rules, setmark_rule,
+    neighbour_rules, neighbour_rules_of, promoted_rules, setmark_rule, uplink_rule,
 };
 use crate::model::{Family, Protocol};
 use crate::record::{Part, Record, old_snat_chain};
@@ -48,11 +48,23 @@ impl Table {
     }
 }
 
+/// An attachment's entry rules in chains that lead nowhere, to have their text tried.
+#[must_use]
+pub fn entries_alone(record: &Record, family: Family) -> String {
+    let mut nat = Table::default();
+    nat.chain(DNAT);
+    nat.chain(&record.chain);
+    for rule in entry_rules(record, family) {
+        nat.line("-A", DNAT, &rule);
+    }
+    nat.finish("nat")
+}
+
 /// Who makes sure that the shared chains are there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shared {
+pub enum Shared<'a> {
     /// `-C` lines in the transaction. iptables-legacy has the whole table at hand anyway.
-    CheckedInside,
+    CheckedInside { uplinks: &'a BTreeSet<String> },
     /// The caller has looked. iptables-nft would read every rule of the table for a `-C` (6 ms at
     /// 1,000 mappings).
     CheckedBefore,
@@ -96,8 +108,8 @@ pub fn shared_chains(
 pub fn add(record: &Record, removed: Option<&Record>, family: Family, shared: Shared) -> String {
     let mut raw = Table::default();
     let mut nat = Table::default();
-    if shared == Shared::CheckedInside {
-        check_shared(&mut raw, &mut nat, record, family);
+    if let Shared::CheckedInside { uplinks } = shared {
+        check_shared(&mut raw, &mut nat, record, family, uplinks);
     }
     if let Some(removed) = removed {
         remove_rules(&mut nat, removed, family);
@@ -116,7 +128,13 @@ pub fn add(record: &Record, removed: Option<&Record>, family: Family, shared: Sh
     raw.finish("raw") + &nat.finish("nat")
 }
 
-fn check_shared(raw: &mut Table, nat: &mut Table, record: &Record, family: Family) {
+fn check_shared(
+    raw: &mut Table,
+    nat: &mut Table,
+    record: &Record,
+    family: Family,
+    uplinks: &BTreeSet<String>,
+) {
     nat.line("-C", "PREROUTING", DNAT_JUMP);
     nat.line("-C", "OUTPUT", DNAT_JUMP);
     if family == Family::V6 {
@@ -130,7 +148,12 @@ fn check_shared(raw: &mut Table, nat: &mut Table, record: &Record, family: Famil
                 nat.line("-C", MASQ, &masq_rule(bit));
                 nat.line("-C", SETMARK, &setmark_rule(bit));
             }
-            Part::Neighbours(of) if of == family => nat.line("-C", "PREROUTING", NEIGHBOURS_JUMP),
+            Part::Neighbours(of) if of == family => {
+                nat.line("-C", "PREROUTING", NEIGHBOURS_JUMP);
+                for device in uplinks {
+                    nat.line("-C", NEIGHBOURS, &uplink_rule(device));
+                }
+            }
             Part::Guard if family == Family::V4 => {
                 raw.line("-C", "PREROUTING", GUARD_JUMP);
                 raw.line("-C", GUARD, GUARD_RULE);

@@ -11,7 +11,7 @@ use objects::{Atom, Data, Names, Objects, Place};
 use scaffold::TABLE;
 use serde_json::{Value, json};
 
-use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded};
+use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::record::{Part, Record};
@@ -26,22 +26,23 @@ use crate::sys::nft;
 pub struct Nftables;
 
 impl Observe for Nftables {
-    fn probe(&self, host: &Host) -> Result<(), String> {
+    fn probe(&self, host: &Host) -> Result<(), Unusable> {
         let sample = super::probe_record(crate::model::BackendKind::Nftables);
         let facts = NodeFacts {
             uplinks: BTreeSet::from(["eth0".to_owned()]),
             addresses: sample.addresses.iter().map(ipnetwork::IpNetwork::ip).collect(),
         };
         let text = script::restore(&[&sample], &facts);
-        in_scratch_netns(|| {
+        let tried = in_scratch_netns(|| {
             nft::apply(host, &text).map_err(|error| error.to_string())?;
-            // Without -j old versions may take no notice of what they do not understand.
+            // Without an error old versions may have taken no notice of what they do not know.
             match scaffold_problem(&sample.parts()) {
                 Ok(None) => Ok(()),
                 Ok(Some(problem)) => Err(format!("nft reported success, but {problem}")),
                 Err(error) => Err(format!("the rules cannot be read over netlink: {error}")),
             }
-        })
+        });
+        tried.and_then(|result| result).map_err(Unusable::Broken)
     }
 
     fn problems(
@@ -50,6 +51,7 @@ impl Observe for Nftables {
         record: &Record,
         related: &[Record],
         parts: &BTreeSet<Part>,
+        facts: &NodeFacts,
         _recorded: bool,
     ) -> Result<Vec<String>> {
         let read = |error| Error::io("read the nftables rules (netlink)", error);
@@ -60,6 +62,15 @@ impl Observe for Nftables {
         let expected = objects_of(related, [Some(record)], &names);
         let mut reader = NftReader::open().map_err(read)?;
         let mut problems = Vec::new();
+        for place in script::fact_places(facts, parts) {
+            if reader
+                .element(NftFamily::Inet, TABLE, &place.set, &key(&place))
+                .map_err(read)?
+                .is_none()
+            {
+                problems.push(format!("{} expected, found nothing", describe(&place)));
+            }
+        }
         for (place, element) in &expected.elements {
             let found =
                 reader.element(NftFamily::Inet, TABLE, &place.set, &key(place)).map_err(read)?;
@@ -235,8 +246,7 @@ fn key(place: &Place) -> Vec<u8> {
             Atom::Ip(ip) => key.ip(*ip),
             Atom::Protocol(protocol) => key.proto(protocol.number()),
             Atom::Port(port) => key.port(*port),
-            // Device names are no part of what is looked up.
-            Atom::Device(_) => key,
+            Atom::Device(name) => key.device(name),
         })
         .bytes()
 }

@@ -15,7 +15,8 @@ use crate::model::Family;
 use crate::record::{Part, Record};
 
 /// The elements of the sets `uplinks`, `nodes4` and `nodes6` in a table with these parts.
-fn fact_places(facts: &NodeFacts, parts: &BTreeSet<Part>) -> Vec<Place> {
+#[must_use]
+pub fn fact_places(facts: &NodeFacts, parts: &BTreeSet<Part>) -> Vec<Place> {
     let uplinks = facts
         .uplinks
         .iter()

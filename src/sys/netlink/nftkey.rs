@@ -55,6 +55,14 @@ impl Key {
         }
     }
 
+    /// `ifname`: the name, filled up with zeroes to 16 bytes (`IFNAMSIZ`).
+    #[must_use]
+    pub fn device(self, name: &str) -> Self {
+        let mut bytes = name.as_bytes().to_vec();
+        bytes.resize(libc::IFNAMSIZ, 0);
+        self.with(bytes)
+    }
+
     /// The key in network byte order. Components of a concatenation are padded at their end to a
     /// multiple of 4 bytes, since the kernel compares registers of 4 bytes; a key of one component
     /// has that component's length. Data of maps has the same form.
