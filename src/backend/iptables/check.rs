@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use super::listing::{Listing, canonical, option, target_of};
 use super::rules::{
-    DNAT, DNAT_JUMP, GUARD, GUARD_JUMP, GUARD_RULE, LOOPBACK_JUMP, MASQ, MASQ_JUMP, NEIGHBOURS,
-    NEIGHBOURS_JUMP, SETMARK, chain_rules, entry_rules, masq_rule, neighbour_rules_of,
-    setmark_rule, uplink_rule,
+    DNAT, DNAT_JUMP, GUARD, GUARD_JUMP, GUARD_RULE, LOOPBACK, LOOPBACK_JUMP, LOOPBACK_RULE, MASQ,
+    MASQ_JUMP, NEIGHBOURS, NEIGHBOURS_JUMP, SETMARK, chain_rules, entry_rules, masq_rule,
+    neighbour_rules_of, setmark_rule, uplink_rule,
 };
 use crate::model::Family;
 use crate::record::{Part, Record};
@@ -48,6 +48,7 @@ pub fn nat_problems(
             }
             Part::Base(Family::V6) if family == Family::V6 && uplinks.is_some() => {
                 need("OUTPUT", LOOPBACK_JUMP, "connections to ::1 are lost");
+                need(LOOPBACK, LOOPBACK_RULE, "connections to ::1 are lost");
             }
             _ => {}
         }

@@ -69,6 +69,7 @@ impl Observe for Iptables {
                 rules::SETMARK,
                 rules::MASQ,
                 rules::NEIGHBOURS,
+                rules::LOOPBACK,
                 &record.chain,
             ];
             let listing = list_chains(host, family, "nat", &chains)

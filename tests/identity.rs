@@ -1,0 +1,381 @@
+//! ADD and then DEL is the identity on the node: rules of others and ours, sysctls, records.
+//!
+//! Run as root: `cargo test --test identity -- --ignored`.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use portmap::demo::netns::Netns;
+use portmap::demo::snapshot::Snapshot;
+use serde_json::{Value, json};
+use support::bare::{LINK, NODE_V4, attachment, mapping, netns, prev_result};
+use support::foreign;
+use support::{IPTABLES, Node, VARIANTS, Variant};
+
+/// A node with rules of kube-proxy, Docker and an administrator.
+fn node(netns: &Netns, variant: Variant) -> Node<'_> {
+    let node = Node::new(netns, variant);
+    foreign::install(&node);
+    node
+}
+
+/// A dual-stack pod that needs every part: neighbours, loopback, hostIP.
+fn rich(node: &Node, last: u8) -> Value {
+    let port = 8000 + u16::from(last);
+    let mut specific = mapping(port + 100, 81, "tcp");
+    specific["hostIP"] = json!(NODE_V4);
+    let mappings = json!([mapping(port, 80, "tcp"), specific]);
+    let addresses = [format!("198.18.2.{last}/32"), format!("fd00:18::{last}/128")];
+    node.config(mappings, prev_result(&[&addresses[0], &addresses[1]]))
+}
+
+/// Rules and records must be those of `before`.
+fn assert_as_before(node: &Node, before: &Snapshot, what: &str) {
+    let now = node.snapshot();
+    let same = now.same_rules(before).and_then(|()| now.same_sysctls(before));
+    same.unwrap_or_else(|lines| panic!("{:?}, {what}:\n{lines}", node.variant));
+    assert_eq!(now.records, before.records, "{:?}, {what}", node.variant);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn add_and_del_leave_everything_as_it_was() {
+    for variant in VARIANTS {
+        let netns = netns();
+        let node = node(&netns, variant);
+        let configs = variations(&node);
+        let before = node.snapshot();
+        let pod = attachment("one");
+        for config in configs {
+            // Twice: what the first round leaves behind in the state directory must not matter.
+            for round in [1, 2] {
+                node.ok("ADD", &config, &pod);
+                if round == 2 {
+                    node.ok("ADD", &config, &pod);
+                }
+                node.ok("CHECK", &config, &pod);
+                node.ok("DEL", &config, &pod);
+                assert_as_before(&node, &before, &config.to_string());
+            }
+            node.ok("DEL", &config, &pod);
+            assert_as_before(&node, &before, "after a repeated DEL");
+        }
+    }
+}
+
+/// The configurations whose rules differ in kind.
+fn variations(node: &Node) -> Vec<Value> {
+    let with = |key: &str, value: Value| {
+        let mut config = rich(node, 10);
+        config[key] = value;
+        config
+    };
+    let mut wide = rich(node, 10);
+    wide["prevResult"] = prev_result(&["198.18.2.10/24", "fd00:18::10/64"]);
+    let condition = match node.variant {
+        Variant::Nftables => json!(["ip", "saddr", "!=", "192.0.2.0/24"]),
+        _ => json!(["!", "-s", "192.0.2.0/24"]),
+    };
+    let mut protocols = rich(node, 10);
+    protocols["runtimeConfig"]["portMappings"] =
+        json!([mapping(53, 53, "udp"), mapping(53, 54, "tcp"), mapping(53, 55, "sctp")]);
+    let mut all = vec![
+        protocols,
+        wide,
+        with("snat", json!(false)),
+        with("masqAll", json!(true)),
+        with("markMasqBit", json!(5)),
+        with("conditionsV4", condition),
+    ];
+    if node.variant != Variant::Nftables {
+        all.push(with("externalSetMarkChain", json!("EXTERNAL-MARK")));
+        node.shell("iptables -t nat -N EXTERNAL-MARK; ip6tables -t nat -N EXTERNAL-MARK");
+    }
+    all
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn two_attachments_may_leave_in_either_order() {
+    for variant in VARIANTS {
+        let netns = netns();
+        let node = node(&netns, variant);
+        let before = node.snapshot();
+        let mut marked = rich(&node, 11);
+        marked["markMasqBit"] = json!(5);
+        let mut plain = rich(&node, 11);
+        plain["prevResult"] = prev_result(&["198.18.2.11/24"]);
+        for second in [rich(&node, 11), marked, plain] {
+            let pods = [(rich(&node, 10), attachment("one")), (second, attachment("two"))];
+            for order in [[0, 1], [1, 0]] {
+                for (config, pod) in &pods {
+                    node.ok("ADD", config, pod);
+                }
+                for index in order {
+                    let (config, pod) = &pods[index];
+                    node.ok("DEL", config, pod);
+                    let (config, pod) = &pods[1 - index];
+                    if index == order[0] {
+                        node.ok("CHECK", config, pod);
+                    }
+                }
+                assert_as_before(&node, &before, &format!("order {order:?}"));
+            }
+            // The rules of the one that stays do not depend on who has come and gone.
+            node.ok("ADD", &pods[0].0, &pods[0].1);
+            let alone = node.snapshot();
+            node.ok("ADD", &pods[1].0, &pods[1].1);
+            node.ok("DEL", &pods[1].0, &pods[1].1);
+            assert_as_before(&node, &alone, "a guest has come and gone");
+            node.ok("DEL", &pods[0].0, &pods[0].1);
+        }
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn upstream_s_empty_scaffold_stays() {
+    for variant in IPTABLES {
+        let netns = netns();
+        let node = node(&netns, variant);
+        foreign::install_upstream_scaffold(&node);
+        let before = node.snapshot();
+        let mut marked = rich(&node, 10);
+        marked["markMasqBit"] = json!(5);
+        for config in [rich(&node, 10), marked] {
+            for _ in 0..2 {
+                node.ok("ADD", &config, &attachment("one"));
+                node.ok("ADD", &rich(&node, 11), &attachment("two"));
+                node.ok("DEL", &config, &attachment("one"));
+                node.ok("DEL", &rich(&node, 11), &attachment("two"));
+                assert_as_before(&node, &before, "with upstream's scaffold");
+            }
+        }
+    }
+}
+
+/// DEL has to work with whatever a runtime still knows.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn del_needs_the_key_alone() {
+    for variant in VARIANTS {
+        let netns = netns();
+        let node = node(&netns, variant);
+        let before = node.snapshot();
+        let key = json!({
+            "cniVersion": "1.0.0", "name": "portmap", "type": "portmap", "stateDir": node.state_dir,
+        });
+        let with = |key_of: &str, value: Value| {
+            let mut config = rich(&node, 10);
+            config[key_of] = value;
+            config
+        };
+        let mut no_prev_result = rich(&node, 10);
+        no_prev_result.as_object_mut().unwrap().remove("prevResult");
+        let garbage = json!({
+            "cniVersion": "1.0.0", "name": "portmap", "type": "portmap", "stateDir": node.state_dir,
+            "backend": "abacus", "snat": "maybe", "markMasqBit": 99, "conditionsV4": 7,
+            "conflictPolicy": [], "runtimeConfig": {"portMappings": [{"hostPort": "x"}]},
+            "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "nonsense"}]},
+        });
+        let configs = [
+            key,
+            no_prev_result,
+            garbage,
+            with("runtimeConfig", json!(null)),
+            with("runtimeConfig", json!({"portMappings": [mapping(1, 1, "tcp")]})),
+            with("prevResult", json!(7)),
+        ];
+        let paths = ["", "/var/run/netns/gone", "/proc/1/nowhere"];
+        for (config, path) in configs.iter().zip(paths.iter().cycle()) {
+            node.ok("ADD", &rich(&node, 10), &attachment("one"));
+            let mut pod = attachment("one");
+            pod.netns = path.into();
+            for _ in 0..2 {
+                node.ok("DEL", config, &pod);
+            }
+            assert_as_before(&node, &before, &format!("netns {path:?}, {config}"));
+        }
+    }
+}
+
+/// A copy of the node's PATH without one tool.
+fn without_tool(node: &Node, tool: &str) -> PathBuf {
+    let dir = node.path.with_extension(format!("without-{tool}"));
+    std::fs::create_dir_all(&dir).unwrap();
+    for entry in std::fs::read_dir(&node.path).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name() != tool {
+            std::os::unix::fs::symlink(entry.path(), dir.join(entry.file_name())).unwrap();
+        }
+    }
+    dir
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_failed_add_leaves_everything_as_it_was() {
+    for variant in VARIANTS {
+        for neighbour in [false, true] {
+            let netns = netns();
+            let mut node = node(&netns, variant);
+            if variant != Variant::Nftables {
+                foreign::install_upstream_scaffold(&node);
+            }
+            if neighbour {
+                node.ok("ADD", &rich(&node, 20), &attachment("neighbour"));
+            }
+            let before = node.snapshot();
+            let whole = node.path.clone();
+            let broken: &[&str] = match variant {
+                Variant::Nftables => &["nft"],
+                // IPv4 is done by the time that IPv6 fails.
+                _ if neighbour => &["ip6tables-restore", "iptables-restore"],
+                // The first ADD also reads.
+                _ => &["ip6tables-restore", "ip6tables", "iptables-restore", "iptables"],
+            };
+            for tool in broken {
+                node.path = without_tool(&node, tool);
+                let (code, text) = node.fails("ADD", &rich(&node, 10), &attachment("one"));
+                node.path.clone_from(&whole);
+                assert!(code >= 100 && text.contains(tool), "{code} {text}");
+                assert_as_before(&node, &before, &format!("without {tool}"));
+            }
+            if variant != Variant::Nftables {
+                let mut config = rich(&node, 10);
+                config["externalSetMarkChain"] = json!("NO-SUCH-CHAIN");
+                let (code, text) = node.fails("ADD", &config, &attachment("one"));
+                assert!(code == 7 && text.contains("NO-SUCH-CHAIN"), "{code} {text}");
+                assert_as_before(&node, &before, "without externalSetMarkChain");
+                // There for IPv4 only.
+                node.shell("iptables -t nat -N NO-SUCH-CHAIN");
+                let before = node.snapshot();
+                node.fails("ADD", &config, &attachment("one"));
+                assert_as_before(&node, &before, "externalSetMarkChain without IPv6");
+            }
+            // What failed works as soon as its cause is gone.
+            node.ok("ADD", &rich(&node, 10), &attachment("one"));
+            node.ok("CHECK", &rich(&node, 10), &attachment("one"));
+            node.ok("DEL", &rich(&node, 10), &attachment("one"));
+        }
+    }
+}
+
+/// Every file below a directory as the node's mount namespace shows it, with its content.
+fn files(node: &Node, dir: &Path) -> String {
+    node.shell(&format!("find {} -type f | sort | xargs md5sum", dir.join("records").display()))
+        + &node.shell(&format!("find {} -type f | sort", dir.join("index").display()))
+}
+
+#[test]
+#[ignore = "privileged: makes network and mount namespaces"]
+fn a_full_state_directory_fails_add_and_leaves_everything_as_it_was() {
+    for variant in VARIANTS {
+        // Its mount namespace is private, so that the mount goes with it.
+        let lab = portmap::demo::topology::Lab::build(portmap::demo::topology::Options::new(
+            portmap::demo::topology::Shape::Cilium,
+        ))
+        .unwrap();
+        let node = Node::new(&lab.node, variant);
+        let dir = node.state_dir.clone();
+        std::fs::create_dir_all(&dir).unwrap();
+        node.shell(&format!("mount -t tmpfs -o size=64k tmpfs {}", dir.display()));
+        let config = |pod: usize, port: u16| {
+            node.config(
+                json!([mapping(port, 80, "tcp"), mapping(port, 53, "udp")]),
+                support::prev_result(&lab, pod, "1.0.0"),
+            )
+        };
+        let [first, second] =
+            [0, 1].map(|pod| support::attachment(&lab.pods[pod], &format!("p{pod}")));
+        node.ok("ADD", &config(0, 8080), &first);
+        let (before, state) = (node.snapshot(), files(&node, &dir));
+        let fill = dir.join("filler");
+        node.shell(&format!("dd if=/dev/zero of={} bs=1k 2>/dev/null || true", fill.display()));
+        let (code, text) = node.fails("ADD", &config(1, 8081), &second);
+        assert!(code == 5 && text.contains("No space left"), "{code} {text}");
+        assert_as_before(&node, &before, "with a full state directory");
+        assert_eq!(files(&node, &dir), state, "{variant:?}");
+        // DEL has to work: it is what makes room.
+        node.ok("DEL", &config(1, 8081), &second);
+        node.ok("DEL", &config(0, 8080), &first);
+        assert!(files(&node, &dir).lines().count() <= 1);
+        node.shell(&format!("rm {}", fill.display()));
+        node.ok("ADD", &config(1, 8081), &second);
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_mappings_no_lock_is_taken_and_no_process_started() {
+    for variant in VARIANTS {
+        let netns = netns();
+        let mut node = node(&netns, variant);
+        let marker = node.path.with_extension("marker");
+        let stubs = node.path.with_extension("stubs");
+        std::fs::create_dir_all(&stubs).unwrap();
+        for tool in [
+            "iptables",
+            "ip6tables",
+            "iptables-save",
+            "iptables-restore",
+            "ip6tables-restore",
+            "nft",
+            "conntrack",
+            "modprobe",
+            "sysctl",
+        ] {
+            let path = stubs.join(tool);
+            std::fs::write(&path, format!("#!/bin/sh\necho {tool} >> {}\n", marker.display()))
+                .unwrap();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let before = node.snapshot();
+        node.path = stubs;
+        std::fs::create_dir_all(&node.state_dir).unwrap();
+        let lock = std::fs::File::create(node.state_dir.join("lock")).unwrap();
+        let held = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
+        let mut without = node.config(json!([]), prev_result(&["198.18.2.10/32"]));
+        for runtime_config in [json!({"portMappings": []}), json!({}), json!(null)] {
+            without["runtimeConfig"] = runtime_config;
+            for verb in ["ADD", "CHECK", "DEL", "DEL"] {
+                let output = node.ok(verb, &without, &attachment("one"));
+                assert!(output.took < Duration::from_secs(5), "{verb} took {:?}", output.took);
+            }
+        }
+        drop(held);
+        assert!(!marker.exists(), "{}", std::fs::read_to_string(&marker).unwrap_or_default());
+        assert_as_before(&node, &before, "without mappings");
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn the_sysctl_of_a_link_goes_back_with_its_last_user() {
+    for variant in VARIANTS {
+        for former in ["0", "1"] {
+            let netns = netns();
+            let node = node(&netns, variant);
+            let key = format!("ipv4/conf/{LINK}/route_localnet");
+            netns.set_sysctl(&key, former).unwrap();
+            let before = node.snapshot();
+            node.ok("ADD", &rich(&node, 10), &attachment("one"));
+            node.ok("ADD", &rich(&node, 11), &attachment("two"));
+            assert_eq!(netns.sysctl(&key).unwrap(), "1");
+            node.ok("DEL", &rich(&node, 10), &attachment("one"));
+            assert_eq!(netns.sysctl(&key).unwrap(), "1", "{variant:?}: one user is left");
+            node.ok("DEL", &rich(&node, 11), &attachment("two"));
+            assert_as_before(&node, &before, &format!("route_localnet was {former}"));
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Two owners of one port: the newest wins, and at every step somebody answers.
+//!
+//! Run as root: `cargo test --test takeover -- --ignored`.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use portmap::demo::plugin::Attachment;
+use portmap::demo::topology::{Lab, Options, Shape};
+use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
+use portmap::model::Family;
+use serde_json::{Value, json};
+use support::bare::mapping;
+use support::{Node, VARIANTS, attachment, prev_result};
+
+/// Less than a second, after which Linux sends a lost SYN again: a lost one is a failure.
+const TIMEOUT: Duration = Duration::from_millis(900);
+/// How many connections of each client must have succeeded after a step, before the next.
+const CALLS: usize = 200;
+/// hostPort of all pods.
+const PORT: u16 = 8080;
+
+/// What the callers have seen so far.
+#[derive(Default)]
+struct Seen {
+    /// Names of the servers, in order.
+    servers: Vec<String>,
+    failures: Vec<Failure>,
+}
+
+/// Clients that connect in a loop, one thread for each target.
+struct Callers<'a> {
+    seen: Vec<&'a Mutex<Seen>>,
+}
+
+impl Callers<'_> {
+    /// Waits until every client has succeeded this many more times.
+    fn wait_for(&self, calls: usize) {
+        for seen in &self.seen {
+            let goal = seen.lock().unwrap().servers.len() + calls;
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while seen.lock().unwrap().servers.len() < goal {
+                assert!(Instant::now() < deadline, "{:?}", seen.lock().unwrap().failures);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+
+    /// Does a step while all clients connect, after which `owner` alone must answer. No call failed,
+    /// and none was answered by another pod than the owner before or after.
+    fn step(&self, what: &str, owner: &str, step: impl FnOnce()) {
+        self.wait_for(1);
+        let before: Vec<(String, usize)> = self
+            .seen
+            .iter()
+            .map(|seen| {
+                let seen = seen.lock().unwrap();
+                (seen.servers.last().unwrap().clone(), seen.servers.len())
+            })
+            .collect();
+        step();
+        // Connections that were begun before are done now.
+        self.wait_for(2);
+        let after: Vec<usize> =
+            self.seen.iter().map(|seen| seen.lock().unwrap().servers.len()).collect();
+        self.wait_for(CALLS);
+        for ((seen, (former, start)), end) in self.seen.iter().zip(before).zip(after) {
+            let seen = seen.lock().unwrap();
+            assert!(seen.failures.is_empty(), "{what}: {:?}", seen.failures);
+            let strange =
+                seen.servers[start..].iter().find(|name| **name != former && *name != owner);
+            assert_eq!(strange, None, "{what}");
+            let late = seen.servers[end..].iter().find(|name| *name != owner);
+            assert_eq!(late, None, "{what}: {owner} should answer by now");
+        }
+    }
+}
+
+/// Runs `steps` while clients call the targets in a loop.
+fn calling(lab: &Lab, targets: &[SocketAddr], steps: impl FnOnce(&Callers)) {
+    let stop = AtomicBool::new(false);
+    let seen: Vec<Mutex<Seen>> = targets.iter().map(|_| Mutex::default()).collect();
+    std::thread::scope(|scope| {
+        for (target, seen) in targets.iter().zip(&seen) {
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let reply = reach(&lab.client, Call::new(Transport::Tcp, *target, TIMEOUT));
+                    let mut seen = seen.lock().unwrap();
+                    match reply {
+                        Ok(reply) => seen.servers.push(reply.server),
+                        Err(failure) => seen.failures.push(failure),
+                    }
+                }
+            });
+        }
+        let callers = Callers { seen: seen.iter().collect() };
+        // The clients must end also if a step fails, or the scope would wait for ever.
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| steps(&callers)));
+        stop.store(true, Ordering::Relaxed);
+        result.unwrap_or_else(|payload| std::panic::resume_unwind(payload));
+    });
+}
+
+fn lab(pods: usize) -> Lab {
+    let mut options = Options::new(Shape::Cilium);
+    options.pods = pods;
+    Lab::build(options).unwrap()
+}
+
+/// Configuration and attachment of a pod that maps the common port, tcp and udp.
+fn pod(node: &Node, lab: &Lab, number: usize) -> (Value, Attachment) {
+    let mappings = json!([mapping(PORT, 80, "tcp"), mapping(PORT, 53, "udp")]);
+    let config = node.config(mappings, prev_result(lab, number, "1.0.0"));
+    (config, attachment(&lab.pods[number], &format!("container-{number}")))
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn the_newest_owner_wins_and_somebody_always_answers() {
+    for variant in VARIANTS {
+        let lab = lab(3);
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[53]).unwrap()).collect();
+        let pods: Vec<_> = (0..3).map(|number| pod(&node, &lab, number)).collect();
+        let verb = |verb: &'static str, number: usize| {
+            let (config, attachment) = &pods[number];
+            node.ok(verb, config, attachment);
+        };
+        verb("ADD", 0);
+        let targets: Vec<SocketAddr> =
+            lab.options.families.iter().map(|family| lab.node_socket(*family, PORT)).collect();
+        calling(&lab, &targets, |callers| {
+            callers.step("ADD of a second", "pod-b", || verb("ADD", 1));
+            verb("CHECK", 1);
+            callers.step("late DEL of the first", "pod-b", || verb("DEL", 0));
+            callers.step("a later one of the same", "pod-b", || verb("DEL", 0));
+            verb("CHECK", 1);
+            callers.step("ADD of the first again", "pod-a", || verb("ADD", 0));
+            callers.step("ADD of a third", "pod-c", || verb("ADD", 2));
+            callers.step("repeated ADD of the newest", "pod-c", || verb("ADD", 2));
+            callers.step("DEL of the newest", "pod-a", || verb("DEL", 2));
+            callers.step("DEL of the next newest", "pod-b", || verb("DEL", 0));
+            callers.step("repeated ADD of the only one", "pod-b", || verb("ADD", 1));
+            verb("CHECK", 1);
+        });
+        verb("DEL", 1);
+        node.assert_clean(&before);
+        drop(servers);
+    }
+}
+
+/// Upstream's first rule goes on catching everything, and clients time out.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_pod_that_died_without_del_does_not_keep_its_port() {
+    for variant in VARIANTS {
+        let lab = lab(2);
+        let node = Node::new(&lab.node, variant);
+        let servers = lab.pods[0].serve(&[80], &[53]).unwrap();
+        let [old, new] = [0, 1].map(|number| pod(&node, &lab, number));
+        node.ok("ADD", &old.0, &old.1);
+        drop(servers);
+        let _servers = lab.pods[1].serve(&[80], &[53]).unwrap();
+        node.ok("ADD", &new.0, &new.1);
+        for family in &lab.options.families {
+            for transport in [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected] {
+                let call = Call::new(transport, lab.node_socket(*family, PORT), TIMEOUT);
+                let reply = reach(&lab.client, call).unwrap();
+                assert_eq!(reply.server, "pod-b", "{variant:?} {family} {transport}");
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn deny_refuses_a_port_whose_owner_lives() {
+    for variant in VARIANTS {
+        let lab = lab(2);
+        let node = Node::new(&lab.node, variant);
+        let [(first, mut owner), (second, guest)] = [0, 1].map(|number| pod(&node, &lab, number));
+        // A name for the namespace that can go, unlike the descriptor's.
+        let name = node.path.with_extension("netns");
+        std::os::unix::fs::symlink(lab.pods[0].netns.path(), &name).unwrap();
+        owner.netns.clone_from(&name);
+        let deny = |config: &Value| {
+            let mut config = config.clone();
+            config["conflictPolicy"] = json!("deny");
+            config
+        };
+        node.ok("ADD", &deny(&first), &owner);
+        let before = node.snapshot();
+        let (code, text) = node.fails("ADD", &deny(&second), &guest);
+        assert_eq!(code, 103, "{text}");
+        assert!(text.contains("container-0") && text.contains(&PORT.to_string()), "{text}");
+        before.same_rules(&node.snapshot()).unwrap();
+        assert_eq!(before.records, node.snapshot().records);
+        // No conflict with itself: neither a repeated ADD nor the same container on another network.
+        node.ok("ADD", &deny(&first), &owner);
+        let mut elsewhere = deny(&first);
+        elsewhere["name"] = json!("elsewhere");
+        node.ok("ADD", &elsewhere, &owner);
+        node.ok("DEL", &elsewhere, &owner);
+        // Another port, and another address of the same port, are free.
+        let mut free = deny(&second);
+        free["runtimeConfig"]["portMappings"] = json!([mapping(PORT + 1, 80, "tcp")]);
+        node.ok("ADD", &free, &guest);
+        node.ok("DEL", &free, &guest);
+        // Its namespace is gone, so it cannot object any more.
+        std::fs::remove_file(&name).unwrap();
+        node.ok("ADD", &deny(&second), &guest);
+        node.ok("CHECK", &deny(&second), &guest);
+    }
+}
+
+/// A client that never stops sending from one port would stay with the old pod for ever.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs conntrack"]
+fn udp_follows_the_newest_owner_without_a_pause() {
+    for variant in VARIANTS {
+        let lab = lab(3);
+        let node = Node::new(&lab.node, variant);
+        let _servers: Vec<_> =
+            lab.pods.iter().map(|pod| pod.serve(&[], &[53, PORT]).unwrap()).collect();
+        let [first, second] = [0, 1].map(|number| pod(&node, &lab, number));
+        node.ok("ADD", &first.0, &first.1);
+        for family in lab.options.families.clone() {
+            let from = |port| Some(SocketAddr::new(lab.client_address(family), port));
+            let target = lab.node_socket(family, PORT);
+            let mut call = Call::new(Transport::Udp, target, TIMEOUT);
+            call.bind = from(40_000);
+            let flow = Session::open(&lab.client, call).unwrap();
+            // The same port number, to an address that is not the node's: passes through.
+            let elsewhere = SocketAddr::new(lab.pods[2].address(family).unwrap(), PORT);
+            let mut call = Call::new(Transport::Udp, elsewhere, TIMEOUT);
+            call.bind = from(40_001);
+            let mut foreign = Session::open(&lab.client, call).unwrap();
+            assert_eq!(foreign.ask().unwrap().server, "pod-c");
+            let entry = || {
+                let name = if family == Family::V4 { "ipv4" } else { "ipv6" };
+                let all = node.shell(&format!("conntrack -L -f {name} -p udp -o id 2>/dev/null"));
+                let line = all.lines().find(|line| line.contains("sport=40001")).map(str::to_owned);
+                let line = line.unwrap_or_else(|| panic!("{variant:?} {family}: no entry:\n{all}"));
+                line.split_whitespace().find(|word| word.starts_with("id=")).unwrap().to_owned()
+            };
+            let id = entry();
+            udp_steps(flow, |expect| {
+                expect("pod-a");
+                node.ok("ADD", &second.0, &second.1);
+                expect("pod-b");
+                node.ok("DEL", &second.0, &second.1);
+                expect("pod-a");
+            });
+            assert_eq!(foreign.ask().unwrap().server, "pod-c");
+            assert_eq!(entry(), id, "{variant:?} {family}: the foreign flow has a new entry");
+        }
+    }
+}
+
+/// Keeps a flow busy while `steps` run. They are given a function that fails unless the flow is
+/// answered by that pod within a second.
+fn udp_steps(mut flow: Session, steps: impl FnOnce(&dyn Fn(&str))) {
+    let stop = AtomicBool::new(false);
+    let last = Mutex::new(String::new());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                // A datagram may be lost while the pod changes; the next one must not be.
+                if let Ok(reply) = flow.ask() {
+                    *last.lock().unwrap() = reply.server;
+                }
+            }
+        });
+        let expect = |pod: &str| {
+            let deadline = Instant::now() + Duration::from_secs(2);
+            while *last.lock().unwrap() != pod {
+                assert!(Instant::now() < deadline, "{pod} expected, not {}", last.lock().unwrap());
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| steps(&expect)));
+        stop.store(true, Ordering::Relaxed);
+        result.unwrap_or_else(|payload| std::panic::resume_unwind(payload));
+    });
+}
