@@ -119,8 +119,17 @@ impl<'a> Engine<'a> {
             facts,
             keep_base: &keep_base,
         };
-        match backend::of(kind).change(self.host, &change)? {
-            Outcome::Done => self.remember_facts(kind, &known, facts),
+        // After a kill the kernel may hold what an earlier record said, and a transaction that
+        // builds on the present one could succeed and leave some of that behind.
+        let outcome = match self.store.begin_change(kind)? {
+            true => Outcome::NeedsRestore("an earlier change was interrupted".into()),
+            false => backend::of(kind).change(self.host, &change)?,
+        };
+        match outcome {
+            Outcome::Done => {
+                self.remember_facts(kind, &known, facts)?;
+                self.store.end_change(kind)
+            }
             Outcome::NeedsRestore(_) => {
                 let gone = if added.is_none() { Some(record) } else { None };
                 let purge = BTreeSet::from_iter(removed.map(|removed| removed.chain.clone()));
@@ -159,7 +168,8 @@ impl<'a> Engine<'a> {
         for family in kept {
             self.store.set_note(&kept_base_note(kind, family), Some(""))?;
         }
-        self.remember_facts(kind, &NodeFacts::default(), facts)
+        self.remember_facts(kind, &NodeFacts::default(), facts)?;
+        self.store.end_change(kind)
     }
 
     /// After a failed ADD: the record goes, and with it whatever was done. Both errors are reported.

@@ -264,6 +264,29 @@ impl Store {
         Ok(parts)
     }
 
+    /// Notes that the kernel is being changed; true if an earlier change did not come to its end.
+    /// Not synchronised: the note has to outlive this process, not the machine.
+    pub fn begin_change(&self, backend: BackendKind) -> Result<bool> {
+        let path = self.change_path(backend);
+        let created = create_parent(&path).and_then(|()| File::create_new(&path));
+        match created {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(true),
+            Err(error) => Err(Error::io(format!("write {}", path.display()), error)),
+        }
+    }
+
+    /// The kernel is as the records say.
+    pub fn end_change(&self, backend: BackendKind) -> Result<()> {
+        let path = self.change_path(backend);
+        ignore_absent(fs::remove_file(&path))
+            .map_err(|error| Error::io(format!("remove {}", path.display()), error))
+    }
+
+    fn change_path(&self, backend: BackendKind) -> PathBuf {
+        self.dir.join("notes").join(format!("changing-{backend}"))
+    }
+
     fn users(&self, key: &IndexKey) -> Result<Vec<String>> {
         let (kind, name) = key.path();
         self.names(&Path::new("index").join(kind).join(name))

@@ -106,6 +106,14 @@ impl Apply for Nftables {
             Ok(Some(problem)) => return Ok(Outcome::NeedsRestore(problem)),
             Err(error) => return Err(Error::io("read the nftables rules (netlink)", error)),
         }
+        // What stays as it is has no part in the transaction, so nothing else would notice its loss.
+        if let (Some(_), Some(removed)) = (change.added, change.removed) {
+            let problems =
+                self.problems(host, removed, change.related, change.parts_before, true)?;
+            if let Some(problem) = problems.into_iter().next() {
+                return Ok(Outcome::NeedsRestore(problem));
+            }
+        }
         let mut names = Names::default();
         for record in change.added.iter().chain(&change.removed) {
             let own = objects::names_of(record);
