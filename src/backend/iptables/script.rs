@@ -310,10 +310,12 @@ fn restore_marks(
             nat.chain(chain);
         }
     }
-    for bit in bits {
+    for bit in 0..u32::BITS {
         for (chain, rule) in [(SETMARK, setmark_rule(bit)), (MASQ, masq_rule(bit))] {
-            if listing.position(chain, &rule).is_none() {
-                nat.line("-A", chain, &rule);
+            match (listing.position(chain, &rule).is_some(), bits.contains(&bit)) {
+                (false, true) => nat.line("-A", chain, &rule),
+                (true, false) if !others => nat.line("-D", chain, &rule),
+                _ => {}
             }
         }
     }
