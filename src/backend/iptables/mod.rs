@@ -77,10 +77,9 @@ impl Apply for Iptables {
             return Ok(Outcome::NeedsRestore(reason));
         }
         let mut gone = change.gone();
-        gone.retain(|part| match part {
-            Part::Base(family) | Part::Mark(family, _) => !change.keep_base.contains(family),
-            _ => true,
-        });
+        gone.retain(
+            |part| !matches!(part, Part::Mark(family, _) if change.keep_base.contains(family)),
+        );
         for family in change.families() {
             let text = match (change.added, change.removed) {
                 (Some(added), removed) => script::add(added, removed, family),
@@ -162,6 +161,12 @@ impl Apply for Iptables {
 fn needs_listing(change: &Change) -> Option<String> {
     if change.begins_a_part() {
         return Some("the shared chains are not there yet".into());
+    }
+    // Our additions go with the last record, upstream's chains stay.
+    let shared =
+        |part: &Part| matches!(part, Part::Base(family) if change.keep_base.contains(family));
+    if change.gone().iter().any(shared) {
+        return Some("the shared chains belong to others too".into());
     }
     let neighbours = change.parts_after.iter().any(|part| matches!(part, Part::Neighbours(_)));
     if neighbours && change.facts_before.uplinks != change.facts.uplinks {
