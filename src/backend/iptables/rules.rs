@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crate::conf::Options;
-use crate::model::{Family, Forward, Protocol};
+use crate::model::{Claim, Family, Forward, Protocol};
 use crate::record::Record;
 
 /// Upstream's names. Never change them: they outlive every release.
@@ -123,16 +123,17 @@ pub fn entry_rules(record: &Record, family: Family) -> Vec<String> {
 }
 
 /// Further entry rules for an attachment that maps a port for a specific address while another one
-/// has it for any: they match that address alone and go before all entry rules for any address.
+/// has it for that or any: they match that address alone and go before all entry rules for any
+/// address.
 #[must_use]
 pub fn promoted_rules(
     record: &Record,
     family: Family,
-    contested: &dyn Fn(Protocol, u16) -> bool,
+    contested: &dyn Fn(&Claim) -> bool,
 ) -> Vec<String> {
     let mut ports: BTreeMap<(IpAddr, Protocol), Vec<u16>> = BTreeMap::new();
     for Forward { claim, .. } in record.forwards(family) {
-        if let Some(ip) = claim.address.filter(|_| contested(claim.protocol, claim.port)) {
+        if let Some(ip) = claim.address.filter(|_| contested(&claim)) {
             ports.entry((ip, claim.protocol)).or_default().push(claim.port);
         }
     }

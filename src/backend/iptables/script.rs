@@ -15,7 +15,7 @@ use super::rules::{
     MASQ_JUMP, NEIGHBOURS, NEIGHBOURS_JUMP, SETMARK, chain_rules, entry_rules, masq_rule,
     neighbour_rules, neighbour_rules_of, promoted_rules, setmark_rule, uplink_rule,
 };
-use crate::model::{Family, Protocol};
+use crate::model::{Claim, Family};
 use crate::record::{Part, Record, old_snat_chain};
 
 /// Lines of one table.
@@ -226,16 +226,31 @@ fn remove_rules(nat: &mut Table, record: &Record, family: Family) {
     }
 }
 
-/// Whether two records have the same port, one for any address and one for a specific one: then
-/// the order of the entry rules depends on more than age.
+/// Whether two records have the same port, one for any address and one for a specific one, or both
+/// for the same specific one and one of them some port for any: then the order of the entry rules
+/// depends on more than age.
 #[must_use]
 pub fn order_is_contested(record: &Record, others: &[Record], family: Family) -> bool {
     record.forwards(family).iter().any(|own| {
-        others.iter().flat_map(|other| other.forwards(family)).any(|other| {
-            (own.claim.protocol, own.claim.port) == (other.claim.protocol, other.claim.port)
-                && own.claim.address.is_some() != other.claim.address.is_some()
+        others.iter().any(|other| {
+            let mixed = has_any(record, family) || has_any(other, family);
+            other.forwards(family).iter().any(|other| {
+                competes(&own.claim, &other.claim)
+                    && (own.claim.address != other.claim.address
+                        || own.claim.address.is_some() && mixed)
+            })
         })
     })
+}
+
+/// Whether there is a packet for which both claims could be meant.
+fn competes(one: &Claim, other: &Claim) -> bool {
+    (one.protocol, one.port) == (other.protocol, other.port)
+        && (one.address.is_none() || other.address.is_none() || one.address == other.address)
+}
+
+fn has_any(record: &Record, family: Family) -> bool {
+    record.forwards(family).iter().any(|forward| forward.claim.address.is_none())
 }
 
 /// Everything the slow path needs to know.
@@ -262,21 +277,15 @@ impl Desired<'_> {
     /// Entry rules in the order in which packets must meet them.
     #[must_use]
     pub fn entries(&self) -> Vec<String> {
-        let any_address = |record: &Record| {
-            record.forwards(self.family).iter().any(|f| f.claim.address.is_none())
-        };
         let (mut first, mut second) = (Vec::new(), Vec::new());
         for record in self.records.iter().rev() {
-            let contested = |protocol: Protocol, port: u16| {
+            let contested = |claim: &Claim| {
                 self.records.iter().any(|other| {
                     other.id() != record.id()
-                        && other.forwards(self.family).iter().any(|f| {
-                            f.claim.address.is_none()
-                                && (f.claim.protocol, f.claim.port) == (protocol, port)
-                        })
+                        && other.forwards(self.family).iter().any(|f| competes(claim, &f.claim))
                 })
             };
-            if any_address(record) {
+            if has_any(record, self.family) {
                 first.extend(promoted_rules(record, self.family, &contested));
                 second.extend(entry_rules(record, self.family));
             } else {

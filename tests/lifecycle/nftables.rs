@@ -1,0 +1,231 @@
+//! An nftables table in memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use portmap::backend::nftables::objects::{Names, Objects, names_of};
+use portmap::backend::nftables::{scaffold, script};
+use portmap::facts::NodeFacts;
+use portmap::model::{BackendKind, Family};
+use portmap::record::{Part, Record};
+use serde_json::{Value, json};
+
+use super::{Change, Packet, Table};
+
+/// Stands for any match in a rule.
+pub const CONDITION: &str = "condition";
+
+/// The table `inet portmap`, if there is one. Comments of elements are left out: which of several
+/// records an element is said to belong to may depend on history.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Fake(Option<Content>);
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Content {
+    sets: BTreeMap<String, BTreeMap<String, Value>>,
+    chains: BTreeMap<String, Vec<Value>>,
+}
+
+impl Fake {
+    /// One transaction: all of it or an error.
+    fn apply(&mut self, text: &str) -> Result<(), String> {
+        let document: Value = serde_json::from_str(text).unwrap();
+        let mut next = self.clone();
+        for command in document["nftables"].as_array().unwrap() {
+            next.command(command).map_err(|error| format!("{error}: {command}"))?;
+        }
+        next.complete()?;
+        *self = next;
+        Ok(())
+    }
+
+    fn command(&mut self, command: &Value) -> Result<(), &'static str> {
+        let (verb, object) = command.as_object().unwrap().iter().next().unwrap();
+        let (kind, object) = object.as_object().unwrap().iter().next().unwrap();
+        assert_eq!(object["family"], "inet");
+        let name = object["name"].as_str().unwrap_or_default().to_owned();
+        if kind == "table" {
+            assert_eq!(name, scaffold::TABLE);
+            match verb.as_str() {
+                "add" => drop(self.0.get_or_insert_default()),
+                "delete" => drop(self.0.take().ok_or("ENOENT: the table")?),
+                _ => return Err("an unknown verb"),
+            }
+            return Ok(());
+        }
+        assert_eq!(object["table"], scaffold::TABLE);
+        let table = self.0.as_mut().ok_or("ENOENT: the table")?;
+        match (verb.as_str(), kind.as_str()) {
+            ("add", "set" | "map") => drop(table.sets.entry(name).or_default()),
+            ("add", "chain") => drop(table.chains.entry(name).or_default()),
+            ("flush", "chain") => table.chains.get_mut(&name).ok_or("ENOENT: the chain")?.clear(),
+            ("delete", "chain") => drop(table.chains.remove(&name).ok_or("ENOENT: the chain")?),
+            ("add", "rule") => {
+                let chain = object["chain"].as_str().unwrap();
+                let rules = table.chains.get_mut(chain).ok_or("ENOENT: the rule's chain")?;
+                rules.push(json!([object["expr"], object["comment"]]));
+            }
+            (_, "element") => {
+                let set = table.sets.get_mut(&name).ok_or("ENOENT: the set")?;
+                for element in object["elem"].as_array().unwrap() {
+                    let (key, data) = element_of(element);
+                    match verb.as_str() {
+                        "delete" => drop(set.remove(&key).ok_or("ENOENT: the element")?),
+                        "add" if set.get(&key).is_some_and(|known| *known != data) => {
+                            return Err("EEXIST: an element with other data");
+                        }
+                        "add" => drop(set.insert(key, data)),
+                        _ => return Err("an unknown verb"),
+                    }
+                }
+            }
+            _ => return Err("an unknown command"),
+        }
+        Ok(())
+    }
+
+    /// No jump to a chain and no lookup in a set that is not there (ENOENT, or EBUSY on removal).
+    fn complete(&self) -> Result<(), String> {
+        let Some(table) = &self.0 else {
+            return Ok(());
+        };
+        let (mut jumps, mut lookups) = (BTreeSet::new(), BTreeSet::new());
+        let all = table.sets.values().flat_map(BTreeMap::values);
+        for value in all.chain(table.chains.values().flatten()) {
+            references(value, &mut jumps, &mut lookups);
+        }
+        let chain = jumps.into_iter().find(|chain| !table.chains.contains_key(chain));
+        let set = lookups.into_iter().find(|set| !table.sets.contains_key(set));
+        match (chain, set) {
+            (None, None) => Ok(()),
+            missing => Err(format!("referred to and missing: {missing:?}")),
+        }
+    }
+
+    fn fresh(records: &[Record]) -> Self {
+        let mut fake = Fake::default();
+        let records: Vec<&Record> = records.iter().collect();
+        fake.apply(&script::restore(&records, &facts())).unwrap();
+        fake
+    }
+
+    fn element(&self, set: &str, key: &Value) -> Option<&Value> {
+        self.0.as_ref()?.sets.get(set)?.get(&key.to_string())
+    }
+
+    /// The first rule of a claim's chain that translates.
+    fn translated(&self, chain: &str, matching: bool) -> Option<SocketAddr> {
+        self.0.as_ref()?.chains.get(chain)?.iter().find_map(|rule| {
+            let statements = rule[0].as_array()?;
+            if !matching && statements.contains(&json!(CONDITION)) {
+                return None;
+            }
+            let dnat = &statements.last()?["dnat"];
+            let port = u16::try_from(dnat["port"].as_u64()?).ok()?;
+            Some(SocketAddr::new(dnat["addr"].as_str()?.parse().ok()?, port))
+        })
+    }
+}
+
+fn element_of(element: &Value) -> (String, Value) {
+    let (key, data) = match element.as_array().map(Vec::as_slice) {
+        Some([key, data]) => (key, data.clone()),
+        _ => (element, Value::Null),
+    };
+    (key.pointer("/elem/val").unwrap_or(key).to_string(), data)
+}
+
+fn references(value: &Value, jumps: &mut BTreeSet<String>, sets: &mut BTreeSet<String>) {
+    match value {
+        Value::String(text) => sets.extend(text.strip_prefix('@').map(str::to_owned)),
+        Value::Array(items) => items.iter().for_each(|item| references(item, jumps, sets)),
+        Value::Object(members) => {
+            if let Some(target) = value.pointer("/jump/target").and_then(Value::as_str) {
+                jumps.insert(target.to_owned());
+            }
+            members.values().for_each(|member| references(member, jumps, sets));
+        }
+        _ => {}
+    }
+}
+
+fn facts() -> NodeFacts {
+    NodeFacts {
+        uplinks: BTreeSet::from(["eth0".to_owned()]),
+        addresses: ["192.0.2.1", "fd00:51::1"].iter().map(|ip| ip.parse().unwrap()).collect(),
+    }
+}
+
+fn objects(related: &[Record], own: Option<&Record>, names: &Names) -> Objects {
+    let mut records: Vec<&Record> = related.iter().chain(own).collect();
+    records.sort_by_key(|record| record.order);
+    Objects::of(&records).restricted_to(names)
+}
+
+impl Table for Fake {
+    const BACKEND: BackendKind = BackendKind::Nftables;
+
+    fn change(&mut self, change: &Change) {
+        if change.after.is_empty() || change.before != change.after {
+            let records: Vec<&Record> = change.live.iter().collect();
+            self.apply(&script::restore(&records, &facts())).unwrap();
+            return;
+        }
+        let mut names = Names::default();
+        for record in change.added.iter().chain(&change.removed) {
+            let own = names_of(record);
+            names.places.extend(own.places);
+            names.chains.extend(own.chains);
+        }
+        let before = objects(&change.related, change.removed, &names);
+        let after = objects(&change.related, change.added, &names);
+        self.apply(&script::change(&before, &after, None, &change.after)).unwrap();
+    }
+
+    fn verify(&self, live: &[Record]) {
+        assert_eq!(*self, Fake::fresh(live), "not what the records alone lead to");
+    }
+
+    fn resolve(&self, packet: &Packet, matching: bool) -> Option<SocketAddr> {
+        let digit = match packet.family {
+            Family::V4 => 4,
+            Family::V6 => 6,
+        };
+        let claim = [json!(packet.protocol.name()), json!(packet.port)];
+        let mut specific = claim.to_vec();
+        specific.insert(0, json!(packet.address.to_string()));
+        [("ip", specific), ("any", claim.to_vec())].into_iter().find_map(|(prefix, key)| {
+            let key = json!({ "concat": key });
+            let find = |suffix: &str| self.element(&format!("{prefix}{digit}_{suffix}"), &key);
+            let own = find("own")
+                .and_then(|verdict| verdict.pointer("/jump/target")?.as_str())
+                .and_then(|chain| self.translated(chain, matching));
+            own.or_else(|| {
+                let port = u16::try_from(find("port")?.as_u64()?).ok()?;
+                Some(SocketAddr::new(find("addr")?.as_str()?.parse().ok()?, port))
+            })
+        })
+    }
+}
+
+/// One transaction from the objects of these records to those of others, in a table that has all
+/// sets that either needs.
+pub fn assert_change(from: &[Record], to: &[Record]) {
+    let parts: BTreeSet<Part> = from.iter().chain(to).flat_map(Record::parts).collect();
+    let of = |records: &[Record]| Objects::of(&records.iter().collect::<Vec<_>>());
+    let (none, from, to) = (Objects::default(), of(from), of(to));
+    let built = |steps: &[(&Objects, &Objects)]| {
+        let mut commands =
+            vec![json!({"add": {"table": {"family": "inet", "name": scaffold::TABLE}}})];
+        commands.extend(scaffold::commands(&parts));
+        let mut fake = Fake::default();
+        fake.apply(&json!({ "nftables": commands }).to_string()).unwrap();
+        for (before, after) in steps {
+            fake.apply(&script::change(before, after, None, &parts)).unwrap();
+        }
+        fake
+    };
+    assert_eq!(built(&[(&none, &from), (&from, &to)]), built(&[(&none, &to)]));
+    assert_eq!(built(&[(&none, &from), (&from, &none)]), built(&[]), "ADD and DEL leave nothing");
+    assert_eq!(built(&[(&none, &to), (&to, &to)]), built(&[(&none, &to)]));
+}

@@ -1,0 +1,246 @@
+//! Many calls at once: runtimes start and stop pods concurrently, and go-cni calls the networks of
+//! one container at the same time.
+//!
+//! Run as root: `cargo test --test parallel -- --ignored`.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::sync::Barrier;
+use std::time::Duration;
+
+use portmap::demo::plugin::{Attachment, Output};
+use portmap::demo::server::Servers;
+use portmap::demo::topology::{Lab, Options, Shape};
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
+use serde_json::{Value, json};
+use support::{Node, PORTMAP, VARIANTS, attachment, prev_result};
+
+const PODS: usize = 50;
+const FIRST_PORT: u16 = 20_000;
+/// The pods that are called.
+const SAMPLE: [usize; 12] = [0, 1, 5, 10, 15, 24, 25, 30, 35, 40, 45, 49];
+/// Long enough for a busy machine; a refused connection comes back at once.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+fn lab() -> Lab {
+    let mut options = Options::new(Shape::Cilium);
+    options.pods = PODS;
+    Lab::build(options).unwrap()
+}
+
+fn port(pod: usize) -> u16 {
+    FIRST_PORT + u16::try_from(pod).unwrap()
+}
+
+fn config(lab: &Lab, node: &Node, pod: usize) -> Value {
+    let mappings = json!([
+        {"hostPort": port(pod), "containerPort": 80, "protocol": "tcp"},
+        {"hostPort": port(pod), "containerPort": 53, "protocol": "udp"},
+    ]);
+    node.config(mappings, prev_result(lab, pod, &node.cni_version))
+}
+
+fn key(lab: &Lab, pod: usize) -> Attachment {
+    attachment(&lab.pods[pod], &format!("c{pod}"))
+}
+
+/// Does all of it at the same moment, and fails the test unless all succeed.
+fn at_once<T: Send + Sync>(node: &Node, all: &[T], call: impl Fn(&T) -> Output + Sync) {
+    let barrier = Barrier::new(all.len());
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = all
+            .iter()
+            .map(|one| {
+                scope.spawn(|| {
+                    barrier.wait();
+                    call(one)
+                })
+            })
+            .collect();
+        for thread in threads {
+            let output = thread.join().unwrap();
+            assert!(output.success(), "{:?}: {}", node.variant, output.reason());
+        }
+    });
+}
+
+/// One verb for many pods at once.
+fn every(lab: &Lab, node: &Node, verb: &str, pods: std::ops::Range<usize>) {
+    all_at_once(lab, node, &pods.map(|pod| (verb, pod)).collect::<Vec<_>>());
+}
+
+/// Calls of several kinds at once.
+fn all_at_once(lab: &Lab, node: &Node, calls: &[(&str, usize)]) {
+    at_once(node, calls, |(verb, pod)| {
+        node.call(PORTMAP, verb, &config(lab, node, *pod), &key(lab, *pod))
+    });
+}
+
+fn serve(lab: &Lab, pods: impl IntoIterator<Item = usize>) -> Vec<Servers> {
+    pods.into_iter().map(|pod| lab.pods[pod].serve(&[80], &[53]).unwrap()).collect()
+}
+
+fn assert_forwards(lab: &Lab, node: &Node, pod: usize) {
+    for family in &lab.options.families {
+        let target = lab.node_socket(*family, port(pod));
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let reply = reach(&lab.client, Call::new(transport, target, TIMEOUT));
+            let reply = reply.unwrap_or_else(|failure| {
+                panic!("{:?}: {transport} {target}: {failure}", node.variant)
+            });
+            assert_eq!(reply.server, lab.pods[pod].name, "{:?} {transport}", node.variant);
+        }
+    }
+}
+
+fn assert_closed(lab: &Lab, node: &Node, pod: usize) {
+    let target: SocketAddr = lab.node_socket(Family::V4, port(pod));
+    let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT));
+    assert!(reply.is_err(), "{:?}: {target} still answers", node.variant);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn fifty_adds_then_fifty_dels_leave_nothing() {
+    let lab = lab();
+    let servers = serve(&lab, SAMPLE);
+    for variant in VARIANTS {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        every(&lab, &node, "ADD", 0..PODS);
+        SAMPLE.into_iter().for_each(|pod| assert_forwards(&lab, &node, pod));
+        every(&lab, &node, "CHECK", 0..PODS);
+        assert_rules_of_all(&lab, &node);
+        every(&lab, &node, "DEL", 0..PODS);
+        SAMPLE.into_iter().for_each(|pod| assert_closed(&lab, &node, pod));
+        node.assert_clean(&before);
+        mix(&lab, &node);
+        node.assert_clean(&before);
+    }
+    drop(servers);
+}
+
+/// 25 come while 25 go, and back.
+fn mix(lab: &Lab, node: &Node) {
+    let halves: [Vec<usize>; 2] = [(0..PODS / 2).collect(), (PODS / 2..PODS).collect()];
+    every(lab, node, "ADD", 0..PODS / 2);
+    for round in 0..2 {
+        let (old, new) = (&halves[round % 2], &halves[(round + 1) % 2]);
+        // Interleaved, so that both kinds wait for the lock side by side.
+        let calls: Vec<_> =
+            old.iter().zip(new).flat_map(|(old, new)| [("DEL", *old), ("ADD", *new)]).collect();
+        all_at_once(lab, node, &calls);
+        for pod in SAMPLE {
+            match new.contains(&pod) {
+                true => {
+                    assert_forwards(lab, node, pod);
+                    node.ok("CHECK", &config(lab, node, pod), &key(lab, pod));
+                }
+                false => assert_closed(lab, node, pod),
+            }
+        }
+    }
+    // Twice each, as runtimes do.
+    let calls: Vec<_> = (0..PODS / 2).flat_map(|pod| [("DEL", pod), ("DEL", pod)]).collect();
+    all_at_once(lab, node, &calls);
+}
+
+/// CHECK is the plugin's own word; this is the kernel's.
+fn assert_rules_of_all(lab: &Lab, node: &Node) {
+    let listing = match node.variant {
+        support::Variant::Nftables => node.shell("nft list table inet portmap"),
+        _ => node.shell("iptables-save -t nat; ip6tables-save -t nat"),
+    };
+    for pod in 0..PODS {
+        for family in &lab.options.families {
+            let address = lab.pods[pod].address(*family).unwrap();
+            assert!(listing.contains(&address.to_string()), "{address} is in no rule:\n{listing}");
+        }
+        assert!(listing.contains(&port(pod).to_string()), "{} is in no rule", port(pod));
+    }
+}
+
+/// The second network of a pod: another name and interface, the same mappings and, here, address.
+fn other_network(lab: &Lab, node: &Node, pod: usize, number: usize) -> (Value, Attachment) {
+    let mut config = config(lab, node, pod);
+    let mut attachment = key(lab, pod);
+    attachment.ifname = format!("eth{number}");
+    config["name"] = json!(format!("net-{number}"));
+    config["prevResult"]["interfaces"][1]["name"] = json!(attachment.ifname);
+    (config, attachment)
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn the_networks_of_one_container_may_be_called_at_once() {
+    let mut options = Options::new(Shape::Cilium);
+    options.pods = 3;
+    let lab = Lab::build(options).unwrap();
+    let servers = serve(&lab, 0..3);
+    for variant in VARIANTS {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let all: Vec<_> = (0..3)
+            .flat_map(|pod| (0..2).map(move |number| (pod, number)))
+            .map(|(pod, number)| other_network(&lab, &node, pod, number))
+            .collect();
+        let every = |verb: &str, calls: &[(Value, Attachment)]| {
+            at_once(&node, calls, |(config, key)| node.call(PORTMAP, verb, config, key));
+        };
+        for _ in 0..2 {
+            every("ADD", &all);
+            every("CHECK", &all);
+            (0..3).for_each(|pod| assert_forwards(&lab, &node, pod));
+            // One network goes, the others still forward.
+            let (first, rest): (Vec<_>, Vec<_>) =
+                all.iter().cloned().partition(|(_, key)| key.ifname == "eth1");
+            every("DEL", &first);
+            every("CHECK", &rest);
+            (0..3).for_each(|pod| assert_forwards(&lab, &node, pod));
+            every("DEL", &all);
+            (0..3).for_each(|pod| assert_closed(&lab, &node, pod));
+            node.assert_clean(&before);
+        }
+    }
+    drop(servers);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn many_that_want_the_same_port_end_with_exactly_one() {
+    let mut options = Options::new(Shape::Cilium);
+    options.pods = 10;
+    let lab = Lab::build(options).unwrap();
+    let servers = serve(&lab, 0..10);
+    for variant in VARIANTS {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let same = |pod: usize| {
+            let mappings = json!([{"hostPort": FIRST_PORT, "containerPort": 80}]);
+            node.config(mappings, prev_result(&lab, pod, &node.cni_version))
+        };
+        let pods: Vec<usize> = (0..10).collect();
+        at_once(&node, &pods, |pod| node.call(PORTMAP, "ADD", &same(*pod), &key(&lab, *pod)));
+        let target = lab.node_socket(Family::V4, FIRST_PORT);
+        let mut left = pods;
+        while !left.is_empty() {
+            let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT)).unwrap();
+            // The winner goes, and the next takes over.
+            let winner = left.iter().position(|pod| lab.pods[*pod].name == reply.server);
+            let winner = left.remove(winner.expect("a container that is gone answers"));
+            node.ok("DEL", &same(winner), &key(&lab, winner));
+        }
+        assert_closed(&lab, &node, 0);
+        node.assert_clean(&before);
+    }
+    drop(servers);
+}
