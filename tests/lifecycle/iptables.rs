@@ -92,6 +92,7 @@ impl Fake {
                 purge,
                 uplinks: &uplinks,
                 keep_base: self.keep_base,
+                stale_bits: if self.keep_base { BTreeSet::new() } else { (0..u32::BITS).collect() },
             };
             let mut text = script::restore_nat(&desired, &self.tables[&(family, "nat")]);
             if family == Family::V4 {
@@ -109,7 +110,11 @@ impl Fake {
         let families: BTreeSet<Family> = pair.flat_map(|record| record.families()).collect();
         for family in families {
             let text = match (change.added, change.removed) {
-                (Some(added), removed) => script::add(added, removed, family),
+                (Some(added), removed) => {
+                    let uplinks = BTreeSet::from(["eth0".to_owned()]);
+                    let shared = script::Shared::CheckedInside { uplinks: &uplinks };
+                    script::add(added, removed, family, shared)
+                }
                 (None, Some(removed)) => script::remove(removed, family, &gone, &change.after),
                 (None, None) => continue,
             };
@@ -242,13 +247,17 @@ impl Table for Fake {
             unordered(&fresh.tables),
             "not what the records alone lead to"
         );
+        let uplinks = BTreeSet::from(["eth0".to_owned()]);
         for family in Family::ALL {
             let nat = &self.tables[&(family, "nat")];
             assert_eq!(Listing::parse(&printed(nat)), *nat);
             for record in live.iter().filter(|record| record.network(family).is_some()) {
                 let forwards: BTreeSet<_> = record.forwards(family).into_iter().collect();
                 assert_eq!(nat.forwards(&record.chain, family), forwards);
-                assert_eq!(check::nat_problems(record, family, nat, true), Vec::<String>::new());
+                assert_eq!(
+                    check::nat_problems(record, family, nat, Some(&uplinks)),
+                    Vec::<String>::new()
+                );
             }
         }
         if live.iter().any(|record| record.parts().contains(&Part::Guard)) {
