@@ -21,6 +21,8 @@ use crate::record::{Part, Record, old_snat_chain};
 #[derive(Debug, Default)]
 struct Table {
     lines: String,
+    /// Chains whose listed rules are gone by the last line, and cannot be deleted once more.
+    emptied: BTreeSet<String>,
 }
 
 impl Table {
@@ -33,6 +35,7 @@ impl Table {
     /// Makes the chain, or empties it.
     fn chain(&mut self, chain: &str) {
         let _ = writeln!(self.lines, ":{chain} - [0:0]");
+        self.emptied.insert(chain.to_owned());
     }
 
     fn finish(self, table: &str) -> String {
@@ -352,7 +355,7 @@ fn drop_chain(nat: &mut Table, listing: &Listing, chain: &str) {
     }
     for (from, rules) in &listing.chains {
         // `CNI-HOSTPORT-DNAT` is written anew as a whole.
-        if from != DNAT {
+        if from != DNAT && !nat.emptied.contains(from) {
             for rule in rules.iter().filter(|rule| target_of(rule).as_deref() == Some(chain)) {
                 nat.line("-D", from, rule);
             }
@@ -360,6 +363,7 @@ fn drop_chain(nat: &mut Table, listing: &Listing, chain: &str) {
     }
     nat.line("-F", chain, "");
     nat.line("-X", chain, "");
+    nat.emptied.insert(chain.to_owned());
 }
 
 /// Brings table raw from `listing` to the state with or without the guard.
