@@ -106,6 +106,15 @@ impl Apply for Nftables {
             Ok(Some(problem)) => return Ok(Outcome::NeedsRestore(problem)),
             Err(error) => return Err(Error::io("read the nftables rules (netlink)", error)),
         }
+        // Between an ADD and its repetition there is no difference to send, so that the kernel would
+        // not say what others have deleted meanwhile.
+        if let (Some(_), Some(earlier)) = (change.added, change.removed) {
+            let problems =
+                self.problems(host, earlier, change.related, change.parts_before, true)?;
+            if !problems.is_empty() {
+                return Ok(Outcome::NeedsRestore(problems.join("; ")));
+            }
+        }
         let mut names = Names::default();
         for record in change.added.iter().chain(&change.removed) {
             let own = objects::names_of(record);
