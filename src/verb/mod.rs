@@ -37,7 +37,8 @@ pub fn run(invocation: Result<Invocation>, stdin: &mut dyn Read, host: &Host) ->
         Ok(stdout) => Outcome { stdout, notes, failed: false },
         Err(error) => {
             let mut reply = ErrorReply::new(&error, Envelope::peek_version(&input).as_deref());
-            if verb == Some(Verb::Status) && reply.code >= 100 {
+            // Codes of the plugin's own, and what the system refused (5): ADD could not work either.
+            if verb == Some(Verb::Status) && (reply.code >= 100 || reply.code == 5) {
                 reply.code = status::NOT_AVAILABLE;
             }
             if verb == Some(Verb::Del) {
