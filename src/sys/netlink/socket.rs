@@ -122,13 +122,7 @@ impl NetlinkSocket {
         message: &Message,
         mut decode: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Vec<T>> {
-        for _ in 0..DUMP_ATTEMPTS {
-            let (answers, interrupted) = self.exchange(message, NLM_F_DUMP, &mut decode)?;
-            if !interrupted {
-                return Ok(answers);
-            }
-        }
-        Err(io::Error::other("the kernel's table kept changing during a netlink dump"))
+        uninterrupted(|| self.exchange(message, NLM_F_DUMP, &mut decode))
     }
 
     /// Returns the decoded answers, and whether the kernel called the dump inconsistent.
@@ -204,6 +198,17 @@ enum Body<'a> {
     /// The exchange is over, with this `errno` or 0.
     End(i32),
     Nothing,
+}
+
+/// Dumps until one goes through without a change underneath, and returns its answers alone.
+fn uninterrupted<T>(mut dump: impl FnMut() -> io::Result<(Vec<T>, bool)>) -> io::Result<Vec<T>> {
+    for _ in 0..DUMP_ATTEMPTS {
+        let (answers, interrupted) = dump()?;
+        if !interrupted {
+            return Ok(answers);
+        }
+    }
+    Err(io::Error::other("the kernel's table kept changing during a netlink dump"))
 }
 
 /// Takes one message off the front of a datagram.
@@ -290,6 +295,19 @@ mod tests {
                 (false, None, 0),
             ]
         );
+    }
+
+    #[test]
+    fn an_interrupted_dump_is_begun_anew_and_given_up_after_some_attempts() {
+        let mut dumps = [(vec![1, 2], true), (vec![1], true), (vec![1, 2, 3], false)].into_iter();
+        assert_eq!(uninterrupted(|| Ok(dumps.next().unwrap())).unwrap(), [1, 2, 3]);
+        let mut attempts = 0;
+        let error = uninterrupted(|| {
+            attempts += 1;
+            Ok((vec![attempts], true))
+        });
+        assert!(error.unwrap_err().to_string().contains("kept changing"));
+        assert_eq!(attempts, DUMP_ATTEMPTS);
     }
 
     #[test]

@@ -1,0 +1,183 @@
+//! UDP flows that go on as before after the rules have changed, and flows that are none of ours.
+
+use std::os::unix::process::CommandExt;
+
+use portmap::demo::plugin;
+use portmap::demo::traffic::{Failure, Transport};
+use portmap::model::Family;
+
+use crate::site::{Site, at, bridge, on_each, tcp, udp, v4_only};
+use crate::support::{PORTMAP, VARIANTS, Variant};
+
+/// Tracks a UDP flow of the client, untranslated, as it is before any rule is there.
+fn track(site: &Site, destination: &str, port: u16) {
+    let client = site.lab.client_address(Family::of(&destination.parse().unwrap()));
+    site.node.shell(&format!(
+        "conntrack -I -p udp -s {client} -d {destination} --sport 4000 --dport {port} -t 600"
+    ));
+}
+
+/// The destinations that flows from port 4000 are still tracked for.
+fn tracked(site: &Site) -> Vec<String> {
+    let text = ["ipv4", "ipv6"]
+        .map(|family| site.node.shell(&format!("conntrack -L -f {family} -p udp 2>/dev/null")))
+        .concat();
+    let mut found: Vec<String> = text
+        .lines()
+        .filter(|line| line.contains("sport=4000"))
+        .map(|line| {
+            let field = |name: &str| {
+                line.split(' ').find_map(|word| word.strip_prefix(name)).unwrap().to_owned()
+            };
+            format!("{} {}", field("dst="), field("dport="))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// plugins#123, plugins#1190, kubernetes#58336, #66651, #95258, #102559, felix#1880: a client that
+/// keeps sending from one port keeps its flow, and so goes on talking to the node that refused it,
+/// to the pod before, or to a dead one. The flow follows every change of the rules.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_06_a_udp_client_follows_every_change() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        // The connection tracking of a namespace begins with the first rule that needs it.
+        site.add(1, "other", &[tcp(9000)]);
+        let mut session = site.udp_session(8053);
+        let mut expect = |server: Result<&str, Failure>| {
+            assert_eq!(session.ask().map(|reply| reply.server), server.map(str::to_owned));
+        };
+        expect(Err(Failure::Refused));
+        site.add(0, "a", &[udp(8053)]);
+        expect(Ok("pod-a"));
+        site.add(1, "b", &[udp(8053)]);
+        expect(Ok("pod-b"));
+        site.del(1, "b", &[udp(8053)]);
+        expect(Ok("pod-a"));
+        site.del(0, "a", &[]);
+        expect(Err(Failure::Refused));
+        site.del(1, "other", &[]);
+        site.assert_clean();
+    });
+}
+
+/// felix#1880, plugins#123: entries of both families that are older than the pod go at its ADD, those
+/// to the dead pod at its DEL (which upstream leaves).
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables, nft and conntrack"]
+fn pain_06_entries_that_are_older_than_the_pod_go() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        for family in Family::ALL {
+            track(site, &site.lab.node_address(family).to_string(), 8053);
+            track(site, &site.lab.second_node_address(family).to_string(), 8053);
+        }
+        track(site, "127.0.0.1", 8053);
+        assert_eq!(tracked(site).len(), 5);
+        site.add(0, "a", &[udp(8053)]);
+        assert_eq!(tracked(site), [""; 0]);
+        let mut session = site.udp_session(8053);
+        session.ask().unwrap();
+        site.del(0, "a", &[]);
+        let left = site.node.shell("conntrack -L -p udp 2>/dev/null");
+        assert!(!left.contains("dport=8053"), "{left}");
+    });
+}
+
+/// plugins#705, calico#7517, moby#46276: every UDP flow of the node was deleted, or every one that
+/// happens to have the port. Flows through the node keep their entries, and so do other ports.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables, nft and conntrack"]
+fn pain_07_the_flush_takes_nothing_else() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let node = site.lab.node_address(Family::V4).to_string();
+        let foreign = [("10.96.0.10", 53), ("192.0.2.77", 53), ("2001:db8::35", 53)];
+        let mut kept: Vec<String> =
+            foreign.iter().map(|(ip, port)| format!("{ip} {port}")).collect();
+        kept.push(format!("{node} 54"));
+        kept.sort();
+        for (ip, port) in foreign {
+            track(site, ip, port);
+        }
+        track(site, &node, 54);
+        track(site, &node, 53);
+        site.add(0, "a", &[udp(53), tcp(54)]);
+        assert_eq!(tracked(site), kept);
+        site.add(1, "b", &[udp(53)]);
+        site.del(1, "b", &[udp(53)]);
+        site.del(0, "a", &[udp(53), tcp(54)]);
+        assert_eq!(tracked(site), kept);
+    });
+}
+
+/// plugins#705, moby#53384: a mapping for one address of the node leaves the flows to its others.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables, nft and conntrack"]
+fn pain_07_a_host_ip_has_its_own_flows_only() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let (first, second) =
+            (site.lab.node_address(Family::V4), site.lab.second_node_address(Family::V4));
+        for ip in [&first.to_string(), &second.to_string(), "10.96.0.10", "192.0.2.77"] {
+            track(site, ip, 53);
+        }
+        site.add(0, "a", &[at(second, udp(53))]);
+        let kept = ["10.96.0.10 53", "192.0.2.77 53", &format!("{first} 53")];
+        assert_eq!(tracked(site), kept);
+        site.del(0, "a", &[]);
+        assert_eq!(tracked(site), kept);
+    });
+}
+
+/// plugins#705: the pod is forwarded to even if conntrack cannot be spoken to; a warning says so.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables"]
+fn pain_07_a_failing_flush_is_only_a_warning() {
+    // iptables-legacy alone does its work without netlink sockets of the kind that is refused here.
+    on_each(&[Variant::IptablesLegacy], &v4_only(bridge()), |site| {
+        for verb in ["ADD", "DEL"] {
+            let mut command = plugin::command(PORTMAP.as_ref(), verb, &site.of(0, "a"));
+            refuse_netfilter_sockets(command.env("PATH", &site.node.path));
+            let input = site.config(0, &[udp(8053)]).to_string();
+            let output = plugin::run(&mut command, input.as_bytes(), &site.lab.node).unwrap();
+            assert!(output.success(), "{verb}: {}", output.reason());
+            assert!(output.stderr.contains("conntrack"), "{verb}: {}", output.stderr);
+            if verb == "ADD" {
+                site.reaches(Transport::Udp, 8053, "pod-a");
+            }
+        }
+        site.assert_clean();
+    });
+}
+
+/// Has socket(2) fail with EPERM for NETLINK_NETFILTER in the process and its children.
+fn refuse_netfilter_sockets(command: &mut std::process::Command) {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let op = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    // Offsets into struct seccomp_data of little-endian machines: nr is at 0, args[n] at 16 + 8 n.
+    let mut program = [
+        op(LOAD, 0, 0, 0),
+        op(EQUAL, libc::SYS_socket as u32, 0, 5),
+        op(LOAD, 16, 0, 0),
+        op(EQUAL, libc::AF_NETLINK as u32, 0, 3),
+        op(LOAD, 32, 0, 0),
+        op(EQUAL, libc::NETLINK_NETFILTER as u32, 0, 1),
+        op(RETURN, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0, 0),
+        op(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    #[allow(unsafe_code, reason = "only system calls are made between fork and exec")]
+    // SAFETY: prctl(2) is async-signal-safe, and the program lives in the closure.
+    unsafe {
+        command.pre_exec(move || {
+            let filter = libc::sock_fprog { len: 8, filter: program.as_mut_ptr() };
+            if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter) != 0
+            {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,128 @@
+//! What a call costs: processes that it starts, locks that it waits for, many ports.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use portmap::demo::traffic::Transport;
+use serde_json::{Value, json};
+
+use crate::site::{Site, bridge, on_each, tcp, udp, with};
+use crate::support::{Scratch, VARIANTS, Variant};
+
+/// A PATH whose tools write their command lines to a file before they do their work.
+struct Log {
+    file: PathBuf,
+    _dir: Scratch,
+}
+
+impl Log {
+    fn new(site: &mut Site) -> Self {
+        let dir = Scratch::new();
+        let file = dir.0.join("log");
+        let bin = dir.0.join("bin");
+        std::fs::create_dir(&bin).unwrap();
+        for tool in std::fs::read_dir(&site.node.path).unwrap() {
+            let tool = tool.unwrap();
+            let name = tool.file_name().into_string().unwrap();
+            let script = format!(
+                "#!/bin/sh\necho \"{name} $*\" >>{}\nexec {} \"$@\"\n",
+                file.display(),
+                tool.path().display()
+            );
+            let path = bin.join(name);
+            std::fs::write(&path, script).unwrap();
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        site.node.path = bin;
+        Log { file, _dir: dir }
+    }
+
+    /// The command lines since the last call.
+    fn take(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(&self.file).unwrap_or_default();
+        std::fs::write(&self.file, "").unwrap();
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    }
+}
+
+/// plugins#510, plugins#464, plugins#662, kubernetes#92811, antrea#1499, moby#53466: a process and a
+/// lock for every rule. On a node that is set up, a call starts one process a family with iptables and
+/// one in all with nft, however many ports there are; an attachment without mappings starts none.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_05_a_call_starts_one_process_however_many_ports() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let log = Log::new(site);
+        let expected: &[&str] = match site.node.variant {
+            Variant::Nftables => &["nft -j -f -"],
+            // A bounded wait for the xtables lock: plugins' is endless.
+            _ => &["ip6tables-restore --noflush -w 15", "iptables-restore --noflush -w 20"],
+        };
+        site.add(1, "first", &[tcp(9000)]);
+        log.take();
+        for count in [1, 10] {
+            let mappings: Vec<Value> = (0..count).map(|n| tcp(8080 + n)).collect();
+            for verb in ["ADD", "ADD", "DEL"] {
+                site.node.ok(verb, &site.config(0, &mappings), &site.of(0, "a"));
+                assert_eq!(log.take(), expected, "{verb} of {count} ports");
+            }
+        }
+        for verb in ["ADD", "CHECK", "DEL"] {
+            for mappings in [json!(null), json!([])] {
+                let config =
+                    with(site.config(0, &[]), json!({"runtimeConfig": {"portMappings": mappings}}));
+                site.node.ok(verb, &config, &site.of(0, "none"));
+                assert_eq!(log.take(), [""; 0], "{verb} without mappings");
+            }
+        }
+        site.del(1, "first", &[tcp(9000)]);
+        site.assert_clean();
+    });
+}
+
+/// kubernetes#92811, plugins#464: somebody else holds the xtables lock. The call waits for it, and
+/// does its work when it is free.
+#[test]
+#[ignore = "privileged: makes network and mount namespaces, needs iptables"]
+fn pain_05_a_held_xtables_lock_is_waited_for() {
+    on_each(&[Variant::IptablesLegacy], &bridge(), |site| {
+        // The lock is one of the whole machine: here it lies in a /run of the laboratory's own.
+        site.node.shell("mount -t tmpfs tmpfs /run");
+        let open = || std::fs::File::create("/run/xtables.lock").unwrap();
+        let file = site.lab.node.run(open).unwrap();
+        let lock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+        std::thread::scope(|scope| {
+            let site = &*site;
+            let adding = scope.spawn(move || site.add(0, "a", &[tcp(8080)]));
+            std::thread::sleep(Duration::from_millis(500));
+            assert!(!adding.is_finished(), "rules were changed under somebody else's lock");
+            lock.unlock().unwrap();
+            adding.join().unwrap();
+        });
+        site.reaches(Transport::Tcp, 8080, "pod-a");
+        site.del(0, "a", &[tcp(8080)]);
+    });
+}
+
+/// kubernetes#23864, moby#14288: port ranges. All of them are forwarded by one call and removed by one.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_05_a_thousand_ports_in_one_call() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let mappings: Vec<Value> =
+            (0..500).flat_map(|n| [tcp(10000 + n), udp(10000 + n)]).collect();
+        site.add(0, "many", &mappings);
+        for port in [10000, 10250, 10499] {
+            site.reaches(Transport::Tcp, port, "pod-a");
+            site.reaches(Transport::Udp, port, "pod-a");
+        }
+        site.check(0, "many", &mappings);
+        site.del(0, "many", &mappings);
+        site.refuses(10250);
+        site.assert_clean();
+    });
+}

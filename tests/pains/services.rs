@@ -1,0 +1,117 @@
+//! HostPorts keep to what is theirs: Services and passing traffic are not.
+
+use portmap::demo::traffic::Transport;
+use portmap::model::Family;
+use serde_json::json;
+
+use crate::site::{Site, bridge, named, on_each, tcp, udp};
+use crate::support::{VARIANTS, Variant};
+
+/// Sends port 8080 of the node to pod-b, in the way in which kube-proxy of that kind would do it.
+fn make_service(site: &Site, nft: bool) {
+    for (family, ip, tool) in [(Family::V4, "ip", "iptables"), (Family::V6, "ip6", "ip6tables")] {
+        let node = site.lab.node_address(family);
+        let pod = site.pod(1).address(family).unwrap();
+        let target = std::net::SocketAddr::new(pod, 80);
+        if nft {
+            site.node.shell(&format!(
+                "nft add table {ip} services
+                 nft 'add chain {ip} services nat {{ type nat hook prerouting priority dstnat; }}'
+                 nft add rule {ip} services nat {ip} daddr {node} tcp dport 8080 dnat to {target}"
+            ));
+        } else {
+            // kube-proxy puts its jump first, whenever it comes.
+            site.node.shell(&format!(
+                "{tool} -t nat -N KUBE-SERVICES
+                 {tool} -t nat -A KUBE-SERVICES -d {node} -p tcp --dport 8080 \
+                   -j DNAT --to-destination {target}
+                 {tool} -t nat -I PREROUTING -j KUBE-SERVICES"
+            ));
+        }
+    }
+}
+
+/// CVE-2019-9946, plugins#269, kubernetes#72522, #61938, kubeadm#985, k3s#1204, talos#9223, #9883: a
+/// hostPort took the port of a Service. Services win, whoever came first; with nft's priorities that
+/// had been a matter of luck.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_08_services_win_in_both_orders() {
+    for service_first in [true, false] {
+        let run = |variant: Variant, nft: bool| {
+            on_each(&[variant], &bridge(), |site| {
+                println!("service first: {service_first}, of nft: {nft}");
+                if service_first {
+                    make_service(site, nft);
+                }
+                site.add(0, "a", &[tcp(8080), tcp(8081)]);
+                if !service_first {
+                    make_service(site, nft);
+                }
+                site.reaches(Transport::Tcp, 8080, "pod-b");
+                site.reaches(Transport::Tcp, 8081, "pod-a");
+                // Rules that are made anew must not come before the Service's.
+                site.drop_own_jumps();
+                site.add(0, "a", &[tcp(8080), tcp(8081)]);
+                site.reaches(Transport::Tcp, 8080, "pod-b");
+                site.reaches(Transport::Tcp, 8081, "pod-a");
+            });
+        };
+        run(Variant::IptablesNft, false);
+        run(Variant::IptablesLegacy, false);
+        run(Variant::Nftables, true);
+        run(Variant::Nftables, false);
+    }
+}
+
+/// CVE-2025-67499, golang/vulndb#4222: hostPort 53 captured DNS queries to any resolver. What passes
+/// through the node, and what the node itself sends elsewhere, goes where it was sent.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_08_passing_traffic_is_not_touched() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let outside =
+            portmap::demo::server::Servers::start(&site.lab.client, "client", &[53], &[53]);
+        let dns = |protocol: &str, inside: u16| json!({"hostPort": 53, "containerPort": inside, "protocol": protocol});
+        site.add(0, "dns", &[dns("tcp", 80), dns("udp", 53)]);
+        for transport in [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected] {
+            site.reaches(transport, 53, "pod-a");
+            for family in Family::ALL {
+                let client = site.lab.client_address(family);
+                for from in [&site.pod(1).netns, &site.pod(0).netns, &site.lab.node] {
+                    let reply = site.ask(from, transport, client, 53);
+                    assert_eq!(named(&reply), Ok("client"), "{} {transport}", from.name());
+                }
+            }
+        }
+        for family in Family::ALL {
+            let pod = site.pod(1).address(family).unwrap();
+            let reply = site.ask(&site.lab.client, Transport::Udp, pod, 53);
+            assert_eq!(named(&reply), Ok("pod-b"));
+        }
+        drop(outside);
+    });
+}
+
+/// CVE-2025-67499: a hostIP that is no address of the node catches nothing, and a warning says so.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_08_a_host_ip_elsewhere_catches_nothing() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let outside =
+            portmap::demo::server::Servers::start(&site.lab.client, "client", &[8080], &[8053]);
+        let client = site.lab.client_address(Family::V4);
+        let mappings = [crate::site::at(client, tcp(8080)), crate::site::at(client, udp(8053))];
+        let output = site.add(0, "a", &mappings);
+        assert!(output.stderr.contains(&format!("hostIP {client}")), "{}", output.stderr);
+        for (transport, port) in [(Transport::Tcp, 8080), (Transport::Udp, 8053)] {
+            for from in [&site.pod(1).netns, &site.lab.node] {
+                let reply = site.ask(from, transport, client, port);
+                assert_eq!(named(&reply), Ok("client"), "{} {transport}", from.name());
+            }
+        }
+        site.del(0, "a", &mappings);
+        site.assert_clean();
+        drop(outside);
+    });
+}
