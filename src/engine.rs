@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::backend::{self, Change, Desired, Outcome, Unusable};
+use crate::backend::{self, Change, Desired, Outcome, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::flush::{self, Flush};
@@ -321,19 +321,22 @@ impl<'a> Engine<'a> {
         };
         match undone.and_then(|()| self.finish()) {
             Ok(()) => error,
-            // Without its tool the backend has done nothing that could be undone.
-            Err(second) if error.is_missing_tool() && second.is_missing_tool() && old.is_none() => {
-                match self.store.remove(record).and_then(|()| self.finish()) {
-                    Ok(()) => error,
-                    Err(third) => third,
-                }
-            }
+            // A tool that cannot even read has not written; what another family's has, goes alone.
+            Err(Error::Tool { .. }) if old.is_none() && self.purge(record).is_ok() => error,
             Err(second) if second.code() == error.code() => error,
             Err(second) => Error::Several {
                 what: "the ADD failed, and undoing it as well".into(),
                 errors: vec![error, second],
             },
         }
+    }
+
+    /// Removes a record and its rules where they can be reached, without regard to shared ones.
+    fn purge(&self, record: &Record) -> Result<()> {
+        let unrecorded = Unrecorded::One { attachment: &record.attachment, chain: &record.chain };
+        backend::of(record.backend).remove_unrecorded(self.host, &unrecorded)?;
+        self.store.remove(record)?;
+        self.finish()
     }
 
     /// Other records of the same backend that share a port or a pod address with either.

@@ -42,13 +42,7 @@ pub enum Error {
     #[error("{claim} belongs to container {owner}, which is alive, and conflictPolicy is \"deny\"")]
     PortTaken { claim: String, owner: String },
     #[error("{what} ({tool} failed)")]
-    Tool {
-        what: String,
-        tool: String,
-        details: String,
-        /// The tool is not installed.
-        missing: bool,
-    },
+    Tool { what: String, tool: String, details: String },
     #[error("externalSetMarkChain names {chain}, and table nat has no such chain ({family})")]
     MarkChainMissing { chain: String, family: Family },
     #[error("{0}")]
@@ -68,22 +62,13 @@ impl Error {
         Error::Io { action: action.into(), source }
     }
 
-    /// Whether there was no tool to try with.
-    #[must_use]
-    pub fn is_missing_tool(&self) -> bool {
-        matches!(self, Error::Tool { missing: true, .. })
-    }
-
     /// A failure of the slow path, with the reason why the fast one was left.
     #[must_use]
     pub fn after(self, reason: &str) -> Self {
         match self {
-            Error::Tool { what, tool, details, missing } => Error::Tool {
-                what,
-                tool,
-                details: format!("{details} (tried because: {reason})"),
-                missing,
-            },
+            Error::Tool { what, tool, details } => {
+                Error::Tool { what, tool, details: format!("{details} (tried because: {reason})") }
+            }
             other => other,
         }
     }

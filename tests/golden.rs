@@ -247,7 +247,7 @@ fn every_error_has_its_code_and_text() {
         Error::NoBackend { reasons: "iptables: iptables-restore is not installed (not in PATH); nftables: nft is not installed (not in PATH)".into() },
         Error::BackendUnusable { backend: "nftables".into(), reason: "nft is not installed (not in PATH)".into() },
         Error::PortTaken { claim: "tcp 0.0.0.0:80".into(), owner: "abc".into() },
-        Error::Tool { what: "cannot change the rules (IPv4)".into(), tool: "iptables-restore".into(), details: "iptables-restore exited with status 2: unknown option".into(), missing: false, },
+        Error::Tool { what: "cannot change the rules (IPv4)".into(), tool: "iptables-restore".into(), details: "iptables-restore exited with status 2: unknown option".into(), },
         Error::MarkChainMissing { chain: "KUBE-MARK-MASQ".into(), family: Family::V4 },
         Error::Drift("container abc interface eth0 on network portmap: tcp 0.0.0.0:80 -> 10.88.0.2:80 expected, found nothing".into()),
         Error::Record { path: "/run/cni/portmap/records/x.json".into(), reason: "key must be a string".into() },

@@ -85,7 +85,6 @@ mod tests {
             what: "cannot remove: Chain Not Found".into(),
             tool: "iptables".into(),
             details: "exec: No such file or directory (os error 2), é not found".into(),
-            missing: false,
         };
         let reply = ErrorReply::new(&error, Some("0.3.1")).without_success_words();
         assert_eq!(reply.msg, "cannot remove: Chain missing (iptables failed)");

@@ -65,7 +65,7 @@ impl ToolError {
             | ToolError::Hung { tool, .. }
             | ToolError::Failed { tool, .. } => tool.clone(),
         };
-        Error::Tool { what, tool, details: self.to_string(), missing: self.is_missing() }
+        Error::Tool { what, tool, details: self.to_string() }
     }
 
     #[must_use]

@@ -60,7 +60,7 @@ fn pain_05_a_call_starts_one_process_however_many_ports() {
         let expected: &[&str] = match site.node.variant {
             Variant::Nftables => &["nft -j -f -"],
             // A bounded wait for the xtables lock: plugins' is endless.
-            _ => &["ip6tables-restore --noflush -w 15", "iptables-restore --noflush -w 20"],
+            _ => &["ip6tables-restore --noflush -w 15", "iptables-restore --noflush -w 15"],
         };
         site.add(1, "first", &[tcp(9000)]);
         log.take();
