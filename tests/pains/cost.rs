@@ -58,7 +58,7 @@ fn pain_05_a_call_starts_one_process_however_many_ports() {
     on_each(&VARIANTS, &bridge(), |site| {
         let log = Log::new(site);
         let expected: &[&str] = match site.node.variant {
-            Variant::Nftables => &["nft -j -f -"],
+            Variant::Nftables => &["nft -j -f /proc/self/fd/0"],
             // A bounded wait for the xtables lock: plugins' is endless.
             _ => &["ip6tables-restore --noflush -w 15", "iptables-restore --noflush -w 15"],
         };
@@ -66,9 +66,14 @@ fn pain_05_a_call_starts_one_process_however_many_ports() {
         log.take();
         for count in [1, 10] {
             let mappings: Vec<Value> = (0..count).map(|n| tcp(8080 + n)).collect();
-            for verb in ["ADD", "ADD", "DEL"] {
+            for (verb, repeated) in [("ADD", false), ("ADD", true), ("DEL", false)] {
                 site.node.ok(verb, &site.config(0, &mappings), &site.of(0, "a"));
-                assert_eq!(log.take(), expected, "{verb} of {count} ports");
+                let mut started = log.take();
+                if repeated {
+                    // It is a repair: the rules are looked at first.
+                    started.retain(|line| !line.ends_with(" -S"));
+                }
+                assert_eq!(started, expected, "{verb} of {count} ports");
             }
         }
         for verb in ["ADD", "CHECK", "DEL"] {
