@@ -109,7 +109,6 @@ fn refuse_what_only_the_tools_can_judge(lab: &Lab, node: &Node) {
             ("conditionsV4", json!(["-s", "10.0.0.0/33"])),
             ("conditionsV6", json!(["-p", "icmp", "COMMIT"])),
             ("conditionsV4", json!(["--no-such-option", "*nat"])),
-            ("conditionsV4", json!(["-m", "comment", "--comment", "\" -j ACCEPT -m nonsense"])),
         ],
     };
     for (key, value) in bad {
