@@ -289,7 +289,7 @@ fn a_full_state_directory_fails_add_and_leaves_everything_as_it_was() {
         let node = Node::new(&lab.node, variant);
         let dir = node.state_dir.clone();
         std::fs::create_dir_all(&dir).unwrap();
-        node.shell(&format!("mount -t tmpfs -o size=64k tmpfs {}", dir.display()));
+        node.shell(&format!("mount -t tmpfs -o mode=700,size=64k tmpfs {}", dir.display()));
         let config = |pod: usize, port: u16| {
             node.config(
                 json!([mapping(port, 80, "tcp"), mapping(port, 53, "udp")]),
