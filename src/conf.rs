@@ -145,7 +145,7 @@ impl NetConf {
     }
 }
 
-/// The port number of `runtimeConfig.portMappings` as far as it can be read: DEL takes what it gets.
+/// Whether there is anything in `runtimeConfig.portMappings`, readable or not: DEL takes what it gets.
 #[must_use]
 pub fn has_mappings(envelope: &Envelope) -> bool {
     let value = envelope.member("runtimeConfig", &KEYS).ok().flatten();

@@ -107,6 +107,33 @@ pub fn hex(bytes: &[u8], digits: usize) -> String {
 }
 
 impl Record {
+    /// A record as it follows from a call alone: made nowhere, of no time, with upstream's chain name.
+    #[must_use]
+    pub fn new(
+        attachment: Attachment,
+        mappings: Vec<Mapping>,
+        addresses: Vec<IpNetwork>,
+        options: Options,
+        backend: BackendKind,
+    ) -> Self {
+        Record {
+            format: FORMAT,
+            chain: chain_name(&attachment.network, &attachment.container_id),
+            attachment,
+            netns: String::new(),
+            pod: PodIdentity::default(),
+            mappings,
+            addresses,
+            options,
+            backend,
+            localnet_device: None,
+            statements_v4: Vec::new(),
+            statements_v6: Vec::new(),
+            order: 0,
+            time: 0,
+        }
+    }
+
     #[must_use]
     pub fn id(&self) -> String {
         record_id(&self.attachment)
@@ -355,26 +382,14 @@ pub mod samples {
                 }
             })
             .collect();
-        Record {
-            format: FORMAT,
-            attachment: Attachment {
-                network: "portmap".into(),
-                container_id: id.into(),
-                ifname: "eth0".into(),
-            },
-            netns: String::new(),
-            pod: PodIdentity::default(),
-            mappings,
-            addresses: addresses.iter().filter_map(|text| text.parse().ok()).collect(),
-            options: Options::default(),
-            backend,
-            chain: chain_name("portmap", id),
-            localnet_device: None,
-            statements_v4: Vec::new(),
-            statements_v6: Vec::new(),
-            order,
-            time: 0,
-        }
+        let attachment = Attachment {
+            network: "portmap".into(),
+            container_id: id.into(),
+            ifname: "eth0".into(),
+        };
+        let addresses = addresses.iter().filter_map(|text| text.parse().ok()).collect();
+        let record = Record::new(attachment, mappings, addresses, Options::default(), backend);
+        Record { order, ..record }
     }
 }
 

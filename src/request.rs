@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use ipnetwork::IpNetwork;
+
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::cni::json::RawObject;
-use crate::cni::result::{PodAddresses, pass_through, pod_addresses};
+use crate::cni::result::{pass_through, pod_addresses};
 use crate::conf::NetConf;
 use crate::error::{Error, Result};
 use crate::model::Attachment;
@@ -19,7 +21,8 @@ pub struct Request {
     pub netns: String,
     pub pod: PodIdentity,
     pub conf: NetConf,
-    pub addresses: PodAddresses,
+    /// Address and mask of the pod, at most one per family.
+    pub addresses: Vec<IpNetwork>,
     /// prevResult as it is to go out.
     pub result: RawObject,
 }
@@ -49,7 +52,7 @@ impl Request {
     /// Whether there is anything to forward: mappings, and an address to forward to.
     #[must_use]
     pub fn forwards(&self) -> bool {
-        !self.conf.mappings.is_empty() && !self.addresses.networks.is_empty()
+        !self.conf.mappings.is_empty() && !self.addresses.is_empty()
     }
 
     #[must_use]

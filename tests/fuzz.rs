@@ -31,9 +31,9 @@ use raw::{Answer, NewPath, files_below};
 use serde_json::Value;
 
 /// Runs a property in a thread that cannot reach the machine's network.
-fn isolated<S: Strategy>(cases: u32, strategy: S, property: impl Fn(&Path, S::Value) + Send)
+fn isolated<S>(cases: u32, strategy: S, property: impl Fn(&Path, S::Value) + Send)
 where
-    S: Send,
+    S: Strategy + Send,
 {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {

@@ -19,7 +19,7 @@ use portmap::conf::Options;
 use portmap::error::Error;
 use portmap::facts::NodeFacts;
 use portmap::model::{Attachment, BackendKind, Family, Mapping, Protocol};
-use portmap::record::{FORMAT, PodIdentity, Record, chain_name};
+use portmap::record::Record;
 use serde_json::json;
 
 const ID: &str = "d629b42b837dcb40bc6a45f2486e76616c72ca15a3dc5cefe2f881ebd0d8222c";
@@ -45,26 +45,12 @@ fn record(id: &str, order: u64, addresses: &[&str], mappings: &[&str]) -> Record
             host_ip: words.get(3).map(|ip| ip.parse().unwrap()),
         }
     };
-    Record {
-        format: FORMAT,
-        attachment: Attachment {
-            network: "portmap".into(),
-            container_id: id.into(),
-            ifname: "eth0".into(),
-        },
-        netns: "/var/run/netns/x".into(),
-        pod: PodIdentity::default(),
-        mappings: mappings.iter().map(mapping).collect(),
-        addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
-        options: Options::default(),
-        backend: BackendKind::Iptables,
-        chain: chain_name("portmap", id),
-        localnet_device: None,
-        statements_v4: Vec::new(),
-        statements_v6: Vec::new(),
-        order,
-        time: 0,
-    }
+    let attachment =
+        Attachment { network: "portmap".into(), container_id: id.into(), ifname: "eth0".into() };
+    let mappings = mappings.iter().map(mapping).collect();
+    let addresses = addresses.iter().map(|text| text.parse().unwrap()).collect();
+    let kind = BackendKind::Iptables;
+    Record { order, ..Record::new(attachment, mappings, addresses, Options::default(), kind) }
 }
 
 /// Attachments, oldest first, by the name of what they show. The last one is the one that comes and

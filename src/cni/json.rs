@@ -36,11 +36,6 @@ impl RawObject {
         self.0.retain(|(name, _)| !name.eq_ignore_ascii_case(key));
         self.0.insert(0, (key.to_owned(), value));
     }
-
-    /// Keys as written, in order.
-    pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|(key, _)| key.as_str())
-    }
 }
 
 impl<'de> Deserialize<'de> for RawObject {

@@ -12,15 +12,6 @@ use super::version::{ResultForm, Version};
 use crate::error::{Error, Result};
 use crate::model::Family;
 
-/// Address and mask of a pod on its network, at most one per family.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct PodAddresses {
-    /// In the order IPv4, IPv6.
-    pub networks: Vec<IpNetwork>,
-    /// Names of interfaces outside of any sandbox: the host's ends of the pod's links.
-    pub host_interfaces: Vec<String>,
-}
-
 #[derive(Deserialize, Default)]
 struct ReadModel {
     #[serde(default)]
@@ -76,7 +67,7 @@ pub fn pass_through(prev_result: &RawValue, version: Version) -> Result<RawObjec
     Ok(members)
 }
 
-/// The pod's addresses: per family the first of `ips` that belongs to the container. An entry
+/// Address and mask of the pod on its network, IPv4 first: per family the first of `ips` that belongs to the container. An entry
 /// belongs to it if its `interface` is absent or out of range (Calico, older Cilium), or names the
 /// interface `ifname` inside a sandbox. The sandbox is not compared with CNI_NETNS: Cilium writes
 /// it in a form of its own.
@@ -84,7 +75,7 @@ pub fn pod_addresses(
     prev_result: &RawValue,
     version: Version,
     ifname: &str,
-) -> Result<PodAddresses> {
+) -> Result<Vec<IpNetwork>> {
     let mut value: Value = serde_json::from_str(prev_result.get())
         .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
     fold_keys(&mut value, &NAMES);
@@ -115,13 +106,7 @@ pub fn pod_addresses(
         }
     }
     networks.sort_by_key(|network| Family::of(&network.ip()));
-    let host_interfaces = model
-        .interfaces
-        .into_iter()
-        .filter(|interface| interface.sandbox.is_empty() && !interface.name.is_empty())
-        .map(|interface| interface.name)
-        .collect();
-    Ok(PodAddresses { networks, host_interfaces })
+    Ok(networks)
 }
 
 /// An address with its mask in CIDR form. `ipnetwork` alone would also take a bare address.
@@ -149,7 +134,6 @@ mod tests {
     fn addresses(text: &str, version: &str) -> Vec<String> {
         pod_addresses(&raw(text), Version::parse(version).unwrap(), "eth0")
             .unwrap()
-            .networks
             .iter()
             .map(ToString::to_string)
             .collect()

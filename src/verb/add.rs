@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Claim, Family};
-use crate::record::{FORMAT, IndexKey, Record, chain_name, chain_name_of_interface, record_id};
+use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
 use crate::sys::store::{Found, is_recorded};
@@ -82,20 +82,18 @@ fn plan(
         None => free_chain(engine, request)?,
     };
     let mut record = Record {
-        format: FORMAT,
-        attachment: request.attachment.clone(),
         netns: request.netns.clone(),
         pod: request.pod.clone(),
-        mappings: request.conf.mappings.clone(),
-        addresses: request.addresses.networks.clone(),
-        options: request.conf.options.clone(),
-        backend: kind,
         chain,
-        localnet_device: None,
-        statements_v4: Vec::new(),
-        statements_v6: Vec::new(),
         order: host.since_boot(),
         time: host.now(),
+        ..Record::new(
+            request.attachment.clone(),
+            request.conf.mappings.clone(),
+            request.addresses.clone(),
+            request.conf.options.clone(),
+            kind,
+        )
     };
     if kind == BackendKind::Iptables {
         for family in Family::ALL {

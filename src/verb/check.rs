@@ -8,7 +8,7 @@ use crate::cni::invocation::Invocation;
 use crate::engine::{Engine, localnet_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
-use crate::record::{FORMAT, IndexKey, Record, chain_name, record_id};
+use crate::record::{IndexKey, Record, record_id};
 use crate::request::Request;
 use crate::sys::store::is_recorded;
 use crate::sys::{Host, sysctl};
@@ -51,28 +51,19 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
 
 /// An attachment without a record may be upstream's, which uses iptables unless told otherwise.
 fn as_upstream_would(request: &Request) -> Record {
-    Record {
-        format: FORMAT,
-        attachment: request.attachment.clone(),
-        netns: request.netns.clone(),
-        pod: request.pod.clone(),
-        mappings: request.conf.mappings.clone(),
-        addresses: request.addresses.networks.clone(),
-        options: request.conf.options.clone(),
-        backend: request.conf.backend.unwrap_or(BackendKind::Iptables),
-        chain: chain_name(&request.attachment.network, &request.attachment.container_id),
-        localnet_device: None,
-        statements_v4: Vec::new(),
-        statements_v6: Vec::new(),
-        order: 0,
-        time: 0,
-    }
+    Record::new(
+        request.attachment.clone(),
+        request.conf.mappings.clone(),
+        request.addresses.clone(),
+        request.conf.options.clone(),
+        request.conf.backend.unwrap_or(BackendKind::Iptables),
+    )
 }
 
 /// Where the request is not what was carried out.
 fn differences(request: &Request, record: &Record) -> Vec<String> {
     let mut problems = Vec::new();
-    let wanted: Vec<String> = request.addresses.networks.iter().map(ToString::to_string).collect();
+    let wanted: Vec<String> = request.addresses.iter().map(ToString::to_string).collect();
     let known: Vec<String> = record.addresses.iter().map(ToString::to_string).collect();
     if wanted != known {
         problems.push(format!(

@@ -4,12 +4,14 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+type Variables = Vec<(&'static str, &'static str)>;
+
 /// One bad call.
 pub struct Case {
     /// What is spoilt, and how.
     pub name: String,
     /// Variables that differ from those of a good ADD.
-    pub env: Vec<(&'static str, &'static str)>,
+    pub env: Variables,
     pub stdin: Vec<u8>,
     pub code: u64,
     /// What the message must hold: field, value, what is allowed.
@@ -290,7 +292,7 @@ fn envelopes() -> Vec<(&'static [u8], u64, Vec<&'static str>)> {
 }
 
 /// Variables that differ from a good ADD's.
-fn environments() -> Vec<(Vec<(&'static str, &'static str)>, Vec<&'static str>)> {
+fn environments() -> Vec<(Variables, Vec<&'static str>)> {
     vec![
         (
             vec![("CNI_COMMAND", "add")],

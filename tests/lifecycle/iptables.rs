@@ -31,11 +31,11 @@ impl Fake {
     pub fn new(upstream: bool) -> Self {
         let mut tables = Tables::new();
         for family in Family::ALL {
-            let mut nat = format!(
+            let mut nat = String::from(
                 "-P PREROUTING ACCEPT\n-P INPUT ACCEPT\n-P OUTPUT ACCEPT\n-P POSTROUTING ACCEPT\n-N KUBE-SERVICES\n\
                  -A PREROUTING -j KUBE-SERVICES\n-A OUTPUT -j KUBE-SERVICES\n\
                  -A POSTROUTING -m comment --comment \"a user's\" -o eth0 -j MASQUERADE\n\
-                 -A KUBE-SERVICES -p tcp -m tcp --dport 9999 -j ACCEPT\n"
+                 -A KUBE-SERVICES -p tcp -m tcp --dport 9999 -j ACCEPT\n",
             );
             if upstream {
                 let more = format!(

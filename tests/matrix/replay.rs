@@ -70,7 +70,7 @@ fn calls(lab: &Lab, networks: &[IpNetwork]) -> Vec<Case> {
 fn life(name: &str, node: &Node, lab: &Lab, recorded: &Value) {
     let before = node.snapshot();
     let version = recorded["cniVersion"].as_str().unwrap();
-    let networks = addresses(recorded).networks;
+    let networks = addresses(recorded);
     let container = Container::new(node, lab, 0, mapped(PORT, INSIDE))
         .with("cniVersion", json!(version))
         .with("prevResult", resettled(lab, &lab.pods[0], recorded));
@@ -89,7 +89,7 @@ on_each_variant! {
     fn every_recorded_result(variant: Variant) {
         let mut stages: Vec<(Shape, Stage)> = Vec::new();
         for (name, recorded) in results() {
-            let shape = shape(&name, &addresses(&recorded).networks);
+            let shape = shape(&name, &addresses(&recorded));
             if stages.iter().all(|(other, _)| *other != shape) {
                 stages.push((shape, Stage::new(shape)));
             }
