@@ -1,0 +1,210 @@
+//! Steps that fail or were interrupted half-way, and records that cannot be read: nobody else loses
+//! anything, and nothing is left.
+//!
+//! Run as root: `cargo test --test mending -- --ignored`.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use portmap::demo::topology::{BRIDGE, Lab, Options, Shape};
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
+use serde_json::{Value, json};
+use support::{Node, VARIANTS, Variant, attachment, prev_result};
+
+fn lab(shape: Shape, pods: usize) -> Lab {
+    Lab::build(Options { pods, ..Options::new(shape) }).unwrap()
+}
+
+/// A node with the tools of every backend.
+fn with_all_tools(node: &mut Node) {
+    std::os::unix::fs::symlink("/usr/sbin/nft", node.path.join("nft")).unwrap();
+}
+
+fn mappings(ports: &[u16]) -> Value {
+    ports.iter().map(|port| json!({"hostPort": port, "containerPort": 80})).collect()
+}
+
+/// Which pod answers the outside client.
+fn who_answers(lab: &Lab, port: u16) -> Option<String> {
+    let target = SocketAddr::new(lab.node_address(Family::V4), port);
+    let call = Call::new(Transport::Tcp, target, Duration::from_millis(1200));
+    reach(&lab.client, call).ok().map(|reply| reply.server)
+}
+
+fn route_localnet(lab: &Lab, device: &str) -> String {
+    lab.node.sysctl(&format!("ipv4/conf/{device}/route_localnet")).unwrap()
+}
+
+fn record_file(node: &Node, container: &str) -> PathBuf {
+    let records = std::fs::read_dir(node.state_dir.join("records")).unwrap();
+    let mut paths = records.map(|entry| entry.unwrap().path());
+    paths.find(|path| std::fs::read_to_string(path).unwrap().contains(container)).unwrap()
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_failed_repetition_of_add_leaves_the_former_mapping_in_place() {
+    let lab = lab(Shape::Bridge, 1);
+    let _servers = lab.pods[0].serve(&[80], &[]).unwrap();
+    for variant in [Variant::IptablesNft, Variant::IptablesLegacy] {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let pod = attachment(&lab.pods[0], "c1");
+        let good = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+        node.ok("ADD", &good, &pod);
+        let device = lab.pods[0].host_link.clone();
+        let values = || (route_localnet(&lab, BRIDGE), route_localnet(&lab, &device));
+        let localnet = values();
+        let mut bad = node.config(mappings(&[8081]), prev_result(&lab, 0, "1.0.0"));
+        bad["externalSetMarkChain"] = json!("NO-SUCH-CHAIN");
+        assert_eq!(node.fails("ADD", &bad, &pod).0, 7);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        assert_eq!(who_answers(&lab, 8081), None, "{variant:?}");
+        assert_eq!(values(), localnet);
+        node.ok("CHECK", &good, &pod);
+        node.ok("DEL", &good, &pod);
+        node.assert_clean(&before);
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_backend_that_does_not_work_takes_nothing_from_others() {
+    let lab = lab(Shape::Bridge, 2);
+    let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+    let node = Node::new(&lab.node, Variant::IptablesNft);
+    let before = node.snapshot();
+    let (a, b) = (attachment(&lab.pods[0], "a"), attachment(&lab.pods[1], "b"));
+    let config_a = node.config(mappings(&[8080, 8081]), prev_result(&lab, 0, "1.0.0"));
+    node.ok("ADD", &config_a, &a);
+    let mut config_b = node.config(mappings(&[8080]), prev_result(&lab, 1, "1.0.0"));
+    config_b["backend"] = json!("nftables");
+    node.fails("ADD", &config_b, &b);
+    node.ok("DEL", &config_b, &b);
+    for port in [8080, 8081] {
+        assert_eq!(who_answers(&lab, port).as_deref(), Some("pod-a"));
+    }
+    node.ok("CHECK", &config_a, &a);
+    node.ok("DEL", &config_a, &a);
+    node.assert_clean(&before);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn the_newest_wins_across_backends() {
+    let lab = lab(Shape::Bridge, 3);
+    let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+    let mut node = Node::new(&lab.node, Variant::IptablesNft);
+    with_all_tools(&mut node);
+    let before = node.snapshot();
+    let call = |pod: usize, ports: &[u16], backend: &str| {
+        let mut config = node.config(mappings(ports), prev_result(&lab, pod, "1.0.0"));
+        config["backend"] = json!(backend);
+        (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+    };
+    // The third shares a port with the first alone, and the second with the first alone.
+    let calls = [
+        call(0, &[8080, 8081], "nftables"),
+        call(1, &[8080], "nftables"),
+        call(2, &[8081], "iptables"),
+    ];
+    for (config, pod) in &calls {
+        node.ok("ADD", config, pod);
+    }
+    assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-b"));
+    assert_eq!(who_answers(&lab, 8081).as_deref(), Some("pod-c"));
+    node.ok("DEL", &calls[2].0, &calls[2].1);
+    assert_eq!(who_answers(&lab, 8081).as_deref(), Some("pod-a"));
+    node.ok("DEL", &calls[1].0, &calls[1].1);
+    assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"));
+    node.ok("DEL", &calls[0].0, &calls[0].1);
+    node.assert_clean(&before);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_damaged_record_is_cleaned_up_by_whoever_meets_it() {
+    let lab = lab(Shape::Cilium, 1);
+    for variant in VARIANTS {
+        let mut node = Node::new(&lab.node, variant);
+        node.cni_version = "1.1.0".into();
+        let before = node.snapshot();
+        let pod = attachment(&lab.pods[0], "c1");
+        let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.1.0"));
+        let damage = || {
+            node.ok("ADD", &config, &pod);
+            std::fs::write(record_file(&node, "c1"), r#"{"format":1,"netw"#).unwrap();
+        };
+        damage();
+        let without = node.config(Value::Null, Value::Null);
+        node.ok("DEL", &without, &pod);
+        node.assert_clean(&before);
+
+        damage();
+        let other_port = node.config(mappings(&[9090]), prev_result(&lab, 0, "1.1.0"));
+        node.ok("ADD", &other_port, &pod);
+        node.ok("CHECK", &other_port, &pod);
+        node.ok("DEL", &other_port, &pod);
+        node.assert_clean(&before);
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_the_rules_know_of_the_node_is_checked_and_repaired() {
+    let lab = lab(Shape::Cilium, 1);
+    let _servers = lab.pods[0].serve(&[80], &[]).unwrap();
+    for (variant, damage) in [
+        (Variant::IptablesNft, "iptables -t nat -F PORTMAP-NEIGHBOURS"),
+        (Variant::IptablesLegacy, "iptables -t nat -F PORTMAP-NEIGHBOURS"),
+        (Variant::Nftables, "nft flush set inet portmap nodes4"),
+        (Variant::Nftables, "nft flush set inet portmap uplinks"),
+    ] {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let pod = attachment(&lab.pods[0], "c1");
+        let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+        node.ok("ADD", &config, &pod);
+        node.shell(damage);
+        assert_eq!(node.fails("CHECK", &config, &pod).0, 102, "{variant:?} {damage}");
+        node.ok("ADD", &config, &pod);
+        node.ok("CHECK", &config, &pod);
+        // The outside client has kept its address.
+        let target = SocketAddr::new(lab.node_address(Family::V4), 8080);
+        let reply = reach(&lab.client, Call::new(Transport::Tcp, target, Duration::from_secs(1)));
+        assert_eq!(
+            reply.unwrap().seen.ip(),
+            lab.client_address(Family::V4),
+            "{variant:?} {damage}"
+        );
+        node.ok("DEL", &config, &pod);
+        node.assert_clean(&before);
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_newer_portmap_s_record_is_left_alone() {
+    let lab = lab(Shape::Cilium, 1);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let pod = attachment(&lab.pods[0], "c1");
+    let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+    node.ok("ADD", &config, &pod);
+    let file = record_file(&node, "c1");
+    let newer = r#"{"format":99,"whatever":true}"#;
+    std::fs::write(&file, newer).unwrap();
+    assert_eq!(node.fails("ADD", &config, &pod).0, 104);
+    let output = node.ok("DEL", &config, &pod);
+    assert!(output.stderr.contains("newer"), "{}", output.stderr);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), newer);
+}
