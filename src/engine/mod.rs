@@ -4,26 +4,28 @@
 //! leaves one from which a repeated ADD, a DEL or GC finishes. The fast path changes one attachment;
 //! when the kernel is not in the state that the records say, everything is brought in order once.
 
+mod effects;
+mod step;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::backend::{self, Change, Desired, Outcome, Unrecorded, Unusable};
+use crate::backend::{self, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::flush::{self, Flush};
+use crate::flush;
 use crate::model::{BackendKind, Family};
-use crate::record::{IndexKey, Part, Record};
+use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::store::Store;
-use crate::sys::{netlink, sysctl};
+pub use effects::localnet_path;
+use step::Lost;
 
 /// Name of the note that says which backend `auto` chose.
 const BACKEND_NOTE: &str = "backend";
 /// Name of the note with the records of a step that has begun: if it is there, the step was killed or
 /// failed half-way, and the kernel may be in any state between.
 const PENDING_NOTE: &str = "pending";
-/// Beginning of the names of the notes with former values of `route_localnet`.
-const LOCALNET_NOTE: &str = "localnet-";
 
 /// The node's state, locked.
 pub struct Engine<'a> {
@@ -193,106 +195,6 @@ impl<'a> Engine<'a> {
         self.store.forget(id, &keys)
     }
 
-    fn apply(
-        &self,
-        added: Option<&Record>,
-        removed: Option<&Record>,
-        before: &BTreeSet<Part>,
-        facts: &NodeFacts,
-        first: &BTreeSet<Part>,
-    ) -> Result<()> {
-        let Some(record) = added.or(removed) else {
-            return Ok(());
-        };
-        let kind = record.backend;
-        let related = self.related(added, removed)?;
-        let after = self.parts_with(kind, added, record, before)?;
-        let known = self.known_facts(kind)?;
-        let kept = self.kept(kind, before)?;
-        let change = Change {
-            added,
-            removed,
-            related: &related,
-            parts_before: before,
-            parts_after: &after,
-            facts_before: &known,
-            facts,
-            kept: &kept,
-        };
-        let backend = backend::of(kind);
-        // A repeated ADD is how runtimes and people repair an attachment, and a step from a record to
-        // the same record changes nothing on the fast path.
-        let is_whole = match (added, removed) {
-            (Some(_), Some(old)) => backend
-                .problems(self.host, old, &related, before, &known, true)
-                .is_ok_and(|problems| problems.is_empty()),
-            _ => true,
-        };
-        let outcome = if is_whole {
-            backend.change(self.host, &change)?
-        } else {
-            Outcome::NeedsRestore("the attachment's rules are not as recorded".into())
-        };
-        match outcome {
-            Outcome::Done => self.remember_facts(kind, &known, facts),
-            Outcome::NeedsRestore(reason) => {
-                let gone = if added.is_none() { Some(record) } else { None };
-                // The note of a DEL may be missing or old, and the slow path writes all of it anew.
-                let now = if added.is_none() { self.host.node_facts().ok() } else { None };
-                let facts = now.as_ref().unwrap_or(facts);
-                let lost: Vec<&Record> = removed.into_iter().collect();
-                self.restore_without(kind, gone, added, &Lost::of(&lost), facts, first)
-                    .map_err(|error| error.after(&reason))
-            }
-        }
-    }
-
-    /// Restores from all records but `gone`. `added` must come to be there, and `lost` goes, as far as
-    /// no record has it.
-    fn restore_without(
-        &self,
-        kind: BackendKind,
-        gone: Option<&Record>,
-        added: Option<&Record>,
-        lost: &Lost,
-        facts: &NodeFacts,
-        first: &BTreeSet<Part>,
-    ) -> Result<()> {
-        let (mut records, problems) = self.store.all()?;
-        for problem in problems {
-            self.host.warn(problem);
-        }
-        records.retain(|record| {
-            record.backend == kind && gone.is_none_or(|gone| record.id() != gone.id())
-        });
-        let parts = records.iter().flat_map(Record::parts).chain(lost.parts.iter().copied());
-        let known = self.kept(kind, &parts.filter(|part| !first.contains(part)).collect())?;
-        let desired = Desired {
-            records: &records,
-            added,
-            purge: &lost.chains,
-            families: &lost.families,
-            facts,
-            kept: &known,
-            gone: &lost.parts,
-            first,
-        };
-        let mut kept = BTreeSet::new();
-        let result = backend::of(kind).restore(self.host, &desired, &mut kept);
-        for part in first {
-            let note = kept.contains(part).then_some("");
-            self.store.set_note(&kept_note(kind, *part), note)?;
-        }
-        result?;
-        for record in &records {
-            // Devices of pods that are gone without a DEL are gone, too.
-            if let Err(error) = self.enable_localnet(record) {
-                self.host.warn(format!("{error}: {}", error.details()));
-            }
-        }
-        self.remember_facts(kind, &NodeFacts::default(), facts)
-    }
-
     /// After a failed ADD: what was there before comes back. The record stays if that fails as well,
     /// so that the DEL which follows a failed ADD finishes.
     fn undo(
@@ -338,143 +240,6 @@ impl<'a> Engine<'a> {
         self.store.remove(record)?;
         self.finish()
     }
-
-    /// Other records of the same backend that share a port or a pod address with either.
-    fn related(&self, added: Option<&Record>, removed: Option<&Record>) -> Result<Vec<Record>> {
-        let keys: BTreeSet<IndexKey> = added
-            .iter()
-            .chain(&removed)
-            .flat_map(|record| record.index_keys())
-            .filter(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)))
-            .collect();
-        let (id, kind) = added.or(removed).map(|record| (record.id(), record.backend)).unzip();
-        let mut records = self.store.sharing(&keys, &id.unwrap_or_default())?;
-        records.retain(|record| Some(record.backend) == kind);
-        Ok(records)
-    }
-
-    /// The parts that are needed when `added` is there and `record` is otherwise not.
-    fn parts_with(
-        &self,
-        kind: BackendKind,
-        added: Option<&Record>,
-        record: &Record,
-        before: &BTreeSet<Part>,
-    ) -> Result<BTreeSet<Part>> {
-        let mut parts = added.map(Record::parts).unwrap_or_default();
-        for part in before {
-            if !parts.contains(part)
-                && self.store.has_other(&IndexKey::Part(kind, *part), &record.id())?
-            {
-                parts.insert(*part);
-            }
-        }
-        Ok(parts)
-    }
-
-    /// Those of the parts that were there before this plugin needed them.
-    fn kept(&self, kind: BackendKind, parts: &BTreeSet<Part>) -> Result<BTreeSet<Part>> {
-        let mut kept = BTreeSet::new();
-        for part in parts.iter().filter(|part| matches!(part, Part::Base(_) | Part::Mark(..))) {
-            if self.store.note(&kept_note(kind, *part))?.is_some() {
-                kept.insert(*part);
-            }
-        }
-        Ok(kept)
-    }
-
-    /// The node as the rules of a backend know it.
-    pub fn known_facts(&self, kind: BackendKind) -> Result<NodeFacts> {
-        let note = self.store.note(&facts_note(kind))?;
-        Ok(note.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default())
-    }
-
-    fn remember_facts(
-        &self,
-        kind: BackendKind,
-        known: &NodeFacts,
-        facts: &NodeFacts,
-    ) -> Result<()> {
-        if known == facts {
-            return Ok(());
-        }
-        let text =
-            serde_json::to_string(facts).map_err(|error| Error::Decode(error.to_string()))?;
-        self.store.set_note(&facts_note(kind), Some(&text))
-    }
-
-    /// Turns `route_localnet` on for the pod's device. Its guard is in place by now.
-    fn enable_localnet(&self, record: &Record) -> Result<()> {
-        let Some(device) = &record.localnet_device else {
-            return Ok(());
-        };
-        let path = localnet_path(device);
-        let failed =
-            |error| Error::io(format!("set net.ipv4.conf.{device}.route_localnet to 1"), error);
-        let present = sysctl::read(&path).map_err(failed)?;
-        if present == "1" {
-            return Ok(());
-        }
-        self.store.set_note(&format!("{LOCALNET_NOTE}{device}"), Some(&present))?;
-        sysctl::write(&path, "1").map_err(failed)
-    }
-
-    /// Gives `route_localnet` its former value back on every device that no record needs, or none but
-    /// `id`. Before the guard goes.
-    fn release_unused_localnets(&self, id: &str) -> Result<()> {
-        for note in self.store.notes(LOCALNET_NOTE)? {
-            let device = note.strip_prefix(LOCALNET_NOTE).unwrap_or_default();
-            if self.store.has_other(&IndexKey::Localnet(device.to_owned()), id)? {
-                continue;
-            }
-            let former = self.store.note(&note)?.unwrap_or_default();
-            match sysctl::write(&localnet_path(device), &former) {
-                // The device went with its pod.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => self.host.warn(format!(
-                    "cannot set net.ipv4.conf.{device}.route_localnet back to {former}: {error}"
-                )),
-                Ok(()) => {}
-            }
-            self.store.set_note(&note, None)?;
-        }
-        Ok(())
-    }
-
-    fn flush_conntrack(&self, added: Option<&Record>, removed: Option<&Record>, facts: &NodeFacts) {
-        let others = match self.related(added, removed) {
-            Ok(others) => others,
-            Err(error) => {
-                return self.host.warn(format!("conntrack entries are not flushed: {error}"));
-            }
-        };
-        let flush = Flush::new(added, removed, &others, facts);
-        for family in Family::ALL {
-            let ports = flush.ports(family);
-            if let Err(error) = netlink::conntrack::delete(family, &ports, |flow| flush.takes(flow))
-            {
-                self.host.warn(format!("conntrack entries of {family} are not flushed: {error}"));
-            }
-        }
-    }
-}
-
-/// What goes with a record.
-#[derive(Default)]
-struct Lost {
-    chains: BTreeSet<String>,
-    families: BTreeSet<Family>,
-    parts: BTreeSet<Part>,
-}
-
-impl Lost {
-    fn of(records: &[&Record]) -> Self {
-        Lost {
-            chains: records.iter().map(|record| record.chain.clone()).collect(),
-            families: records.iter().flat_map(|record| record.families()).collect(),
-            parts: records.iter().flat_map(|record| record.parts()).collect(),
-        }
-    }
 }
 
 /// The first backend that works, in the order of preference. One that is busy may well work: it is
@@ -489,18 +254,4 @@ pub fn probe(host: &Host) -> Result<BackendKind> {
         }
     }
     Err(Error::NoBackend { reasons: reasons.join("; ") })
-}
-
-fn facts_note(kind: BackendKind) -> String {
-    format!("facts-{kind}")
-}
-
-fn kept_note(kind: BackendKind, part: Part) -> String {
-    format!("kept-{kind}-{}", part.name())
-}
-
-/// Path of a device's `route_localnet` below /proc/sys.
-#[must_use]
-pub fn localnet_path(device: &str) -> [&str; 5] {
-    ["net", "ipv4", "conf", device, "route_localnet"]
 }
