@@ -2,6 +2,7 @@
 //! sysctls and clocks. Everything outside of it is a function of its arguments.
 #![allow(clippy::disallowed_methods, reason = "this is the tree that is allowed to")]
 
+pub mod bpf;
 pub mod command;
 pub mod iptables;
 pub mod namespace;

@@ -1,0 +1,65 @@
+//! `sys::bpf` against the kernel. Every test has a network namespace and a bpffs of its own.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "these tests set up what is read, and fail by panicking"
+)]
+
+mod map;
+mod pins;
+mod program;
+mod tcx;
+
+use std::process::Command;
+
+use aya_obj::generated::{bpf_insn, bpf_map_type};
+use portmap::demo::netns::Netns;
+use portmap::sys::bpf::map::{Definition, Map};
+use portmap::sys::bpf::program::{Hook, Program};
+
+/// Runs `test` in a network namespace with a bpffs of its own at /sys/fs/bpf.
+fn isolated(test: impl FnOnce() + Send) {
+    Netns::with_private_bpffs("bpf").expect("root is needed").run(test).unwrap();
+}
+
+/// An instruction: code, destination and source register, offset, immediate value.
+fn instruction(code: u8, to: u8, from: u8, offset: i16, value: i32) -> bpf_insn {
+    bpf_insn {
+        code,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(to, from),
+        off: offset,
+        imm: value,
+    }
+}
+
+/// `return value`.
+fn returning(value: i32) -> [bpf_insn; 2] {
+    [instruction(0xb7, 0, 0, 0, value), instruction(0x95, 0, 0, 0, 0)]
+}
+
+/// A classifier with this verdict.
+fn classifier(name: &str, verdict: i32) -> Program {
+    Program::load(Hook::Classifier, name, &returning(verdict), c"GPL").unwrap()
+}
+
+/// Keys of 4 bytes, values of 8.
+fn definition(name: &str, kind: bpf_map_type, max_entries: u32) -> Definition {
+    let kind = kind as u32;
+    Definition { name: name.into(), kind, key_size: 4, value_size: 8, max_entries, flags: 0 }
+}
+
+fn hash_map(name: &str, max_entries: u32) -> Map {
+    Map::create(&definition(name, bpf_map_type::BPF_MAP_TYPE_HASH, max_entries)).unwrap()
+}
+
+/// Runs a command of words without spaces; a missing tool is a failure.
+fn run(command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
