@@ -7,6 +7,8 @@
     reason = "these tests set up what is read, and fail by panicking"
 )]
 
+mod cgroup;
+mod clsact;
 mod map;
 mod pins;
 mod program;
@@ -62,4 +64,10 @@ fn run(command: &str) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command}: {errors}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Index of a new device.
+fn veth() -> u32 {
+    run("ip link add pm0 type veth peer name pm1");
+    nix::net::if_::if_nametoindex("pm0").unwrap()
 }

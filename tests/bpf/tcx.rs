@@ -1,14 +1,9 @@
 use std::io::ErrorKind;
 
 use portmap::sys::bpf::program::Program;
-use portmap::sys::bpf::tcx::{self, Direction};
+use portmap::sys::bpf::{Direction, tcx};
 
-use crate::{classifier, isolated, run};
-
-fn veth() -> u32 {
-    run("ip link add pm0 type veth peer name pm1");
-    nix::net::if_::if_nametoindex("pm0").unwrap()
-}
+use crate::{classifier, isolated, run, veth};
 
 #[test]
 #[ignore = "privileged: needs bpf(2) and network namespaces"]

@@ -7,6 +7,8 @@
 //!
 //! Errors are those of the kernel, as [`std::io::Error`] with its `errno`.
 
+pub mod cgroup;
+pub mod clsact;
 mod element;
 pub mod map;
 pub mod object;
@@ -16,3 +18,16 @@ mod syscall;
 pub mod tcx;
 
 pub use syscall::Attached;
+
+/// Which packets of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// Those that come in by the device.
+    Ingress,
+    /// Those that go out by it.
+    Egress,
+}
+
+impl Direction {
+    pub const ALL: [Direction; 2] = [Self::Ingress, Self::Egress];
+}
