@@ -1,7 +1,4 @@
-//! The iptables tools. Reading goes through the `iptables` crate; it is given no part in decisions,
-//! because most of its functions take every failure for an empty answer.
-
-use iptables::IPTables;
+//! The iptables tools, reading and writing.
 
 use super::Host;
 use super::command::ToolError;
@@ -71,7 +68,7 @@ fn with_failed_line(stderr: &str, text: &str) -> String {
 
 /// All chains of a table.
 pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolError> {
-    execute(host, family, table, "-S")
+    read(host, family, table, None)
 }
 
 /// Whether the tool is the variant that keeps its rules in nf_tables (xtables-nft-multi).
@@ -95,7 +92,7 @@ pub fn list_chains(
     }
     let mut listing = Listing::default();
     for chain in chains {
-        match execute(host, family, table, &format!("-S {chain}")) {
+        match read(host, family, table, Some(chain)) {
             Ok(found) => listing.chains.extend(found.chains),
             // Of a chain that does not exist (exit status 1 since iptables 1.8).
             Err(ToolError::Failed { status: Some(1), .. }) => {}
@@ -105,25 +102,21 @@ pub fn list_chains(
     Ok(listing)
 }
 
-fn execute(host: &Host, family: Family, table: &str, command: &str) -> Result<Listing, ToolError> {
-    let tool = tool(family);
-    if host.tools.find(tool).is_none() {
-        return Err(ToolError::Missing { tool: tool.to_owned() });
+/// What `-S` prints of a chain, or of all chains.
+fn read(
+    host: &Host,
+    family: Family,
+    table: &str,
+    chain: Option<&str>,
+) -> Result<Listing, ToolError> {
+    let wait = WAIT_SECONDS.to_string();
+    let mut args = vec!["-w", &wait, "-t", table, "-S"];
+    args.extend(chain);
+    match host.tools.run(tool(family), &args, "") {
+        Ok(text) => Ok(Listing::parse(&text)),
+        Err(ToolError::Failed { tool, status, stderr }) => Err(classify(&tool, status, &stderr)),
+        Err(error) => Err(error),
     }
-    // Without the crate's own `--wait`, which has no limit.
-    let crate_tool = IPTables { cmd: tool, has_check: true, has_wait: false, is_numeric: false };
-    let output =
-        crate_tool.execute(table, &format!("-w {WAIT_SECONDS} {command}")).map_err(|error| {
-            ToolError::Start {
-                tool: tool.to_owned(),
-                source: std::io::Error::other(error.to_string()),
-            }
-        })?;
-    if !output.status.success() {
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        return Err(classify(tool, output.status.code(), &stderr));
-    }
-    Ok(Listing::parse(&String::from_utf8_lossy(&output.stdout)))
 }
 
 #[cfg(test)]
