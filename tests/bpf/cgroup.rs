@@ -19,10 +19,10 @@ fn mounted() -> &'static Path {
 }
 
 /// A cgroup without processes, which takes what is attached to it along.
-struct Group(PathBuf);
+pub struct Group(pub PathBuf);
 
 impl Group {
-    fn new() -> Self {
+    pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         Self::at(mounted().join(format!("portmap-test-{}-{number}", std::process::id())))

@@ -9,9 +9,12 @@
 
 mod cgroup;
 mod clsact;
+mod cookie;
+mod features;
 mod map;
 mod pins;
 mod program;
+mod refusal;
 mod tcx;
 
 use std::process::Command;
@@ -70,4 +73,20 @@ fn run(command: &str) -> String {
 fn veth() -> u32 {
     run("ip link add pm0 type veth peer name pm1");
     nix::net::if_::if_nametoindex("pm0").unwrap()
+}
+
+/// Says to a test that it runs in a process that [`once_more`] has started.
+const INNER: &str = "PORTMAP_TEST_INNER";
+
+/// Runs a test of this file again in a process of its own, with what `words` put before it, and
+/// `value` in the variable [`INNER`]. The process has the namespaces of this thread.
+fn once_more(test: &str, words: &[&str], value: &str) {
+    let this = std::env::current_exe().unwrap();
+    let words = words.iter().map(AsRef::as_ref).chain([this.as_os_str()]);
+    let mut words = words.chain(["--ignored", "--exact", test].map(AsRef::as_ref));
+    let mut command = Command::new(words.next().unwrap());
+    let output = command.args(words).env(INNER, value).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{value}: {text}{errors}");
 }

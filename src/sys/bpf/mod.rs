@@ -5,18 +5,23 @@
 //! made by `BPF_PROG_ATTACH` and by filters, not by links, which would end with the process or,
 //! pinned, stay behind when their device is gone.
 //!
-//! Errors are those of the kernel, as [`std::io::Error`] with its `errno`.
+//! Errors are those of the kernel, as [`std::io::Error`] with its `errno`; [`explained`] tells what a
+//! refusal comes from.
 
 pub mod cgroup;
 pub mod clsact;
+pub mod cookie;
 mod element;
+pub mod features;
 pub mod map;
 pub mod object;
 pub mod pins;
 pub mod program;
+mod refusal;
 mod syscall;
 pub mod tcx;
 
+pub use refusal::explained;
 pub use syscall::Attached;
 
 /// Which packets of a device.
