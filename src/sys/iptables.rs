@@ -2,6 +2,7 @@
 
 use super::Host;
 use super::command::ToolError;
+use super::netlink::nftables::NftReader;
 use crate::backend::iptables::listing::Listing;
 use crate::model::Family;
 
@@ -100,6 +101,20 @@ pub fn list_chains(
         }
     }
     Ok(listing)
+}
+
+/// Whether a chain is known, without a process, not to exist. Of iptables-legacy the kernel tells that
+/// only where nobody uses the whole table.
+pub fn lacks_chain(host: &Host, family: Family, table: &str, chain: &str) -> bool {
+    if is_nft(host, family) {
+        let found = NftReader::open().and_then(|mut nft| nft.chain(family.into(), table, chain));
+        return found.is_ok_and(|found| found.is_none());
+    }
+    let names = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    std::fs::read_to_string(names).is_ok_and(|names| names.lines().all(|name| name != table))
 }
 
 /// What `-S` prints of a chain, or of all chains.

@@ -20,6 +20,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use command::Tools;
+use netlink::route::RouteReader;
 
 /// The node as a verb sees it.
 pub struct Host {
@@ -97,9 +98,9 @@ impl Host {
 
     /// Asks the kernel for addresses and devices of this network namespace.
     pub fn node_facts(&self) -> Result<NodeFacts> {
-        use netlink::route;
         let read = || -> std::io::Result<NodeFacts> {
-            Ok(NodeFacts::new(&route::links()?, &route::addresses()?, &route::default_routes()?))
+            let mut reader = RouteReader::open()?;
+            Ok(NodeFacts::new(&reader.links()?, &reader.addresses()?, &reader.default_routes()?))
         };
         read().map_err(|error| {
             Error::io("read the node's devices, addresses and routes (netlink)", error)
@@ -109,7 +110,8 @@ impl Host {
     /// Name of the device that leads to an address.
     pub fn device_towards(&self, ip: std::net::IpAddr) -> Result<Option<String>> {
         let failed = |error| Error::io(format!("find the route to {ip} (netlink)"), error);
-        let Some(route) = netlink::route::route_to(ip).map_err(failed)? else {
+        let find = || RouteReader::open()?.route_to(ip);
+        let Some(route) = find().map_err(failed)? else {
             return Ok(None);
         };
         let name =
