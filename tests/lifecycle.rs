@@ -144,7 +144,7 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
             record.mappings.push(mapping);
         }
     }
-    if record.forwards_loopback() {
+    if record.routes_loopback() {
         record.localnet_device = Some(format!("lxc{container}"));
     }
     record
