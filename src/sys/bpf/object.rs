@@ -142,6 +142,7 @@ impl Object {
 ///
 /// As [`Program::load`], of the first program that fails.
 pub fn load(programs: &[Loadable]) -> io::Result<Vec<Program>> {
+    lift_memory_limit();
     // The long ones first, lest the last one is begun when all others are done.
     let mut order: Vec<(usize, &Loadable)> = programs.iter().enumerate().collect();
     order.sort_by_key(|(_, program)| Reverse(program.instructions.len()));
@@ -156,7 +157,7 @@ pub fn load(programs: &[Loadable]) -> io::Result<Vec<Program>> {
 /// Before Linux 5.11, maps and programs count against the memory that a process may lock, and 64 KiB
 /// are usual. Later kernels do not look at it. Without `CAP_SYS_RESOURCE` it stays as it is, and
 /// what then does not fit is refused with `EPERM`.
-pub fn lift_memory_limit() {
+pub(super) fn lift_memory_limit() {
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).ok();
 }
 

@@ -21,6 +21,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::in_parallel;
 use super::map::{Definition, Map};
+use super::object::lift_memory_limit;
 use super::program::Program;
 use super::refusal::explained;
 
@@ -116,6 +117,7 @@ impl Pins {
         fill: impl FnOnce(&BTreeMap<String, Map>) -> io::Result<()>,
     ) -> io::Result<BTreeMap<String, Map>> {
         self.prepare()?;
+        lift_memory_limit();
         let dir = self.maps_dir(layout);
         let definitions: Vec<&Definition> = definitions.into_iter().collect();
         // Clearing the memory of a large LRU map takes longer than all others together.
