@@ -21,10 +21,10 @@ fn nothing(_: &BTreeMap<String, Map>) -> io::Result<()> {
     Ok(())
 }
 
-fn contents(layouts: &[u32], revisions: &[&str]) -> Contents {
+fn contents(layouts: &[u32], digests: &[&str]) -> Contents {
     Contents {
         layouts: layouts.to_vec(),
-        revisions: revisions.iter().map(|revision| (*revision).to_owned()).collect(),
+        digests: digests.iter().map(|digest| (*digest).to_owned()).collect(),
     }
 }
 
