@@ -21,10 +21,10 @@ fn nothing(_: &BTreeMap<String, Map>) -> io::Result<()> {
     Ok(())
 }
 
-fn contents(layouts: &[u32], digests: &[&str]) -> Contents {
+fn contents(layouts: &[u32], revisions: &[&str]) -> Contents {
     Contents {
         layouts: layouts.to_vec(),
-        digests: digests.iter().map(|digest| (*digest).to_owned()).collect(),
+        revisions: revisions.iter().map(|revision| (*revision).to_owned()).collect(),
     }
 }
 

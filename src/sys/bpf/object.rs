@@ -20,7 +20,7 @@ use super::program::{Hook, Program, SocketHook};
 
 /// The first 16 hexadecimal digits of an object's SHA-256, which name the directory of its programs.
 #[must_use]
-pub fn digest(object: &[u8]) -> String {
+pub fn revision(object: &[u8]) -> String {
     Sha256::digest(object)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /sys/fs/bpf/portmap/m<layout>/<map>          maps by the layout of their values
-//!                     p-<digest>/<program>     programs by the digest of the object that they are from
+//!                     p-<revision>/<program>   programs by the object that they are from
 //!                     tmp-…                    what is not finished
 //! ```
 //!
@@ -42,8 +42,8 @@ pub struct Contents {
     /// Layouts of which there are maps, in ascending order. A plugin that finds a newer one than its
     /// own must leave everything as it is.
     pub layouts: Vec<u32>,
-    /// Digests of the objects of which there are programs.
-    pub digests: Vec<String>,
+    /// Revisions of the object of which there are programs.
+    pub revisions: Vec<String>,
 }
 
 impl Pins {
@@ -79,8 +79,8 @@ impl Pins {
         self.root.join(format!("m{layout}"))
     }
 
-    fn programs_dir(&self, digest: &str) -> PathBuf {
-        self.root.join(format!("p-{digest}"))
+    fn programs_dir(&self, revision: &str) -> PathBuf {
+        self.root.join(format!("p-{revision}"))
     }
 
     /// One of a layout's maps; `None` if it, or the layout, is not there.
@@ -102,9 +102,9 @@ impl Pins {
         names.into_iter().map(open).map(io::Result::transpose).collect::<Option<_>>().transpose()
     }
 
-    /// One of an object's programs; `None` if it is not there.
-    pub fn program(&self, digest: &str, name: &str) -> io::Result<Option<Program>> {
-        Program::from_pin(&self.programs_dir(digest).join(name))
+    /// One of a revision's programs; `None` if it is not there.
+    pub fn program(&self, revision: &str, name: &str) -> io::Result<Option<Program>> {
+        Program::from_pin(&self.programs_dir(revision).join(name))
     }
 
     /// Makes and names the maps of a layout. `fill` gets them before anybody else can; if it fails,
@@ -128,22 +128,22 @@ impl Pins {
         fill(&maps)?;
         self.publish(&dir, |temporary| {
             maps.iter().try_for_each(|(name, map)| map.pin(&temporary.join(name)))?;
-            for digest in self.list()?.digests {
-                self.remove_programs(&digest)?;
+            for revision in self.list()?.revisions {
+                self.remove_programs(&revision)?;
             }
             remove(&dir)
         })?;
         Ok(maps)
     }
 
-    /// Names programs of an object, in addition to those that have names already.
+    /// Names programs of a revision, in addition to those that have names already.
     pub fn add_programs<'a>(
         &self,
-        digest: &str,
+        revision: &str,
         programs: impl IntoIterator<Item = (&'a str, &'a Program)>,
     ) -> io::Result<()> {
         self.prepare()?;
-        let dir = self.programs_dir(digest);
+        let dir = self.programs_dir(revision);
         let pin_in = |dir: &Path| {
             programs.into_iter().try_for_each(|(name, program)| program.pin(&dir.join(name)))
         };
@@ -154,20 +154,20 @@ impl Pins {
     pub fn list(&self) -> io::Result<Contents> {
         let mut contents = Contents::default();
         for name in self.names()? {
-            if let Some(digest) = name.strip_prefix("p-") {
-                contents.digests.push(digest.to_owned());
+            if let Some(revision) = name.strip_prefix("p-") {
+                contents.revisions.push(revision.to_owned());
             } else if let Some(Ok(layout)) = name.strip_prefix('m').map(str::parse) {
                 contents.layouts.push(layout);
             }
         }
         contents.layouts.sort_unstable();
-        contents.digests.sort_unstable();
+        contents.revisions.sort_unstable();
         Ok(contents)
     }
 
-    /// Takes the names of an object's programs away. Those that are attached go on.
-    pub fn remove_programs(&self, digest: &str) -> io::Result<()> {
-        remove(&self.programs_dir(digest))
+    /// Takes the names of a revision's programs away. Those that are attached go on.
+    pub fn remove_programs(&self, revision: &str) -> io::Result<()> {
+        remove(&self.programs_dir(revision))
     }
 
     /// Takes the names of a layout's maps away. Those that programs use stay.
