@@ -2,6 +2,7 @@
 //! sysctls and clocks. Everything outside of it is a function of its arguments.
 #![allow(clippy::disallowed_methods, reason = "this is the tree that is allowed to")]
 
+pub mod bpf;
 pub mod command;
 pub mod iptables;
 pub mod namespace;
@@ -108,10 +109,11 @@ impl Host {
     /// Name of the device that leads to an address.
     pub fn device_towards(&self, ip: std::net::IpAddr) -> Result<Option<String>> {
         let failed = |error| Error::io(format!("find the route to {ip} (netlink)"), error);
-        let Some(index) = netlink::route::device_towards(ip).map_err(failed)? else {
+        let Some(route) = netlink::route::route_to(ip).map_err(failed)? else {
             return Ok(None);
         };
-        let name = nix::net::if_::if_indextoname(index).map_err(|error| failed(error.into()))?;
+        let name =
+            nix::net::if_::if_indextoname(route.device).map_err(|error| failed(error.into()))?;
         Ok(Some(name.to_string_lossy().into_owned()))
     }
 }
