@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the eBPF objects that are committed, so that building the crate needs no compiler for C:
 #   portmap.bpf.o                          what the plugin embeds
+#   portmap.bpf.o.revision                 the beginning of its SHA-256, which names its pins
 #   ../../testdata/bpf/{older,newer}.bpf.o the same with other numbers in layout.h, for tests
 #   CLANG                                  what they were built with
 #
@@ -62,6 +63,7 @@ case ${1:-} in
     '')
         mkdir -p "$tests"
         build portmap.bpf.o "$tests/older.bpf.o" "$tests/newer.bpf.o"
+        sha256sum portmap.bpf.o | cut -c 1-16 >portmap.bpf.o.revision
         describe >CLANG
         ;;
     --check)

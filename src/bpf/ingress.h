@@ -87,7 +87,7 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 		int taken = hairpin || (flow && !replaceable(flow, p));
 		struct flow *remapped;
 
-		if (any && !p->icmp && !is_local(skb, p, from_pod)) {
+		if (!(claim->flags & CLAIM_SELF) && !p->icmp && !is_local(skb, p, from_pod)) {
 			count(REASON_NOT_LOCAL);
 			return PASS;
 		}

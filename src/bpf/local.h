@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
-/* Which destinations a claim of any address takes. */
+/* Which destinations a claim takes: only the node's own, also of those with a hostIP. */
 #ifndef PORTMAP_LOCAL_H
 #define PORTMAP_LOCAL_H
 

@@ -73,7 +73,7 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 	read_address(ctx, ipv6, &called);
 	claim_key.addr = called;
 	claim = find_claim(&claim_key, &any);
-	if (!claim || claim->flags & CLAIM_SELF || (any && !means_node(&called)))
+	if (!claim || claim->flags & CLAIM_SELF || !means_node(&called))
 		return;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	key.addr = claim->pod;

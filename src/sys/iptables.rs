@@ -1,10 +1,8 @@
-//! The iptables tools. Reading goes through the `iptables` crate; it is given no part in decisions,
-//! because most of its functions take every failure for an empty answer.
-
-use iptables::IPTables;
+//! The iptables tools, reading and writing.
 
 use super::Host;
 use super::command::ToolError;
+use super::netlink::nftables::NftReader;
 use crate::backend::iptables::listing::Listing;
 use crate::model::Family;
 
@@ -71,7 +69,7 @@ fn with_failed_line(stderr: &str, text: &str) -> String {
 
 /// All chains of a table.
 pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolError> {
-    execute(host, family, table, "-S")
+    read(host, family, table, None)
 }
 
 /// Whether the tool is the variant that keeps its rules in nf_tables (xtables-nft-multi).
@@ -95,7 +93,7 @@ pub fn list_chains(
     }
     let mut listing = Listing::default();
     for chain in chains {
-        match execute(host, family, table, &format!("-S {chain}")) {
+        match read(host, family, table, Some(chain)) {
             Ok(found) => listing.chains.extend(found.chains),
             // Of a chain that does not exist (exit status 1 since iptables 1.8).
             Err(ToolError::Failed { status: Some(1), .. }) => {}
@@ -105,25 +103,35 @@ pub fn list_chains(
     Ok(listing)
 }
 
-fn execute(host: &Host, family: Family, table: &str, command: &str) -> Result<Listing, ToolError> {
-    let tool = tool(family);
-    if host.tools.find(tool).is_none() {
-        return Err(ToolError::Missing { tool: tool.to_owned() });
+/// Whether a chain is known, without a process, not to exist. Of iptables-legacy the kernel tells that
+/// only where nobody uses the whole table.
+pub fn lacks_chain(host: &Host, family: Family, table: &str, chain: &str) -> bool {
+    if is_nft(host, family) {
+        let found = NftReader::open().and_then(|mut nft| nft.chain(family.into(), table, chain));
+        return found.is_ok_and(|found| found.is_none());
     }
-    // Without the crate's own `--wait`, which has no limit.
-    let crate_tool = IPTables { cmd: tool, has_check: true, has_wait: false, is_numeric: false };
-    let output =
-        crate_tool.execute(table, &format!("-w {WAIT_SECONDS} {command}")).map_err(|error| {
-            ToolError::Start {
-                tool: tool.to_owned(),
-                source: std::io::Error::other(error.to_string()),
-            }
-        })?;
-    if !output.status.success() {
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        return Err(classify(tool, output.status.code(), &stderr));
+    let names = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    std::fs::read_to_string(names).is_ok_and(|names| names.lines().all(|name| name != table))
+}
+
+/// What `-S` prints of a chain, or of all chains.
+fn read(
+    host: &Host,
+    family: Family,
+    table: &str,
+    chain: Option<&str>,
+) -> Result<Listing, ToolError> {
+    let wait = WAIT_SECONDS.to_string();
+    let mut args = vec!["-w", &wait, "-t", table, "-S"];
+    args.extend(chain);
+    match host.tools.run(tool(family), &args, "") {
+        Ok(text) => Ok(Listing::parse(&text)),
+        Err(ToolError::Failed { tool, status, stderr }) => Err(classify(&tool, status, &stderr)),
+        Err(error) => Err(error),
     }
-    Ok(Listing::parse(&String::from_utf8_lossy(&output.stdout)))
 }
 
 #[cfg(test)]

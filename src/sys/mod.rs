@@ -12,26 +12,29 @@ pub mod store;
 pub mod sysctl;
 
 use std::ffi::OsStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
+use bpf::features::Features;
 use command::Tools;
+use netlink::route::RouteReader;
 
 /// The node as a verb sees it.
 pub struct Host {
     pub tools: Tools,
     warnings: Mutex<Vec<String>>,
+    kernel: OnceLock<Features>,
 }
 
 impl Host {
     /// `path` is the PATH of the environment.
     #[must_use]
     pub fn new(path: Option<&OsStr>) -> Self {
-        Host { tools: Tools::new(path), warnings: Mutex::default() }
+        Host { tools: Tools::new(path), warnings: Mutex::default(), kernel: OnceLock::new() }
     }
 
     /// Notes something that the operator should know and that is no reason to fail; it goes to
@@ -45,6 +48,38 @@ impl Host {
         std::mem::take(&mut *self.warnings.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// What eBPF can do on this kernel; tried out if nobody has said it.
+    pub fn kernel(&self) -> Result<&Features> {
+        if let Some(features) = self.kernel.get() {
+            return Ok(features);
+        }
+        let features = Features::probe().map_err(|error| Error::io("use eBPF", error))?;
+        Ok(self.kernel.get_or_init(|| features))
+    }
+
+    /// Whether `kernel` answers without trying.
+    #[must_use]
+    pub fn knows_kernel(&self) -> bool {
+        self.kernel.get().is_some()
+    }
+
+    /// Takes over what was found out earlier.
+    pub fn remember_kernel(&self, features: Features) {
+        // The first one stays, which is right as well.
+        drop(self.kernel.set(features));
+    }
+
+    /// Whether Cilium runs here. Its agent pins its maps in the node's bpffs, all of them under this
+    /// name, and leaves them there when it restarts.
+    #[must_use]
+    pub fn has_cilium(&self) -> bool {
+        let globals = std::fs::read_dir("/sys/fs/bpf/tc/globals").into_iter().flatten().flatten();
+        std::path::Path::new("/sys/fs/bpf/cilium").exists()
+            || globals.into_iter().any(|entry| {
+                entry.file_name().to_str().is_some_and(|name| name.starts_with("cilium_"))
+            })
+    }
+
     /// Identifies this boot of the kernel; empty where /proc does not tell.
     #[must_use]
     pub fn boot_id(&self) -> String {
@@ -56,13 +91,21 @@ impl Host {
     /// Nanoseconds since boot, which only ever grow.
     #[must_use]
     pub fn since_boot(&self) -> u64 {
-        clock_gettime(ClockId::CLOCK_BOOTTIME)
-            .ok()
-            .and_then(|time| {
-                let seconds = u64::try_from(time.tv_sec()).ok()?;
-                seconds.checked_mul(1_000_000_000)?.checked_add(u64::try_from(time.tv_nsec()).ok()?)
-            })
-            .unwrap_or_default()
+        nanoseconds(ClockId::CLOCK_BOOTTIME)
+    }
+
+    /// Nanoseconds of CLOCK_MONOTONIC, the clock that eBPF programs read.
+    #[must_use]
+    pub fn monotonic(&self) -> u64 {
+        nanoseconds(ClockId::CLOCK_MONOTONIC)
+    }
+
+    /// The ports that sockets get by themselves; Linux's default where /proc does not tell.
+    #[must_use]
+    pub fn ephemeral_ports(&self) -> std::ops::RangeInclusive<u16> {
+        let text = sysctl::read(&["net", "ipv4", "ip_local_port_range"]).unwrap_or_default();
+        let mut bounds = text.split_whitespace().filter_map(|word| word.parse().ok());
+        bounds.next().unwrap_or(32768)..=bounds.next().unwrap_or(60999)
     }
 
     /// Seconds since 1970.
@@ -97,23 +140,42 @@ impl Host {
 
     /// Asks the kernel for addresses and devices of this network namespace.
     pub fn node_facts(&self) -> Result<NodeFacts> {
-        use netlink::route;
         let read = || -> std::io::Result<NodeFacts> {
-            Ok(NodeFacts::new(&route::links()?, &route::addresses()?, &route::default_routes()?))
+            let mut reader = RouteReader::open()?;
+            Ok(NodeFacts::new(&reader.links()?, &reader.addresses()?, &reader.default_routes()?))
         };
         read().map_err(|error| {
             Error::io("read the node's devices, addresses and routes (netlink)", error)
         })
     }
 
+    /// The address that the node itself would call an address from.
+    pub fn source_towards(&self, ip: std::net::IpAddr) -> Result<Option<std::net::IpAddr>> {
+        let route = RouteReader::open()
+            .and_then(|mut reader| reader.route_to(ip))
+            .map_err(|error| Error::io(format!("find the route to {ip} (netlink)"), error))?;
+        Ok(route.and_then(|route| route.source))
+    }
+
     /// Name of the device that leads to an address.
     pub fn device_towards(&self, ip: std::net::IpAddr) -> Result<Option<String>> {
         let failed = |error| Error::io(format!("find the route to {ip} (netlink)"), error);
-        let Some(route) = netlink::route::route_to(ip).map_err(failed)? else {
+        let find = || RouteReader::open()?.route_to(ip);
+        let Some(route) = find().map_err(failed)? else {
             return Ok(None);
         };
         let name =
             nix::net::if_::if_indextoname(route.device).map_err(|error| failed(error.into()))?;
         Ok(Some(name.to_string_lossy().into_owned()))
     }
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    clock_gettime(clock)
+        .ok()
+        .and_then(|time| {
+            let seconds = u64::try_from(time.tv_sec()).ok()?;
+            seconds.checked_mul(1_000_000_000)?.checked_add(u64::try_from(time.tv_nsec()).ok()?)
+        })
+        .unwrap_or_default()
 }

@@ -1,5 +1,5 @@
 use portmap::model::Family;
-use portmap::sys::netlink::route::{self, DefaultRoute};
+use portmap::sys::netlink::route::{DefaultRoute, RouteReader};
 use portmap::sys::sysctl;
 
 use crate::{in_namespace, run};
@@ -20,7 +20,8 @@ fn links_addresses_and_routes() {
         ] {
             run(&format!("ip {command}"));
         }
-        let links = route::links().unwrap();
+        let mut reader = RouteReader::open().unwrap();
+        let links = reader.links().unwrap();
         let named = |name: &str| links.iter().find(|link| link.name == name).unwrap();
         let (lo, bridge) = (named("lo"), named("br0").index);
         assert!(lo.loopback && lo.up && lo.kind.is_none() && lo.peer.is_none());
@@ -36,7 +37,7 @@ fn links_addresses_and_routes() {
         let listed = run("ip -o link").lines().count();
         assert_eq!(links.len(), listed);
 
-        let addresses = route::addresses().unwrap();
+        let addresses = reader.addresses().unwrap();
         assert_eq!(addresses.len(), run("ip -o addr").lines().count());
         let with = |ip: &str| {
             let ip: std::net::IpAddr = ip.parse().unwrap();
@@ -51,14 +52,13 @@ fn links_addresses_and_routes() {
         assert_eq!((own.index, own.prefix), (v1.index, 32));
         assert!(with("198.51.100.2").is_none());
 
-        assert_eq!(route::default_routes().unwrap(), []);
-        let to = |ip: &str| route::route_to(ip.parse().unwrap()).unwrap();
-        let towards = |ip: &str| to(ip).map(|route| route.device);
-        assert_eq!(towards("203.0.113.1"), None);
-        assert_eq!(towards("2001:db9::1"), None);
-        assert_eq!(towards("192.0.2.77"), Some(bridge));
-        assert_eq!(towards("2001:db8::77"), Some(bridge));
-        assert_eq!(towards("192.0.2.1"), Some(lo.index));
+        assert_eq!(reader.default_routes().unwrap(), []);
+        let mut to = |ip: &str| reader.route_to(ip.parse().unwrap()).unwrap();
+        assert_eq!(to("203.0.113.1").map(|route| route.device), None);
+        assert_eq!(to("2001:db9::1").map(|route| route.device), None);
+        assert_eq!(to("192.0.2.77").map(|route| route.device), Some(bridge));
+        assert_eq!(to("2001:db8::77").map(|route| route.device), Some(bridge));
+        assert_eq!(to("192.0.2.1").map(|route| route.device), Some(lo.index));
         for (ip, own) in [
             ("192.0.2.77", "192.0.2.1"),
             ("198.51.100.2", "198.51.100.1"),
@@ -70,8 +70,8 @@ fn links_addresses_and_routes() {
         for kind in ["unreachable", "blackhole", "prohibit", "throw"] {
             for net in ["10.9.0.0/16", "2001:db9::/32"] {
                 run(&format!("ip route add {kind} {net}"));
-                assert_eq!(towards("10.9.0.1"), None, "{kind}");
-                assert_eq!(towards("2001:db9::1"), None, "{kind}");
+                assert_eq!(to("10.9.0.1").map(|route| route.device), None, "{kind}");
+                assert_eq!(to("2001:db9::1").map(|route| route.device), None, "{kind}");
                 run(&format!("ip route del {kind} {net}"));
             }
         }
@@ -82,7 +82,7 @@ fn links_addresses_and_routes() {
         run("ip route add unreachable default metric 4000");
         let (v4, v6) = (Family::V4, Family::V6);
         assert_eq!(
-            route::default_routes().unwrap(),
+            reader.default_routes().unwrap(),
             [
                 DefaultRoute { family: v4, index: bridge },
                 DefaultRoute { family: v4, index: v1.index },
@@ -92,7 +92,7 @@ fn links_addresses_and_routes() {
         run("ip -6 route del default");
         run("ip -6 route add default nexthop via 2001:db8::2 nexthop via fe80::2 dev v1");
         run("ip -4 route del default nexthop via 192.0.2.2 nexthop via 198.51.100.2");
-        let routes = route::default_routes().unwrap();
+        let routes = reader.default_routes().unwrap();
         let mut devices: Vec<_> = routes.iter().map(|route| route.index).collect();
         devices.sort_unstable();
         let mut expected = [bridge, v1.index];

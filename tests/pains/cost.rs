@@ -89,6 +89,23 @@ fn pain_05_a_call_starts_one_process_however_many_ports() {
     });
 }
 
+/// The first call on a node reads what others may have made in table nat, and no other table.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables"]
+fn pain_05_the_first_call_reads_one_table() {
+    on_each(&[Variant::IptablesNft], &bridge(), |site| {
+        let log = Log::new(site);
+        site.add(0, "a", &[tcp(8080)]);
+        let expected = [
+            "ip6tables -w 15 -t nat -S",
+            "ip6tables-restore --noflush -w 15",
+            "iptables -w 15 -t nat -S",
+            "iptables-restore --noflush -w 15",
+        ];
+        assert_eq!(log.take(), expected);
+    });
+}
+
 /// kubernetes#92811, plugins#464: somebody else holds the xtables lock. The call waits for it, and
 /// does its work when it is free.
 #[test]

@@ -9,7 +9,7 @@ use portmap::demo::traffic::Transport;
 use portmap::model::Family;
 
 use crate::site::{Site, bridge, named, on_each, tcp};
-use crate::support::VARIANTS;
+use crate::support::{IPTABLES, VARIANTS};
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -116,4 +116,25 @@ fn pain_11_a_sysctl_that_was_on_stays_on() {
         site.del(1, "b", &[]);
         assert_eq!(localnet(site, BRIDGE), "1");
     });
+}
+
+/// State that was lost (another `stateDir`, a cleaned /run) leaves the guard without a record. The
+/// first attachment after that finds it, whatever has become of it, and has it once.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables"]
+fn pain_11_a_guard_without_a_record_is_taken_over() {
+    let damages =
+        ["true", "iptables -t raw -F PREROUTING", "iptables -t raw -I PORTMAP-GUARD -j RETURN"];
+    for damage in damages {
+        on_each(&IPTABLES, &bridge(), |site| {
+            site.add(0, "a", &[tcp(8080)]);
+            let guard = site.node.shell("iptables -t raw -S");
+            assert!(guard.contains("-A PORTMAP-GUARD -j DROP"), "{guard}");
+            std::fs::remove_dir_all(&site.node.state_dir).unwrap();
+            site.node.shell(damage);
+            site.add(0, "a", &[tcp(8080)]);
+            assert_eq!(site.node.shell("iptables -t raw -S"), guard, "{damage}");
+            site.check(0, "a", &[tcp(8080)]);
+        });
+    }
 }

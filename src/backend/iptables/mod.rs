@@ -1,6 +1,6 @@
 //! iptables, both variants: byte-compatible with upstream's portmap in table nat.
 //!
-//! Writing is one `iptables-restore --noflush` per family, reading goes through the `iptables` crate.
+//! Writing is one `iptables-restore --noflush` per family, reading is `iptables -S`.
 
 pub mod check;
 pub mod listing;
@@ -20,9 +20,9 @@ use crate::model::Family;
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
-use crate::sys::iptables::{is_nft, list, list_chains, restore};
+use crate::sys::iptables::{is_nft, lacks_chain, list, list_chains, restore};
 use crate::sys::namespace::in_scratch_netns;
-use crate::sys::netlink::nftables::{NftFamily, NftReader};
+use crate::sys::netlink::nftables::NftReader;
 
 /// The backend.
 pub struct Iptables;
@@ -204,12 +204,8 @@ fn shared_chains(
         return None;
     }
     let mut reader = NftReader::open().ok()?;
-    let nft_family = match family {
-        Family::V4 => NftFamily::Ip,
-        Family::V6 => NftFamily::Ip6,
-    };
     for (table, chain, target) in script::shared_chains(record, family) {
-        let jumps = reader.rule_jumps(nft_family, table, chain).ok()?;
+        let jumps = reader.rule_jumps(family.into(), table, chain).ok()?;
         let found = match target {
             Some(target) => jumps.iter().flatten().any(|jump| jump == target),
             None => !jumps.is_empty(),
@@ -222,7 +218,7 @@ fn shared_chains(
     }
     if record.masquerades_neighbours(family) {
         // A rule that returns leads to no chain; those that mark lead to one.
-        let jumps = reader.rule_jumps(nft_family, "nat", rules::NEIGHBOURS).ok()?;
+        let jumps = reader.rule_jumps(family.into(), "nat", rules::NEIGHBOURS).ok()?;
         if jumps.iter().take_while(|jump| jump.is_none()).count() != uplinks.len() {
             return Some(Err(format!(
                 "chain {} of table nat does not spare the uplinks",
@@ -310,7 +306,12 @@ fn leave_out_unmarkable(
 /// The guard is needed while any record has a device with `route_localnet`.
 fn restore_guard(host: &Host, desired: &Desired) -> Result<String> {
     let wanted = desired.records.iter().any(|record| record.parts().contains(&Part::Guard));
-    match list(host, Family::V4, "raw") {
+    // Without the chain there is nothing of ours, and nothing that it would have to replace.
+    let listing = match lacks_chain(host, Family::V4, "raw", rules::GUARD) {
+        true => Ok(Listing::default()),
+        false => list(host, Family::V4, "raw"),
+    };
+    match listing {
         Ok(listing) => Ok(script::restore_raw(wanted, &listing)),
         Err(_) if !wanted => Ok(String::new()),
         Err(error) => Err(failed("read the rules of table raw", Family::V4, error)),

@@ -12,6 +12,7 @@ pub mod conntrack;
 pub mod nftables;
 pub mod nftkey;
 pub mod route;
+pub mod rule;
 pub mod socket;
 pub mod socket_diag;
 

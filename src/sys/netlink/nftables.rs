@@ -14,6 +14,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use super::attributes::{attributes, find, text};
 use super::socket::{Message, NetlinkSocket};
 use super::{NFGENMSG_LENGTH, netfilter_kind};
+use crate::model::Family;
 
 // linux/netfilter/nf_tables.h
 const NFTA_CHAIN_TABLE: u16 = 1;
@@ -45,6 +46,16 @@ pub enum NftFamily {
     Inet,
     Ip,
     Ip6,
+}
+
+/// The family of a table that holds one family's rules.
+impl From<Family> for NftFamily {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::V4 => NftFamily::Ip,
+            Family::V6 => NftFamily::Ip6,
+        }
+    }
 }
 
 /// A chain of a table.

@@ -77,108 +77,123 @@ pub struct Route {
     pub source: Option<IpAddr>,
 }
 
-/// All network devices.
-///
-/// # Errors
-///
-/// As [`NetlinkSocket::dump`].
-pub fn links() -> io::Result<Vec<Link>> {
-    // Leaves out the IPv6 counters, a good part of an entry; old kernels ignore the flag.
-    let skip = libc::RTEXT_FILTER_SKIP_STATS.to_ne_bytes().to_vec();
-    let request = Message::new(
-        libc::RTM_GETLINK,
-        &LinkHeader::default(),
-        &[DefaultNla::new(libc::IFLA_EXT_MASK, skip)],
-    );
-    NetlinkSocket::open(NETLINK_ROUTE)?.dump(&request, |kind, payload| {
-        (kind == libc::RTM_NEWLINK).then(|| link(payload)).flatten()
-    })
+/// Reads devices, addresses and routes of the network namespace of the thread that opened it.
+pub struct RouteReader {
+    socket: NetlinkSocket,
 }
 
-/// All addresses of both families.
-///
-/// # Errors
-///
-/// As [`NetlinkSocket::dump`].
-pub fn addresses() -> io::Result<Vec<Address>> {
-    let request = Message::new::<DefaultNla>(libc::RTM_GETADDR, &AddressHeader::default(), &[]);
-    NetlinkSocket::open(NETLINK_ROUTE)?.dump(&request, |kind, payload| {
-        (kind == libc::RTM_NEWADDR).then(|| address(payload)).flatten()
-    })
-}
+impl RouteReader {
+    /// # Errors
+    ///
+    /// What making the socket returned.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { socket: NetlinkSocket::open(NETLINK_ROUTE)? })
+    }
 
-/// The default routes of the main table, one entry for each next hop, in the kernel's order
-/// (IPv4 first). Routes that lead nowhere (`unreachable default`) are left out.
-///
-/// Where `net.ipv4.nexthop_compat_mode` is 0, routes through a next hop object do not name their
-/// device, and are left out as well.
-///
-/// # Errors
-///
-/// As [`NetlinkSocket::dump`].
-pub fn default_routes() -> io::Result<Vec<DefaultRoute>> {
-    let mut socket = NetlinkSocket::open(NETLINK_ROUTE)?;
-    // A node that speaks BGP has many thousand routes, and every node has its local table.
-    socket.filter_dumps();
-    let mut found = Vec::new();
-    for family in Family::ALL {
-        let header = RouteHeader {
-            address_family: address_family(family),
-            table: RouteHeader::RT_TABLE_MAIN,
-            ..RouteHeader::default()
-        };
-        let request = Message::new::<DefaultNla>(libc::RTM_GETROUTE, &header, &[]);
-        let dump = socket.dump(&request, |kind, payload| {
-            (kind == libc::RTM_NEWROUTE).then(|| default_route(payload))
+    /// All network devices.
+    ///
+    /// # Errors
+    ///
+    /// As [`NetlinkSocket::dump`].
+    pub fn links(&mut self) -> io::Result<Vec<Link>> {
+        // Leaves out the IPv6 counters, a good part of an entry; old kernels ignore the flag.
+        let skip = libc::RTEXT_FILTER_SKIP_STATS.to_ne_bytes().to_vec();
+        let request = Message::new(
+            libc::RTM_GETLINK,
+            &LinkHeader::default(),
+            &[DefaultNla::new(libc::IFLA_EXT_MASK, skip)],
+        );
+        self.socket.dump(&request, |kind, payload| {
+            (kind == libc::RTM_NEWLINK).then(|| link(payload)).flatten()
+        })
+    }
+
+    /// All addresses of both families.
+    ///
+    /// # Errors
+    ///
+    /// As [`NetlinkSocket::dump`].
+    pub fn addresses(&mut self) -> io::Result<Vec<Address>> {
+        let request = Message::new::<DefaultNla>(libc::RTM_GETADDR, &AddressHeader::default(), &[]);
+        self.socket.dump(&request, |kind, payload| {
+            (kind == libc::RTM_NEWADDR).then(|| address(payload)).flatten()
+        })
+    }
+
+    /// The default routes of the main table, one entry for each next hop, in the kernel's order
+    /// (IPv4 first). Routes that lead nowhere (`unreachable default`) are left out.
+    ///
+    /// Where `net.ipv4.nexthop_compat_mode` is 0, routes through a next hop object do not name their
+    /// device, and are left out as well.
+    ///
+    /// # Errors
+    ///
+    /// As [`NetlinkSocket::dump`].
+    pub fn default_routes(&mut self) -> io::Result<Vec<DefaultRoute>> {
+        // A node that speaks BGP has many thousand routes, and every node has its local table.
+        self.socket.filter_dumps();
+        let mut found = Vec::new();
+        for family in Family::ALL {
+            let header = RouteHeader {
+                address_family: address_family(family),
+                table: RouteHeader::RT_TABLE_MAIN,
+                ..RouteHeader::default()
+            };
+            let request = Message::new::<DefaultNla>(libc::RTM_GETROUTE, &header, &[]);
+            let dump = self.socket.dump(&request, |kind, payload| {
+                (kind == libc::RTM_NEWROUTE).then(|| default_route(payload))
+            });
+            match dump {
+                Ok(routes) => found.extend(
+                    routes.into_iter().flatten().map(|index| DefaultRoute { family, index }),
+                ),
+                // The main table comes into being with its first route; a filtered dump of a missing
+                // one is refused. A kernel without IPv6 knows no such routes.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EAFNOSUPPORT)
+                    ) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+
+    /// How the node sends packets for `ip`: over `lo` to its own addresses. `None` without a route, or
+    /// with one that refuses or drops packets.
+    ///
+    /// # Errors
+    ///
+    /// As [`NetlinkSocket::request`].
+    pub fn route_to(&mut self, ip: IpAddr) -> io::Result<Option<Route>> {
+        let request = route_request(ip);
+        let answer = self.socket.request(&request, 0, |kind, payload| {
+            (kind == libc::RTM_NEWROUTE).then(|| route(payload))
         });
-        match dump {
-            Ok(routes) => found
-                .extend(routes.into_iter().flatten().map(|index| DefaultRoute { family, index })),
-            // The main table comes into being with its first route; a filtered dump of a missing
-            // one is refused. A kernel without IPv6 knows no such routes.
+        match answer {
+            Ok(routes) => Ok(routes.into_iter().flatten().next()),
+            // Routes of type prohibit, blackhole and throw answer with these three, in this order
+            // (`fib_props`, `ip6_rt_type_to_error`); the first two errors mean no or an unreachable
+            // route. EAFNOSUPPORT and EOPNOTSUPP: a kernel without IPv6.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
-                    Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EAFNOSUPPORT)
-                ) => {}
-            Err(error) => return Err(error),
+                    Some(
+                        libc::ENETUNREACH
+                            | libc::EHOSTUNREACH
+                            | libc::EACCES
+                            | libc::EINVAL
+                            | libc::EAGAIN
+                            | libc::EAFNOSUPPORT
+                            | libc::EOPNOTSUPP
+                    )
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
         }
-    }
-    Ok(found)
-}
-
-/// How the node sends packets for `ip`: over `lo` to its own addresses. `None` without a route, or
-/// with one that refuses or drops packets.
-///
-/// # Errors
-///
-/// As [`NetlinkSocket::request`].
-pub fn route_to(ip: IpAddr) -> io::Result<Option<Route>> {
-    let request = route_request(ip);
-    let answer = NetlinkSocket::open(NETLINK_ROUTE)?
-        .request(&request, 0, |kind, payload| (kind == libc::RTM_NEWROUTE).then(|| route(payload)));
-    match answer {
-        Ok(routes) => Ok(routes.into_iter().flatten().next()),
-        // Routes of type prohibit, blackhole and throw answer with these three, in this order
-        // (`fib_props`, `ip6_rt_type_to_error`); the first two errors mean no or an unreachable
-        // route. EAFNOSUPPORT and EOPNOTSUPP: a kernel without IPv6.
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(
-                    libc::ENETUNREACH
-                        | libc::EHOSTUNREACH
-                        | libc::EACCES
-                        | libc::EINVAL
-                        | libc::EAGAIN
-                        | libc::EAFNOSUPPORT
-                        | libc::EOPNOTSUPP
-                )
-            ) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(error),
     }
 }
 
@@ -225,9 +240,9 @@ fn link(payload: &[u8]) -> Option<Link> {
     for (kind, value) in attributes(payload.get(LINK_HEADER..)?) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(value),
+            libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
             libc::IFLA_MASTER => link.master = index(value),
             libc::IFLA_LINK => link.peer = index(value),
-            libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
             libc::IFLA_LINKINFO => link.kind = find(value, libc::IFLA_INFO_KIND).map(text),
             _ => {}
         }

@@ -13,28 +13,26 @@
 //! after it), so a reader checks what it finds. What a kill in between leaves does no harm, and the
 //! attachment's next call clears it away.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod file;
+mod index;
+mod lock;
+mod notes;
+
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind, Write};
-use std::os::fd::AsFd;
+use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg, OFlag};
-use nix::sys::stat::Mode;
+use nix::fcntl::Flock;
 
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
-use crate::record::{FORMAT, IndexKey, Part, Record};
+use crate::record::{FORMAT, IndexKey, Record};
+use file::{create_parent, entries, ignore_absent, write_atomically, write_durably};
+use lock::lock;
 
 /// Where state lives unless `stateDir` says otherwise.
 pub const DEFAULT_DIR: &str = "/run/cni/portmap";
-
-/// How long a call waits for the node's lock. Below the two minutes after which the kubelet gives
-/// up, so that the runtime gets an answer that says why.
-const LOCK_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Endings of the files of records on their way in and out.
 const MOVING: [&str; 2] = ["in", "out"];
@@ -70,6 +68,14 @@ impl Found {
 #[must_use]
 pub fn is_recorded(dir: &Path, id: &str) -> bool {
     record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
+}
+
+/// Whether some record has this backend, without a lock: for the calls that have nothing to do.
+#[must_use]
+pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
+    let (directory, name) = IndexKey::Backend(kind).path();
+    fs::read_dir(dir.join("index").join(directory).join(name))
+        .is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Whether records can be kept in `dir`, which is made if it is missing.
@@ -208,131 +214,6 @@ impl Store {
         Ok((records, problems))
     }
 
-    /// Every other record that shares one of the keys, oldest first.
-    pub fn sharing(&self, keys: &BTreeSet<IndexKey>, id: &str) -> Result<Vec<Record>> {
-        let mut found = BTreeMap::new();
-        for key in keys {
-            for other in self.users(key)? {
-                if other == id || found.contains_key(&other) {
-                    continue;
-                }
-                match self.get(&other)?.record().filter(|record| record.index_keys().contains(key))
-                {
-                    Some(record) => {
-                        found.insert(other, record);
-                    }
-                    // A kill left the entry behind.
-                    None if !record_path(&self.dir, &other).exists() => {
-                        self.index_remove(key, &other)?
-                    }
-                    None => {}
-                }
-            }
-        }
-        let mut records: Vec<Record> = found.into_values().collect();
-        records.sort_by_key(|record| record.order);
-        Ok(records)
-    }
-
-    /// Whether a record other than `id` has the key. Looks no further than the first, so that the
-    /// answer costs the same whatever their number.
-    pub fn has_other(&self, key: &IndexKey, id: &str) -> Result<bool> {
-        let dir = self.index_dir(key);
-        for other in entries(&dir)? {
-            let other = other?;
-            if other != id
-                && self
-                    .get(&other)?
-                    .record()
-                    .is_some_and(|record| record.index_keys().contains(key))
-            {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// The parts of a backend that records need.
-    pub fn parts(&self, backend: BackendKind) -> Result<BTreeSet<Part>> {
-        let mut parts = BTreeSet::new();
-        for name in entries(&self.dir.join("index").join(format!("parts-{backend}")))? {
-            let name = name?;
-            if let Some(part) = Part::parse(&name)
-                && self.has_other(&IndexKey::Part(backend, part), "")?
-            {
-                parts.insert(part);
-            }
-        }
-        Ok(parts)
-    }
-
-    fn users(&self, key: &IndexKey) -> Result<Vec<String>> {
-        entries(&self.index_dir(key))?.collect()
-    }
-
-    fn index_dir(&self, key: &IndexKey) -> PathBuf {
-        let (kind, name) = key.path();
-        self.dir.join("index").join(kind).join(name)
-    }
-
-    fn index_add(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let dir = self.index_dir(key);
-        fs::create_dir_all(&dir)
-            .and_then(|()| File::create(dir.join(id)).map(drop))
-            .map_err(|error| Error::io(format!("write the index entry {}", dir.display()), error))
-    }
-
-    fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {
-        self.index_entry_remove(&self.index_dir(key), id)
-    }
-
-    fn index_entry_remove(&self, dir: &Path, id: &str) -> Result<()> {
-        ignore_absent(fs::remove_file(dir.join(id))).map_err(|error| {
-            Error::io(format!("remove the index entry {}", dir.display()), error)
-        })?;
-        match fs::remove_dir(dir) {
-            Err(error)
-                if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) =>
-            {
-                Err(Error::io(format!("remove the index entry {}", dir.display()), error))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// A note, if it was made since boot.
-    pub fn note(&self, name: &str) -> Result<Option<String>> {
-        let path = self.dir.join("notes").join(name);
-        match fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io(format!("read {}", path.display()), error)),
-        }
-    }
-
-    /// Names of the notes that begin with `prefix`.
-    pub fn notes(&self, prefix: &str) -> Result<Vec<String>> {
-        let dir = self.dir.join("notes");
-        let names = entries(&dir)?;
-        names.filter(|name| name.as_ref().map_or(true, |name| name.starts_with(prefix))).collect()
-    }
-
-    /// Kinds and names of all keys under which a record is indexed, by whatever there is of it.
-    pub fn index_of(&self, id: &str) -> Result<Vec<(String, String)>> {
-        let index = self.dir.join("index");
-        let mut keys = Vec::new();
-        for kind in entries(&index)? {
-            let kind = kind?;
-            for name in entries(&index.join(&kind))? {
-                let name = name?;
-                if index.join(&kind).join(&name).join(id).exists() {
-                    keys.push((kind.clone(), name));
-                }
-            }
-        }
-        Ok(keys)
-    }
-
     /// Removes everything of a record that cannot be read.
     pub fn forget(&self, id: &str, keys: &[(String, String)]) -> Result<()> {
         self.clear_moving(id)?;
@@ -340,18 +221,6 @@ impl Store {
         keys.iter().try_for_each(|(kind, name)| {
             self.index_entry_remove(&self.dir.join("index").join(kind).join(name), id)
         })
-    }
-
-    /// Makes a note, or removes it.
-    pub fn set_note(&self, name: &str, text: Option<&str>) -> Result<()> {
-        let path = self.dir.join("notes").join(name);
-        let result = match text {
-            Some(text) => {
-                create_parent(&path).and_then(|()| write_atomically(&path, text.as_bytes()))
-            }
-            None => ignore_absent(fs::remove_file(&path)),
-        };
-        result.map_err(|error| Error::io(format!("write {}", path.display()), error))
     }
 }
 
@@ -382,23 +251,6 @@ fn create_state_dir(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Names in a directory, without those that begin with a dot; none if there is no directory.
-fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>> + use<>> {
-    let failed = |path: &Path, error| Error::io(format!("read {}", path.display()), error);
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => Some(entries),
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => return Err(failed(path, error)),
-    };
-    let path = path.to_owned();
-    let names = entries.into_iter().flatten().map(move |entry| {
-        entry
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .map_err(|error| failed(&path, error))
-    });
-    Ok(names.filter(|name| name.as_ref().map_or(true, |name| !name.starts_with('.'))))
-}
-
 fn record_path(dir: &Path, id: &str) -> PathBuf {
     dir.join("records").join(format!("{id}.json"))
 }
@@ -423,73 +275,17 @@ fn parse(text: &[u8]) -> Found {
     }
 }
 
-/// flock(2) with a deadline. A thread waits in the kernel, where the queue is fair; polling is not.
-fn lock(path: &Path) -> Result<Flock<File>> {
-    // Without O_CLOEXEC: a tool that is still changing the kernel when this process is killed keeps
-    // the lock until it is done.
-    let flags = OFlag::O_RDWR | OFlag::O_CREAT;
-    let file = nix::fcntl::open(path, flags, Mode::from_bits_truncate(0o600))
-        .map_err(|error| Error::io(format!("open the lock {}", path.display()), error.into()))?;
-    let mut file = File::from(file);
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => return Ok(lock),
-        Err((unlocked, nix::errno::Errno::EWOULDBLOCK)) => file = unlocked,
-        Err((_, error)) => return Err(Error::io(format!("lock {}", path.display()), error.into())),
-    }
-    let (sender, receiver) = mpsc::channel();
-    std::thread::spawn(move || {
-        let mut waiting = file;
-        let result = loop {
-            match Flock::lock(waiting, FlockArg::LockExclusive) {
-                Err((unlocked, nix::errno::Errno::EINTR)) => waiting = unlocked,
-                Err((_, error)) => break Err(error),
-                Ok(lock) => break Ok(lock),
-            }
-        };
-        // The receiver is gone after its deadline; dropping the result unlocks.
-        drop(sender.send(result));
-    });
-    match receiver.recv_timeout(LOCK_DEADLINE) {
-        Ok(Ok(lock)) => Ok(lock),
-        Ok(Err(error)) => Err(Error::io(format!("lock {}", path.display()), error.into())),
-        Err(_) => Err(Error::Busy { path: path.to_owned(), seconds: LOCK_DEADLINE.as_secs() }),
-    }
-}
-
-fn create_parent(path: &Path) -> io::Result<()> {
-    path.parent().map_or(Ok(()), fs::create_dir_all)
-}
-
-fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
-/// Old or new content, never half: temporary file, fsync, rename. The name of the temporary file is
-/// fixed, since the lock admits one writer, so a kill leaves at most one behind.
-fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = path.with_file_name(".tmp");
-    let written = write_durably(&temporary, content).and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        // The error of the write is the one to report.
-        drop(fs::remove_file(&temporary));
-    }
-    written
-}
-
-fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(content)?;
-    Ok(nix::unistd::fsync(file.as_fd())?)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
+    use crate::model::BackendKind;
     use crate::record::samples::record;
+    use crate::record::{IndexKey, Part};
 
     struct Dir(PathBuf);
 
@@ -561,10 +357,11 @@ mod tests {
         let dir = Dir::new("stale");
         let store = Store::open(&dir.0, "boot").unwrap();
         let key = IndexKey::Port("tcp-80".into());
+        let before = dir.files();
         store.index_add(&key, "gone").unwrap();
         assert!(!store.has_other(&key, "").unwrap());
         assert_eq!(store.sharing(&BTreeSet::from([key.clone()]), "").unwrap(), []);
-        assert_eq!(store.users(&key).unwrap(), Vec::<String>::new());
+        assert_eq!(dir.files(), before);
     }
 
     #[test]

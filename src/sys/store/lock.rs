@@ -1,0 +1,48 @@
+//! The lock of the state directory.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::sys::stat::Mode;
+
+use crate::error::{Error, Result};
+
+/// How long a call waits for the node's lock. Below the two minutes after which the kubelet gives
+/// up, so that the runtime gets an answer that says why.
+const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// flock(2) with a deadline. A thread waits in the kernel, where the queue is fair; polling is not.
+pub(super) fn lock(path: &Path) -> Result<Flock<File>> {
+    // Without O_CLOEXEC: a tool that is still changing the kernel when this process is killed keeps
+    // the lock until it is done.
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT;
+    let file = nix::fcntl::open(path, flags, Mode::from_bits_truncate(0o600))
+        .map_err(|error| Error::io(format!("open the lock {}", path.display()), error.into()))?;
+    let mut file = File::from(file);
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => return Ok(lock),
+        Err((unlocked, nix::errno::Errno::EWOULDBLOCK)) => file = unlocked,
+        Err((_, error)) => return Err(Error::io(format!("lock {}", path.display()), error.into())),
+    }
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut waiting = file;
+        let result = loop {
+            match Flock::lock(waiting, FlockArg::LockExclusive) {
+                Err((unlocked, nix::errno::Errno::EINTR)) => waiting = unlocked,
+                Err((_, error)) => break Err(error),
+                Ok(lock) => break Ok(lock),
+            }
+        };
+        // The receiver is gone after its deadline; dropping the result unlocks.
+        drop(sender.send(result));
+    });
+    match receiver.recv_timeout(LOCK_DEADLINE) {
+        Ok(Ok(lock)) => Ok(lock),
+        Ok(Err(error)) => Err(Error::io(format!("lock {}", path.display()), error.into())),
+        Err(_) => Err(Error::Busy { path: path.to_owned(), seconds: LOCK_DEADLINE.as_secs() }),
+    }
+}
