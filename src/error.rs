@@ -49,6 +49,10 @@ pub enum Error {
     Drift(String),
     #[error("record {path} cannot be used: {reason}")]
     Record { path: PathBuf, reason: String },
+    #[error(
+        "the eBPF maps have layout {newest} of a newer portmap, this one knows layouts up to {own}: install the newer one again, or run `portmap flush --all` with it first"
+    )]
+    NewerMaps { newest: u32, own: u32 },
     #[error("{what}: {} of the steps failed", errors.len())]
     Several { what: String, errors: Vec<Error> },
 }
@@ -88,7 +92,7 @@ impl Error {
             Error::NoBackend { .. } | Error::BackendUnusable { .. } => 101,
             Error::Drift(_) => 102,
             Error::PortTaken { .. } => 103,
-            Error::Record { .. } => 104,
+            Error::Record { .. } | Error::NewerMaps { .. } => 104,
             Error::Several { errors, .. } => match errors.as_slice() {
                 [only] => only.code(),
                 _ => 105,

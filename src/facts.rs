@@ -90,6 +90,8 @@ mod tests {
             peer: None,
             up: true,
             loopback: name == "lo",
+            hardware: 1,
+            mac: None,
         }
     }
 

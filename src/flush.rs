@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::facts::NodeFacts;
-use crate::model::{Claim, Family, Protocol};
+use crate::model::{BackendKind, Claim, Family, Protocol};
 use crate::record::Record;
 use crate::sys::netlink::conntrack::Flow;
 
@@ -13,10 +13,12 @@ fn is_flushed(protocol: Protocol) -> bool {
     matches!(protocol, Protocol::Udp | Protocol::Sctp)
 }
 
-/// Whether an attachment has claims of which entries can go stale.
+/// Whether an attachment has claims of which entries can go stale. With eBPF packets are translated
+/// before conntrack sees them.
 #[must_use]
 pub fn concerns(record: &Record) -> bool {
-    record.mappings.iter().any(|mapping| is_flushed(mapping.protocol))
+    record.backend != BackendKind::Ebpf
+        && record.mappings.iter().any(|mapping| is_flushed(mapping.protocol))
 }
 
 /// The claims that changed hands, and who has them now.

@@ -13,6 +13,7 @@
 
 pub mod backend;
 pub mod cni;
+pub mod commands;
 pub mod conf;
 pub mod demo;
 pub mod engine;

@@ -5,11 +5,12 @@
     reason = "here the process's arguments, environment and streams become values, and back"
 )]
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
 use portmap::cni::invocation::Invocation;
+use portmap::commands::{CommandError, Terminal, flush};
 use portmap::demo::{self, DemoOptions};
 use portmap::sys::Host;
 use portmap::usage::{Cli, Command, introduction};
@@ -48,7 +49,17 @@ fn plugin(invocation: portmap::error::Result<Invocation>) -> ExitCode {
 
 /// A person runs the binary.
 fn command(cli: Cli) -> ExitCode {
-    let Command::Demo { backend } = cli.command;
+    match cli.command {
+        Command::Demo { backend } => demonstrate(backend),
+        Command::Flush { network, all: _, yes, json, state_dir } => {
+            let options =
+                flush::Options { network: network.as_deref(), yes, json, state_dir: &state_dir };
+            on_terminal("flush", |host, terminal| flush::run(host, &options, terminal))
+        }
+    }
+}
+
+fn demonstrate(backend: Option<String>) -> ExitCode {
     let result = std::env::current_exe().map_err(demo::DemoError::from).and_then(|plugin| {
         demo::run(&DemoOptions { backend, plugin }, &mut std::io::stdout().lock())
     });
@@ -57,6 +68,25 @@ fn command(cli: Cli) -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("portmap demo: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn on_terminal(
+    name: &str,
+    run: impl FnOnce(&Host, &mut Terminal) -> Result<(), CommandError>,
+) -> ExitCode {
+    let host = Host::new(std::env::var_os("PATH").as_deref());
+    let mut terminal = Terminal {
+        input: &mut std::io::stdin().lock(),
+        output: &mut std::io::stdout().lock(),
+        interactive: std::io::stdin().is_terminal(),
+    };
+    match run(&host, &mut terminal) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("portmap {name}: {}", error.report());
             ExitCode::FAILURE
         }
     }

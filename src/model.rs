@@ -191,11 +191,13 @@ impl fmt::Display for Attachment {
 pub enum BackendKind {
     Iptables,
     Nftables,
+    Ebpf,
 }
 
 impl BackendKind {
     /// In the order in which `auto` tries them.
-    pub const ALL: [BackendKind; 2] = [BackendKind::Iptables, BackendKind::Nftables];
+    pub const ALL: [BackendKind; 3] =
+        [BackendKind::Iptables, BackendKind::Nftables, BackendKind::Ebpf];
 
     /// The value of the `backend` option.
     #[must_use]
@@ -203,6 +205,7 @@ impl BackendKind {
         match self {
             BackendKind::Iptables => "iptables",
             BackendKind::Nftables => "nftables",
+            BackendKind::Ebpf => "ebpf",
         }
     }
 }

@@ -52,6 +52,13 @@ pub struct Record {
     pub statements_v4: Vec<serde_json::Value>,
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub statements_v6: Vec<serde_json::Value>,
+    /// eBPF: the node's addresses that masqAll shows to the pod, at most one per family.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub masquerade_as: Vec<IpAddr>,
+    /// eBPF: the MAC address of a pod that shares a device of the node (macvlan), as
+    /// `02:00:00:00:00:01`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub mac: Option<String>,
     /// Nanoseconds since boot (CLOCK_BOOTTIME) of the ADD: the newest claim has the highest.
     pub order: u64,
     /// Seconds since 1970 of the ADD, for people.
@@ -129,6 +136,8 @@ impl Record {
             localnet_device: None,
             statements_v4: Vec::new(),
             statements_v6: Vec::new(),
+            masquerade_as: Vec::new(),
+            mac: None,
             order: 0,
             time: 0,
         }
@@ -182,16 +191,20 @@ impl Record {
     /// (Cilium, cilium/cilium#9784).
     #[must_use]
     pub fn masquerades_neighbours(&self, family: Family) -> bool {
-        !self.options.no_snat
+        // eBPF puts replies right at the pods' links, whichever way they take.
+        self.backend != BackendKind::Ebpf
+            && !self.options.no_snat
             && !self.options.masq_all
             && self.network(family).is_some_and(|network| network.prefix() == family.max_prefix())
             && !self.forwards(family).is_empty()
     }
 
-    /// Whether connections from 127.0.0.1 are to be forwarded.
+    /// Whether connections from 127.0.0.1 are to be forwarded by rules, for which they need
+    /// `route_localnet`. eBPF acts before there are packets.
     #[must_use]
-    pub fn forwards_loopback(&self) -> bool {
-        !self.options.no_snat
+    pub fn routes_loopback(&self) -> bool {
+        self.backend != BackendKind::Ebpf
+            && !self.options.no_snat
             && self.forwards(Family::V4).iter().any(|forward| forward.claim.covers_loopback())
     }
 
@@ -244,7 +257,7 @@ impl Record {
                         parts.insert(Part::Near(family, network.prefix()));
                     }
                 }
-                BackendKind::Iptables => {}
+                BackendKind::Iptables | BackendKind::Ebpf => {}
             }
             if self.masquerades_neighbours(family) {
                 parts.insert(Part::Neighbours(family));

@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::cni::json::RawObject;
-use crate::cni::result::{pass_through, pod_addresses};
+use crate::cni::result::{PodLinks, pass_through, pod_addresses, pod_links};
 use crate::conf::NetConf;
 use crate::error::{Error, Result};
 use crate::model::Attachment;
@@ -23,6 +23,10 @@ pub struct Request {
     pub conf: NetConf,
     /// Address and mask of the pod, at most one per family.
     pub addresses: Vec<IpNetwork>,
+    /// MAC address of the pod's interface, if prevResult says it.
+    pub mac: Option<String>,
+    /// Names of the links on the host that prevResult tells of.
+    pub links: Vec<String>,
     /// prevResult as it is to go out.
     pub result: RawObject,
 }
@@ -39,12 +43,15 @@ impl Request {
         })?;
         let result = pass_through(prev_result, envelope.version)?;
         let addresses = pod_addresses(prev_result, envelope.version, &invocation.ifname)?;
+        let PodLinks { mac, host } = pod_links(prev_result, &invocation.ifname)?;
         Ok(Request {
             attachment: attachment(invocation, envelope),
             netns: invocation.netns.clone(),
             pod: pod(invocation),
             conf,
             addresses,
+            mac,
+            links: host,
             result,
         })
     }

@@ -1,9 +1,12 @@
 //! What the binary says of itself, and the commands that people type. Pure.
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
 
 use crate::cni::version::SUPPORTED;
 use crate::model::BackendKind;
+use crate::sys::store::DEFAULT_DIR;
 
 /// Name and version, the first line of `--version` and of the introduction.
 pub const NAME_AND_VERSION: &str = concat!("portmap ", env!("CARGO_PKG_VERSION"));
@@ -43,8 +46,31 @@ pub enum Command {
     /// nothing outside of its namespaces. Exits 0 only if everything held.
     Demo {
         /// Use this backend instead of the first that works
-        #[arg(long, value_name = "BACKEND", value_parser = ["auto", "iptables", "nftables"])]
+        #[arg(long, value_name = "BACKEND", value_parser = ["auto", "iptables", "nftables", "ebpf"])]
         backend: Option<String>,
+    },
+    /// Removes hostPorts from this node, for decommissioning
+    ///
+    /// Removes the rules or map entries and the records of every attachment, or of one network's; with
+    /// the last attachment of all also eBPF programs, maps, hooks and pins. Containers that still run
+    /// lose their hostPorts. Shows what goes and asks first, unless --yes is given.
+    #[command(group(clap::ArgGroup::new("what").required(true)))]
+    Flush {
+        /// The attachments of this network configuration (its `name`)
+        #[arg(long, value_name = "NAME", group = "what")]
+        network: Option<String>,
+        /// All attachments
+        #[arg(long, group = "what")]
+        all: bool,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
     },
 }
 

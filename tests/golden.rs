@@ -11,6 +11,8 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue};
+use portmap::backend::ebpf::objects as ebpf;
 use portmap::backend::iptables::listing::Listing;
 use portmap::backend::iptables::script::{self as iptables, Shared};
 use portmap::backend::nftables::{objects, objects::Objects, script as nft};
@@ -21,6 +23,7 @@ use portmap::facts::NodeFacts;
 use portmap::model::{Attachment, BackendKind, Family, Mapping, Protocol};
 use portmap::record::Record;
 use serde_json::json;
+use zerocopy::IntoBytes;
 
 const ID: &str = "d629b42b837dcb40bc6a45f2486e76616c72ca15a3dc5cefe2f881ebd0d8222c";
 
@@ -218,6 +221,56 @@ fn nft_scripts_are_as_reviewed() {
     }
 }
 
+/// One map entry a line: what it means, and its bytes.
+fn entries(claims: &ebpf::Claims) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let line = |(key, value): (&ClaimKey, &ClaimValue)| {
+        format!(
+            "{} -> {} flags {} source {}\n    {}\n    {}\n",
+            ebpf::describe(key),
+            value.target(),
+            value.flags,
+            value.source.ip(),
+            hex(key.as_bytes()),
+            hex(value.as_bytes())
+        )
+    };
+    claims.iter().map(line).collect()
+}
+
+#[test]
+fn ebpf_map_entries_are_as_reviewed() {
+    let macvlan = Record {
+        mac: Some("02:42:ac:11:00:02".into()),
+        ..record(ID, 1, &["192.0.2.77/24"], &["udp 53 53"])
+    };
+    for (name, mut records) in cases().into_iter().chain([("macvlan", vec![macvlan])]) {
+        for record in &mut records {
+            record.backend = BackendKind::Ebpf;
+            record.masquerade_as = match record.options.masq_all {
+                true => vec!["10.88.0.1".parse().unwrap(), "fd00:88::1".parse().unwrap()],
+                false => Vec::new(),
+            };
+        }
+        let all: Vec<&Record> = records.iter().collect();
+        let (last, others) = all.split_last().unwrap();
+        let keys = ebpf::keys(last);
+        let touched = |records: &[&Record]| {
+            let mut claims = ebpf::claims(records);
+            claims.retain(|key, _| keys.contains(key));
+            entries(&claims)
+        };
+        let ports = ebpf::port_uses(&ebpf::claims(&all));
+        let text = format!(
+            "# everything\n{}\n# ports and their uses\n{ports:?}\n\n# entries that the newest touches, before it came\n{}\n# and after\n{}",
+            entries(&ebpf::claims(&all)),
+            touched(others),
+            touched(&all)
+        );
+        compare(&format!("{name}.ebpf"), &text);
+    }
+}
+
 #[test]
 fn every_error_has_its_code_and_text() {
     let io = |code| std::io::Error::from_raw_os_error(code);
@@ -237,6 +290,7 @@ fn every_error_has_its_code_and_text() {
         Error::MarkChainMissing { chain: "KUBE-MARK-MASQ".into(), family: Family::V4 },
         Error::Drift("container abc interface eth0 on network portmap: tcp 0.0.0.0:80 -> 10.88.0.2:80 expected, found nothing".into()),
         Error::Record { path: "/run/cni/portmap/records/x.json".into(), reason: "key must be a string".into() },
+        Error::NewerMaps { newest: 3, own: 1 },
         Error::Several { what: "GC of network portmap".into(), errors: vec![Error::Config("a".into()), Error::io("b", io(13))] },
     ];
     let text: String = errors

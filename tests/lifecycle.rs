@@ -90,6 +90,7 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
         (false, _) => Vec::new(),
         (true, BackendKind::Iptables) => vec!["-s".to_owned(), iptables::CONDITION.to_owned()],
         (true, BackendKind::Nftables) => vec!["condition".to_owned()],
+        (true, BackendKind::Ebpf) => Vec::new(),
     };
     let statements = match (wish.conditions, backend) {
         (true, BackendKind::Nftables) => vec![json!(nftables::CONDITION)],
@@ -120,6 +121,8 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
         localnet_device: None,
         statements_v4: statements.clone(),
         statements_v6: statements,
+        masquerade_as: Vec::new(),
+        mac: None,
         order,
         time: 0,
     };
@@ -144,7 +147,7 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
             record.mappings.push(mapping);
         }
     }
-    if record.forwards_loopback() {
+    if record.routes_loopback() {
         record.localnet_device = Some(format!("lxc{container}"));
     }
     record

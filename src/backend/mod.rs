@@ -1,6 +1,7 @@
 //! Ways to forward. Each backend renders records (pure), changes the kernel in one transaction,
 //! and reads it back. Inside each: what follows from records, the scripts sent, the way back.
 
+pub mod ebpf;
 pub mod iptables;
 pub mod nftables;
 
@@ -91,6 +92,11 @@ pub trait Observe {
     /// Whether the backend works on this node, tried out in a network namespace of its own.
     fn probe(&self, host: &Host) -> Result<(), Unusable>;
 
+    /// Why it should not be chosen without being asked for although it works, and how to ask for it.
+    fn objection(&self, _host: &Host) -> Option<String> {
+        None
+    }
+
     /// Where the kernel differs from what the record asks for, in the field's terms. `related` as in
     /// `Change`; `parts` are those that all records need, `facts` the node as the
     /// rules know it. `recorded` is false for an attachment
@@ -118,6 +124,17 @@ pub trait Apply {
     /// Removes what upstream's plugin made for attachments of which there is no record: of
     /// `attachment`, or of every container of its network that `keep` does not name.
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()>;
+
+    /// A pod without mappings has come, which may call others' hostPorts. `links` are the names of
+    /// its links on the host as the previous plugin tells them, possibly none.
+    fn welcome(&self, _host: &Host, _links: &[String]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes away what outlives the last record.
+    fn unload(&self, _host: &Host) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Attachments without a record.
@@ -145,6 +162,7 @@ pub fn of(kind: BackendKind) -> &'static dyn Backend {
     match kind {
         BackendKind::Iptables => &iptables::Iptables,
         BackendKind::Nftables => &nftables::Nftables,
+        BackendKind::Ebpf => &ebpf::Ebpf,
     }
 }
 
@@ -154,25 +172,18 @@ fn probe_record(backend: BackendKind) -> Record {
     use crate::model::{Mapping, Protocol};
     let attachment =
         Attachment { network: "probe".into(), container_id: "probe".into(), ifname: "eth0".into() };
+    let mapping = |protocol| Mapping { protocol, host_port: 1, container_port: 1, host_ip: None };
+    let addresses = ipnetwork::Ipv4Network::new(std::net::Ipv4Addr::new(192, 0, 2, 1), 32)
+        .map(|network| vec![network.into()])
+        .unwrap_or_default();
     Record {
-        format: crate::record::FORMAT,
-        chain: crate::record::chain_name(&attachment.network, &attachment.container_id),
-        attachment,
-        netns: String::new(),
-        pod: crate::record::PodIdentity::default(),
-        mappings: vec![
-            Mapping { protocol: Protocol::Tcp, host_port: 1, container_port: 1, host_ip: None },
-            Mapping { protocol: Protocol::Udp, host_port: 1, container_port: 1, host_ip: None },
-        ],
-        addresses: ipnetwork::Ipv4Network::new(std::net::Ipv4Addr::new(192, 0, 2, 1), 32)
-            .map(|network| vec![network.into()])
-            .unwrap_or_default(),
-        options: crate::conf::Options::default(),
-        backend,
         localnet_device: Some("eth0".into()),
-        statements_v4: Vec::new(),
-        statements_v6: Vec::new(),
-        order: 0,
-        time: 0,
+        ..Record::new(
+            attachment,
+            vec![mapping(Protocol::Tcp), mapping(Protocol::Udp)],
+            addresses,
+            crate::conf::Options::default(),
+            backend,
+        )
     }
 }

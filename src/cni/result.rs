@@ -28,6 +28,8 @@ struct Interface {
     name: String,
     #[serde(default)]
     sandbox: String,
+    /// Anything but text is nobody's MAC address, and no reason to refuse the pod.
+    mac: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -41,8 +43,8 @@ struct OldIp {
     ip: String,
 }
 
-const NAMES: [&str; 9] =
-    ["interfaces", "ips", "ip4", "ip6", "name", "sandbox", "address", "interface", "ip"];
+const NAMES: [&str; 10] =
+    ["interfaces", "ips", "ip4", "ip6", "name", "sandbox", "mac", "address", "interface", "ip"];
 
 /// `prevResult` in the configuration's `cniVersion`: every other member keeps its text. A result
 /// that says a version of another form cannot be passed on (specification section 5).
@@ -76,13 +78,7 @@ pub fn pod_addresses(
     version: Version,
     ifname: &str,
 ) -> Result<Vec<IpNetwork>> {
-    let mut value: Value = serde_json::from_str(prev_result.get())
-        .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
-    fold_keys(&mut value, &NAMES);
-    let model: ReadModel = serde_path_to_error::deserialize(value).map_err(|error| {
-        Error::Config(format!("prevResult.{}: {}", error.path(), error.inner()))
-    })?;
-
+    let model = read(prev_result)?;
     let candidates: Vec<String> = if version.form() == ResultForm::PerFamily {
         [model.ip4, model.ip6].into_iter().flatten().map(|ip| ip.ip).collect()
     } else {
@@ -107,6 +103,37 @@ pub fn pod_addresses(
     }
     networks.sort_by_key(|network| Family::of(&network.ip()));
     Ok(networks)
+}
+
+/// The links of a pod as the previous plugin tells them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct PodLinks {
+    /// MAC address of the pod's own interface.
+    pub mac: Option<String>,
+    /// Names of links on the host.
+    pub host: Vec<String>,
+}
+
+/// Reads which links belong to the pod's interface `ifname`.
+pub fn pod_links(prev_result: &RawValue, ifname: &str) -> Result<PodLinks> {
+    let (inside, outside): (Vec<Interface>, Vec<Interface>) = read(prev_result)?
+        .interfaces
+        .into_iter()
+        .partition(|interface| !interface.sandbox.is_empty());
+    let own = inside.into_iter().find(|interface| interface.name == ifname);
+    let mac = own.and_then(|interface| interface.mac);
+    Ok(PodLinks {
+        mac: mac.as_ref().and_then(Value::as_str).map(ToOwned::to_owned),
+        host: outside.into_iter().map(|interface| interface.name).collect(),
+    })
+}
+
+fn read(prev_result: &RawValue) -> Result<ReadModel> {
+    let mut value: Value = serde_json::from_str(prev_result.get())
+        .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
+    fold_keys(&mut value, &NAMES);
+    serde_path_to_error::deserialize(value)
+        .map_err(|error| Error::Config(format!("prevResult.{}: {}", error.path(), error.inner())))
 }
 
 /// An address with its mask in CIDR form. `ipnetwork` alone would also take a bare address.

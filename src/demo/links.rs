@@ -138,6 +138,15 @@ impl Links {
         self.send(&format!("setting {name} up"), message, 0)
     }
 
+    /// Sets a link's MAC address.
+    pub fn set_mac(&mut self, name: &str, mac: [u8; 6]) -> Result<(), LabError> {
+        let mut message = LinkMessage::default();
+        message.header.index = self.link(name)?.index;
+        message.attributes = vec![LinkAttribute::Address(mac.to_vec())];
+        let message = RouteNetlinkMessage::SetLink(message);
+        self.send(&format!("setting the MAC address of {name}"), message, 0)
+    }
+
     /// Makes a link a port of a bridge.
     pub fn set_bridge(&mut self, name: &str, bridge: &str) -> Result<(), LabError> {
         let mut message = LinkMessage::default();

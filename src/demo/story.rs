@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -61,6 +62,7 @@ pub(super) fn tell(options: &DemoOptions, out: &mut dyn Write) -> Result<bool, D
     story.rules(&before)?;
     story.check_and_delete(&before, &cases)?;
     story.old_delete(&before, &cases)?;
+    story.flush()?;
     story.conclude()
 }
 
@@ -321,12 +323,43 @@ impl Story<'_> {
         self.proof(&what, held)
     }
 
-    fn conclude(self) -> Result<bool, DemoError> {
+    /// eBPF programs and maps stay loaded for the next pod; decommissioning a node removes them.
+    fn flush(&mut self) -> io::Result<()> {
+        if pins(&self.lab.node)?.is_empty() {
+            return Ok(());
+        }
+        heading(self.out, "flush")?;
+        let output = flush(self.options, &self.state, &self.lab)?;
+        let held = if output.success() { Ok(()) } else { Err(output.reason()) };
+        self.proof("flush --all takes away what outlives the last pod", held)?;
+        let left: Vec<String> =
+            pins(&self.lab.node)?.iter().map(|pin| pin.display().to_string()).collect();
+        let held = if left.is_empty() { Ok(()) } else { Err(left.join("\n")) };
+        self.proof("no program and no map is left", held)
+    }
+
+    fn conclude(&mut self) -> Result<bool, DemoError> {
         let verdict =
             if self.all_held { "All held." } else { "Not all held: see the lines marked FAILED." };
         writeln!(self.out, "\n{verdict}")?;
         Ok(self.all_held)
     }
+}
+
+impl Drop for Story<'_> {
+    /// However the demonstration ended: programs at the root cgroup are the machine's, and do not go
+    /// with the node's namespaces.
+    fn drop(&mut self) {
+        if pins(&self.lab.node).is_ok_and(|pins| !pins.is_empty()) {
+            drop(flush(self.options, &self.state, &self.lab));
+        }
+    }
+}
+
+fn flush(options: &DemoOptions, state: &StateDir, lab: &Lab) -> io::Result<Output> {
+    let mut command = Command::new(&options.plugin);
+    command.args(["flush", "--all", "--yes", "--state-dir"]).arg(&state.path);
+    plugin::run(&mut command, b"", &lab.node)
 }
 
 impl Ports {

@@ -23,6 +23,10 @@ pub const POD_LINK: &str = "eth0";
 /// The bridge of [`Shape::Bridge`].
 pub const BRIDGE: &str = "cni0";
 
+/// Both ends of every pod's link have it where packets bypass the node: a redirected frame keeps its
+/// destination MAC, and the receiver must take it for its own. Cilium rewrites it.
+const BYPASS_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
 /// How pods are attached to the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
@@ -268,6 +272,10 @@ impl Lab {
         node.add_veth(&host_link, POD_LINK, &netns)?;
         let mut inside = Links::open(&netns)?;
         inside.set_up("lo")?;
+        if self.options.bypass {
+            node.set_mac(&host_link, BYPASS_MAC)?;
+            inside.set_mac(POD_LINK, BYPASS_MAC)?;
+        }
         node.set_up(&host_link)?;
         inside.set_up(POD_LINK)?;
         let mut pod = Pod {
@@ -319,13 +327,8 @@ impl Lab {
     fn wire_bypass(&self, node: &mut Links) -> Result<(), LabError> {
         for from in &self.pods {
             node.add_clsact(&from.host_link)?;
-            let mut inside = Links::open(&from.netns)?;
             for to in self.pods.iter().filter(|to| to.name != from.name) {
                 for network in &to.addresses {
-                    // The redirected frame keeps its destination MAC, which must be the other
-                    // pod's for that pod to take it. Cilium rewrites it; here the sender knows it.
-                    inside.add_route(network.ip().into(), None, POD_LINK)?;
-                    inside.add_neighbour(network.ip(), &to.own.mac, POD_LINK)?;
                     node.redirect(&from.host_link, network.ip(), &to.host_link)?;
                 }
             }

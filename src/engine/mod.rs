@@ -5,6 +5,7 @@
 //! when the kernel is not in the state that the records say, everything is brought in order once.
 
 mod effects;
+mod kernel;
 mod step;
 
 use std::collections::BTreeSet;
@@ -165,6 +166,40 @@ impl<'a> Engine<'a> {
         self.finish()
     }
 
+    /// Lets a pod without mappings reach the hostPorts of others.
+    pub fn welcome(&self, kind: BackendKind, links: &[String]) -> Result<()> {
+        self.backend(kind)?.welcome(self.host, links)
+    }
+
+    /// Removes all attachments, or those of one network, and with the last of them whatever outlives
+    /// it. Carries on after an error and reports them all. Returns what was removed.
+    pub fn flush(&self, network: Option<&str>) -> Result<Vec<Record>> {
+        let (records, problems) = self.store.all()?;
+        for problem in problems {
+            self.host.warn(problem);
+        }
+        let mut removed = Vec::new();
+        let mut errors = Vec::new();
+        for record in records {
+            if network.is_some_and(|network| record.attachment.network != network) {
+                continue;
+            }
+            match self.remove(&record) {
+                Ok(()) => removed.push(record),
+                Err(error) => errors.push(error),
+            }
+        }
+        for kind in BackendKind::ALL {
+            if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
+                errors.extend(self.backend(kind).and_then(|one| one.unload(self.host)).err());
+            }
+        }
+        match errors.is_empty() {
+            true => Ok(removed),
+            false => Err(Error::Several { what: "removing attachments".into(), errors }),
+        }
+    }
+
     /// Removes what is left of a record that cannot be read: its index entries still say which
     /// backend, chain and families it had.
     pub fn repair(&self, id: &str) -> Result<()> {
@@ -236,7 +271,7 @@ impl<'a> Engine<'a> {
     /// Removes a record and its rules where they can be reached, without regard to shared ones.
     fn purge(&self, record: &Record) -> Result<()> {
         let unrecorded = Unrecorded::One { attachment: &record.attachment, chain: &record.chain };
-        backend::of(record.backend).remove_unrecorded(self.host, &unrecorded)?;
+        self.backend(record.backend)?.remove_unrecorded(self.host, &unrecorded)?;
         self.store.remove(record)?;
         self.finish()
     }
@@ -247,8 +282,12 @@ impl<'a> Engine<'a> {
 pub fn probe(host: &Host) -> Result<BackendKind> {
     let mut reasons = Vec::new();
     for kind in BackendKind::ALL {
-        match backend::of(kind).probe(host) {
-            Ok(()) => return Ok(kind),
+        let backend = backend::of(kind);
+        match backend.probe(host) {
+            Ok(()) => match backend.objection(host) {
+                None => return Ok(kind),
+                Some(objection) => reasons.push(format!("{kind}: {objection}")),
+            },
             Err(Unusable::Busy(error)) => return Err(error),
             Err(Unusable::Broken(reason)) => reasons.push(format!("{kind}: {reason}")),
         }

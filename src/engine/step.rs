@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::Engine;
-use crate::backend::{self, Change, Desired, Outcome};
+use crate::backend::{Change, Desired, Outcome};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Family};
@@ -54,7 +54,7 @@ impl Engine<'_> {
             facts,
             kept: &kept,
         };
-        let backend = backend::of(kind);
+        let backend = self.backend(kind)?;
         // A repeated ADD is how runtimes and people repair an attachment, and a step from a record to
         // the same record changes nothing on the fast path.
         let is_whole = match (added, removed) {
@@ -113,7 +113,7 @@ impl Engine<'_> {
             first,
         };
         let mut kept = BTreeSet::new();
-        let result = backend::of(kind).restore(self.host, &desired, &mut kept);
+        let result = self.backend(kind)?.restore(self.host, &desired, &mut kept);
         for part in first {
             let note = kept.contains(part).then_some("");
             self.store.set_note(&kept_note(kind, *part), note)?;

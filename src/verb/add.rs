@@ -1,6 +1,7 @@
 //! ADD: the attachment's mappings become its record and rules; prevResult goes out as it came in.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use super::to_json;
 use crate::backend::iptables::script;
@@ -14,7 +15,7 @@ use crate::model::{BackendKind, Claim, Family};
 use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
-use crate::sys::store::{Found, is_recorded};
+use crate::sys::store::{Found, is_recorded, uses_backend};
 use crate::sys::{Host, iptables, namespace, netlink, nft};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
@@ -33,8 +34,12 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
                 request.conf.mappings.len()
             ));
         }
-        // Containers without mappings are the rule: they cost no lock and no process.
+        // Containers without mappings are the rule: they cost no lock and no process, but where they
+        // would not reach hostPorts until their links are known.
         if !is_recorded(&dir, &id) {
+            if uses_backend(&dir, BackendKind::Ebpf) {
+                welcome(host, &dir, &request);
+            }
             return Ok(reply);
         }
     }
@@ -60,13 +65,26 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         return Ok(reply);
     }
     let kind = engine.choose_backend(request.conf.backend)?;
-    let record = plan(&engine, &request, kind, old.as_ref())?;
-    resolve_conflicts(&engine, &request, &record)?;
     let facts = host.node_facts()?;
+    let record = plan(&engine, &request, kind, old.as_ref(), &facts)?;
+    resolve_conflicts(&engine, &request, &record)?;
     engine.add(&record, old.as_ref(), &facts)?;
     adopt_from_other_backends(&engine, &record, &facts)?;
     warn_about_shadows(host, &record, &facts);
     Ok(reply)
+}
+
+/// A pod without mappings is none the worse for not reaching hostPorts: it gets its reply all the same.
+fn welcome(host: &Host, dir: &Path, request: &Request) {
+    let done = Engine::lock_to_change(host, dir)
+        .and_then(|engine| engine.welcome(BackendKind::Ebpf, &request.links));
+    if let Err(error) = done {
+        host.warn(format!(
+            "{} may not reach hostPorts of this node: {error}: {}",
+            request.attachment,
+            error.details()
+        ));
+    }
 }
 
 /// The record that follows from the request and the node.
@@ -75,6 +93,7 @@ fn plan(
     request: &Request,
     kind: BackendKind,
     old: Option<&Record>,
+    facts: &NodeFacts,
 ) -> Result<Record> {
     let host = engine.host;
     let chain = match old {
@@ -103,6 +122,31 @@ fn plan(
     if kind == BackendKind::Nftables {
         record.statements_v4 = compile(host, request, Family::V4)?;
         record.statements_v6 = compile(host, request, Family::V6)?;
+    }
+    if kind == BackendKind::Ebpf && shares_an_uplink(host, &record, facts)? {
+        record.mac = request.mac.clone();
+    }
+    fit_to_backend(host, &mut record)?;
+    Ok(record)
+}
+
+/// Whether the way to the pod leads over a device that leads out of the node as well: a macvlan or
+/// ipvlan pod, which has no link of its own on the host.
+fn shares_an_uplink(host: &Host, record: &Record, facts: &NodeFacts) -> Result<bool> {
+    for network in &record.addresses {
+        if host.device_towards(network.ip())?.is_some_and(|device| facts.uplinks.contains(&device))
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// What the record's backend needs to know of the way to the pod.
+fn fit_to_backend(host: &Host, record: &mut Record) -> Result<()> {
+    record.localnet_device = None;
+    record.masquerade_as = Vec::new();
+    if record.backend == BackendKind::Nftables {
         let neighbours =
             Family::ALL.into_iter().any(|family| record.masquerades_neighbours(family));
         // Postrouting chains know the input device since Linux 5.7 (28f8bfd1ac94); before, the
@@ -111,7 +155,18 @@ fn plan(
             record.options.mark_masq_bit.get_or_insert(DEFAULT_MARK_MASQ_BIT);
         }
     }
-    if record.forwards_loopback()
+    if record.backend == BackendKind::Ebpf && record.options.masq_all {
+        for network in &record.addresses {
+            match host.source_towards(network.ip())? {
+                Some(source) => record.masquerade_as.push(source),
+                None => host.warn(format!(
+                    "no route leads to {}: the sources of its connections stay as they are",
+                    network.ip()
+                )),
+            }
+        }
+    }
+    if record.routes_loopback()
         && let Some(network) = record.network(Family::V4)
     {
         record.localnet_device = host.device_towards(network.ip())?.filter(|device| device != "lo");
@@ -119,7 +174,7 @@ fn plan(
             host.warn(format!("no device leads to {}: 127.0.0.1 will not reach it", network.ip()));
         }
     }
-    Ok(record)
+    Ok(())
 }
 
 /// Upstream's chain name, unless another interface of the container on this network has it.
@@ -213,13 +268,14 @@ fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts
             let options = &other.options;
             let fixed = options.external_set_mark_chain.is_some()
                 || Family::ALL.iter().any(|family| !options.conditions(*family).is_empty());
-            let moved = Record { backend: record.backend, ..other.clone() };
             if fixed {
                 engine.host.warn(format!(
                     "{} claims the same port through {} with options that {} has not: the order of the hooks decides which one is reached",
                     other.attachment, other.backend, record.backend
                 ));
             } else {
+                let mut moved = Record { backend: record.backend, ..other.clone() };
+                fit_to_backend(engine.host, &mut moved)?;
                 engine.add(&moved, Some(&other), facts)?;
                 todo.push(moved);
             }

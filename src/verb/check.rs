@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::backend::{self, Observe};
+use crate::backend::Observe;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::engine::{Engine, localnet_path};
@@ -40,7 +40,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     related.retain(|other| other.backend == expected.backend);
     let parts = engine.store.parts(expected.backend)?;
     let facts = engine.known_facts(expected.backend)?;
-    let observer: &dyn Observe = backend::of(expected.backend);
+    let observer: &dyn Observe = engine.backend(expected.backend)?;
     problems.extend(observer.problems(host, &expected, &related, &parts, &facts, recorded)?);
     problems.extend(localnet_problem(&expected));
     if problems.is_empty() {

@@ -37,6 +37,12 @@ macro_rules! on_each_variant {
             fn nftables() {
                 holds(Variant::Nftables);
             }
+
+            #[test]
+            #[ignore = "privileged: makes network namespaces"]
+            fn ebpf() {
+                holds(Variant::Ebpf);
+            }
         }
     )*};
 }

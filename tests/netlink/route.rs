@@ -25,10 +25,14 @@ fn links_addresses_and_routes() {
         let named = |name: &str| links.iter().find(|link| link.name == name).unwrap();
         let (lo, bridge) = (named("lo"), named("br0").index);
         assert!(lo.loopback && lo.up && lo.kind.is_none() && lo.peer.is_none());
+        assert_eq!((lo.hardware, lo.mac), (libc::ARPHRD_LOOPBACK, Some([0; 6])));
         let (v0, v1) = (named("v0"), named("v1"));
         assert_eq!((v0.kind.as_deref(), v0.master), (Some("veth"), Some(bridge)));
         assert_eq!((v0.peer, v1.peer), (Some(v1.index), Some(v0.index)));
         assert_eq!((v1.master, v1.up, v1.loopback), (None, true, false));
+        assert!(links.iter().all(|link| link.has_frames()));
+        let mac = v0.mac.unwrap().map(|byte| format!("{byte:02x}")).join(":");
+        assert!(run("ip -o link show v0").contains(&format!("link/ether {mac} ")));
         assert_eq!(named("br0").kind.as_deref(), Some("bridge"));
         let listed = run("ip -o link").lines().count();
         assert_eq!(links.len(), listed);
@@ -49,17 +53,25 @@ fn links_addresses_and_routes() {
         assert!(with("198.51.100.2").is_none());
 
         assert_eq!(reader.default_routes().unwrap(), []);
-        let mut towards = |ip: &str| reader.device_towards(ip.parse().unwrap()).unwrap();
-        assert_eq!(towards("203.0.113.1"), None);
-        assert_eq!(towards("2001:db9::1"), None);
-        assert_eq!(towards("192.0.2.77"), Some(bridge));
-        assert_eq!(towards("2001:db8::77"), Some(bridge));
-        assert_eq!(towards("192.0.2.1"), Some(lo.index));
+        let mut to = |ip: &str| reader.route_to(ip.parse().unwrap()).unwrap();
+        assert_eq!(to("203.0.113.1").map(|route| route.device), None);
+        assert_eq!(to("2001:db9::1").map(|route| route.device), None);
+        assert_eq!(to("192.0.2.77").map(|route| route.device), Some(bridge));
+        assert_eq!(to("2001:db8::77").map(|route| route.device), Some(bridge));
+        assert_eq!(to("192.0.2.1").map(|route| route.device), Some(lo.index));
+        for (ip, own) in [
+            ("192.0.2.77", "192.0.2.1"),
+            ("198.51.100.2", "198.51.100.1"),
+            ("2001:db8::77", "2001:db8::1"),
+            ("192.0.2.1", "192.0.2.1"),
+        ] {
+            assert_eq!(to(ip).unwrap().source, Some(own.parse().unwrap()), "{ip}");
+        }
         for kind in ["unreachable", "blackhole", "prohibit", "throw"] {
             for net in ["10.9.0.0/16", "2001:db9::/32"] {
                 run(&format!("ip route add {kind} {net}"));
-                assert_eq!(towards("10.9.0.1"), None, "{kind}");
-                assert_eq!(towards("2001:db9::1"), None, "{kind}");
+                assert_eq!(to("10.9.0.1").map(|route| route.device), None, "{kind}");
+                assert_eq!(to("2001:db9::1").map(|route| route.device), None, "{kind}");
                 run(&format!("ip route del {kind} {net}"));
             }
         }

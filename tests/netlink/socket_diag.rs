@@ -1,6 +1,7 @@
 #![allow(clippy::disallowed_methods, reason = "these tests make the sockets that are found")]
 
-use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -146,5 +147,106 @@ fn listening_sctp_sockets() {
         assert_eq!(ask(Protocol::Sctp, 8080), NOBODY);
         listen(&socket, Backlog::new(1).unwrap()).unwrap();
         assert_eq!(ask(Protocol::Sctp, 8080), ([true, true, false], [false; 3]));
+    });
+}
+
+fn udp(local: &str, peer: &str) -> UdpSocket {
+    let socket = UdpSocket::bind(local).unwrap();
+    socket.connect(peer).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket
+}
+
+fn to(protocol: Protocol, peer: &str) -> Vec<socket_diag::Connection> {
+    socket_diag::connected_to(protocol, peer.parse().unwrap()).unwrap()
+}
+
+fn ends(found: &[socket_diag::Connection]) -> Vec<(SocketAddr, SocketAddr)> {
+    let mut ends: Vec<_> = found.iter().map(|found| (found.local, found.peer)).collect();
+    ends.sort();
+    ends
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn only_the_socket_that_is_meant_is_ended() {
+    in_namespace(|| {
+        add_addresses();
+        for (any, called, other, peer) in [
+            ("0.0.0.0:0", "192.0.2.1:53", "192.0.2.1:54", "192.0.2.1:53"),
+            ("0.0.0.0:0", "192.0.2.1:53", "192.0.2.2:53", "192.0.2.1:53"),
+            ("[::]:0", "[2001:db8::1]:53", "[2001:db8::2]:53", "[2001:db8::1]:53"),
+            // An IPv6 socket that talks IPv4.
+            ("[::]:0", "[::ffff:192.0.2.1]:53", "[::ffff:192.0.2.2]:53", "192.0.2.1:53"),
+        ] {
+            let (meant, same, another) = (udp(any, called), udp(any, called), udp(any, other));
+            let _waiting = UdpSocket::bind(any).unwrap();
+            assert_eq!(to(Protocol::Tcp, peer), []);
+            let port = meant.local_addr().unwrap().port();
+            let (found, rest): (Vec<_>, Vec<_>) =
+                to(Protocol::Udp, peer).into_iter().partition(|one| one.local.port() == port);
+            assert_eq!((found.len(), rest.len()), (1, 1), "{peer}");
+            assert_eq!(found[0].peer.to_string(), peer);
+
+            assert_eq!(socket_diag::destroy(&found).unwrap(), 1);
+            let error = meant.recv(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
+            assert_eq!(meant.peer_addr().unwrap_err().kind(), ErrorKind::NotConnected);
+            for socket in [&same, &another] {
+                assert_eq!(socket.recv(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+                socket.peer_addr().unwrap();
+            }
+            assert_eq!(to(Protocol::Udp, peer), rest);
+            let both = [found, rest].concat();
+            assert_eq!(socket_diag::destroy(&both).unwrap(), 1);
+            assert_eq!(to(Protocol::Udp, peer), []);
+        }
+    });
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn connections_of_a_port_in_either_role() {
+    in_namespace(|| {
+        add_addresses();
+        let listener = TcpListener::bind("[::]:40000").unwrap();
+        let client = TcpStream::connect("192.0.2.1:40000").unwrap();
+        let (_server, _) = listener.accept().unwrap();
+        let _client6 = TcpStream::connect("[2001:db8::1]:40000").unwrap();
+        let client_port = client.local_addr().unwrap().port();
+        let from = |protocol, port| socket_diag::connected_from(protocol, port).unwrap();
+        let found = from(Protocol::Tcp, 40000);
+        assert_eq!(found.len(), 2);
+        let expected = ("192.0.2.1:40000".parse().unwrap(), client.local_addr().unwrap());
+        assert_eq!(ends(&found)[0], expected);
+        let found = from(Protocol::Tcp, client_port);
+        assert_eq!(ends(&found), [(expected.1, expected.0)]);
+        assert_eq!(ends(&to(Protocol::Tcp, "192.0.2.1:40000")), [(expected.1, expected.0)]);
+        assert_eq!(from(Protocol::Udp, 40000), []);
+        assert_eq!(from(Protocol::Tcp, 40001), []);
+
+        let _waiting = UdpSocket::bind("192.0.2.2:40000").unwrap();
+        let socket = udp("192.0.2.1:40000", "192.0.2.2:9");
+        let found = from(Protocol::Udp, 40000);
+        let expected = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
+        assert_eq!(ends(&found), [expected]);
+        let mut cookie = 0_u64;
+        let mut length = size_of::<u64>() as libc::socklen_t;
+        #[allow(unsafe_code, reason = "no crate reads SO_COOKIE")]
+        // SAFETY: the kernel writes at most `length` bytes.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_COOKIE,
+                (&raw mut cookie).cast(),
+                &mut length,
+            )
+        };
+        assert_eq!((result, cookie), (0, found[0].cookie));
+
+        drop(socket);
+        drop(client);
+        assert_eq!(from(Protocol::Udp, 40000), []);
     });
 }

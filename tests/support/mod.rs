@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{self, Attachment, Output};
-use portmap::demo::snapshot::Snapshot;
+use portmap::demo::snapshot::{Snapshot, pins};
 use portmap::demo::topology::{Lab, Pod};
 use serde_json::{Value, json};
 
@@ -32,10 +32,14 @@ pub enum Variant {
     IptablesNft,
     IptablesLegacy,
     Nftables,
+    /// No tool at all.
+    Ebpf,
 }
 
-pub const VARIANTS: [Variant; 3] =
-    [Variant::IptablesNft, Variant::IptablesLegacy, Variant::Nftables];
+pub const VARIANTS: [Variant; 4] =
+    [Variant::IptablesNft, Variant::IptablesLegacy, Variant::Nftables, Variant::Ebpf];
+/// Those that forward by rules of netfilter.
+pub const RULES: [Variant; 3] = [Variant::IptablesNft, Variant::IptablesLegacy, Variant::Nftables];
 pub const IPTABLES: [Variant; 2] = [Variant::IptablesNft, Variant::IptablesLegacy];
 
 impl Variant {
@@ -44,6 +48,7 @@ impl Variant {
         match self {
             Variant::IptablesNft | Variant::IptablesLegacy => "iptables",
             Variant::Nftables => "nftables",
+            Variant::Ebpf => "ebpf",
         }
     }
 
@@ -51,6 +56,7 @@ impl Variant {
     fn tools(self) -> Vec<(String, &'static str)> {
         let multi = match self {
             Variant::Nftables => return vec![("nft".into(), "/usr/sbin/nft")],
+            Variant::Ebpf => return Vec::new(),
             Variant::IptablesNft => "/usr/sbin/xtables-nft-multi",
             Variant::IptablesLegacy => "/usr/sbin/xtables-legacy-multi",
         };
@@ -172,6 +178,14 @@ impl<'a> Node<'a> {
         (error["code"].as_u64().unwrap(), output.reason())
     }
 
+    /// Takes away what outlives the last attachment. Programs at the root cgroup are not the
+    /// namespace's, and would outlive the test.
+    pub fn flush(&self) -> Output {
+        let mut command = std::process::Command::new(PORTMAP);
+        command.env_clear().args(["flush", "--all", "--yes", "--state-dir"]).arg(&self.state_dir);
+        plugin::run(&mut command, b"", self.netns).unwrap()
+    }
+
     /// Runs a command line by the shell inside the node, with all tools, and returns its stdout.
     pub fn shell(&self, script: &str) -> String {
         let mut command = std::process::Command::new("sh");
@@ -197,6 +211,19 @@ impl<'a> Node<'a> {
             .unwrap_or_else(|lines| panic!("{:?}: sysctls differ:\n{lines}", self.variant));
         now.no_records()
             .unwrap_or_else(|lines| panic!("{:?}: records are left:\n{lines}", self.variant));
+    }
+}
+
+impl Drop for Node<'_> {
+    fn drop(&mut self) {
+        if self.variant != Variant::Ebpf {
+            return;
+        }
+        let output = self.flush();
+        if !std::thread::panicking() {
+            assert!(output.success(), "flush: {} {}", output.stdout, output.stderr);
+            assert_eq!(pins(self.netns).unwrap(), Vec::<PathBuf>::new(), "pins are left");
+        }
     }
 }
 

@@ -218,6 +218,11 @@ impl Map {
         }
     }
 
+    /// Whether the kernel has batches for this map.
+    pub fn has_batches(&self) -> io::Result<bool> {
+        self.for_each_batch(&mut |_, _| {})
+    }
+
     /// All keys, one after the other. The kernel begins anew behind a key that is gone, so that a
     /// map which changes without end could be walked without end.
     fn keys(&self) -> io::Result<HashSet<Vec<u8>>> {

@@ -19,8 +19,11 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::in_parallel;
 use super::map::{Definition, Map};
+use super::object::lift_memory_limit;
 use super::program::Program;
+use super::refusal::explained;
 
 /// Where the kernel makes a directory for a bpffs, if it has bpf(2) at all.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -114,11 +117,14 @@ impl Pins {
         fill: impl FnOnce(&BTreeMap<String, Map>) -> io::Result<()>,
     ) -> io::Result<BTreeMap<String, Map>> {
         self.prepare()?;
+        lift_memory_limit();
         let dir = self.maps_dir(layout);
+        let definitions: Vec<&Definition> = definitions.into_iter().collect();
+        // Clearing the memory of a large LRU map takes longer than all others together.
         let make =
-            |definition: &Definition| Ok((definition.name.clone(), Map::create(definition)?));
+            |definition: &&Definition| Ok((definition.name.clone(), Map::create(definition)?));
         let maps: BTreeMap<String, Map> =
-            definitions.into_iter().map(make).collect::<io::Result<_>>()?;
+            in_parallel(&definitions, make)?.into_iter().collect::<io::Result<_>>()?;
         fill(&maps)?;
         self.publish(&dir, |temporary| {
             maps.iter().try_for_each(|(name, map)| map.pin(&temporary.join(name)))?;
@@ -176,10 +182,7 @@ impl Pins {
 
     /// Makes the directory, in a bpffs that is mounted if need be, and removes what is unfinished.
     fn prepare(&self) -> io::Result<()> {
-        let bpffs = Path::new(BPFFS);
-        if statfs(bpffs)?.filesystem_type() != BPF_FS_MAGIC {
-            mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), Some("mode=0700"))?;
-        }
+        ensure_bpffs()?;
         match make_dir(&self.root) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             other => return other,
@@ -214,6 +217,29 @@ impl Pins {
             }
         }
     }
+}
+
+fn ensure_bpffs() -> io::Result<()> {
+    let at = Path::new(BPFFS);
+    let failed = |what: &str, error: nix::errno::Errno| {
+        let error = explained(error.into());
+        io::Error::new(error.kind(), format!("{what} {BPFFS}: {error}"))
+    };
+    match statfs(at) {
+        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => return Ok(()),
+        Ok(_) => {}
+        Err(nix::errno::Errno::ENOENT) => {
+            return Err(io::Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "there is no {BPFFS}: this kernel has no bpf(2) (CONFIG_BPF_SYSCALL), or sysfs is not mounted"
+                ),
+            ));
+        }
+        Err(error) => return Err(failed("cannot look at", error)),
+    }
+    mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+        .map_err(|error| failed("no bpffs is mounted, and none can be mounted at", error))
 }
 
 fn is_ours(meta: &fs::Metadata) -> bool {

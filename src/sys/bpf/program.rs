@@ -123,15 +123,24 @@ impl Program {
         instructions: &[bpf_insn],
         license: &CStr,
     ) -> io::Result<Self> {
-        let (program_type, attach_type) = hook.types();
-        let load = Load { program_type, attach_type, instructions, license, name };
         // Without a log the verifier is faster.
-        let fd = syscall::load(&load, &mut []).map_err(|error| match error.raw_os_error() {
-            // The verifier has not been reached.
-            Some(libc::EPERM | libc::ENOSYS) => error,
-            _ => explained(&load, error),
-        })?;
-        Self::adopt(fd)
+        Self::try_load(hook, name, instructions, license).map_err(|error| {
+            match error.raw_os_error() {
+                // The verifier has not been reached.
+                Some(libc::EPERM | libc::ENOSYS) => error,
+                _ => rejected(&request(hook, name, instructions, license), error),
+            }
+        })
+    }
+
+    /// As [`Program::load`], without asking why it fails.
+    pub(super) fn try_load(
+        hook: Hook,
+        name: &str,
+        instructions: &[bpf_insn],
+        license: &CStr,
+    ) -> io::Result<Self> {
+        Self::adopt(syscall::load(&request(hook, name, instructions, license), &mut [])?)
     }
 
     /// Opens a pinned program; `None` if there is no such name.
@@ -222,8 +231,18 @@ impl Program {
     }
 }
 
+fn request<'a>(
+    hook: Hook,
+    name: &'a str,
+    instructions: &'a [bpf_insn],
+    license: &'a CStr,
+) -> Load<'a> {
+    let (program_type, attach_type) = hook.types();
+    Load { program_type, attach_type, instructions, license, name }
+}
+
 /// Loads once more, for the log's sake.
-fn explained(load: &Load<'_>, error: io::Error) -> io::Error {
+fn rejected(load: &Load<'_>, error: io::Error) -> io::Error {
     let mut log = vec![0; LOG];
     drop(syscall::load(load, &mut log));
     let text: Vec<u8> = log.into_iter().take_while(|byte| *byte != 0).collect();

@@ -9,11 +9,14 @@
 use std::ffi::{CStr, CString, c_char};
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_insn, bpf_map_info, bpf_prog_info};
+
+/// asm-generic/socket.h
+const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// How often a load that a signal interrupted (`EAGAIN`) is begun again.
 const LOAD_ATTEMPTS: usize = 5;
@@ -302,4 +305,20 @@ pub(super) fn query(target: Target, flags: u32) -> io::Result<Attached> {
             }
         }
     }
+}
+
+/// `SO_NETNS_COOKIE` (Linux 5.14): `ENOPROTOOPT` before.
+pub(super) fn netns_cookie(socket: &impl AsFd) -> io::Result<u64> {
+    let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the kernel writes at most `length` bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }

@@ -5,21 +5,9 @@ use std::io;
 
 use aya_obj::generated::{BPF_F_BEFORE, BPF_F_REPLACE, bpf_attach_type};
 
+use super::Direction;
 use super::program::Program;
 use super::syscall::{self, Attached, Target};
-
-/// Which packets of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Direction {
-    /// Those that come in by the device.
-    Ingress,
-    /// Those that go out by it.
-    Egress,
-}
-
-impl Direction {
-    pub const ALL: [Direction; 2] = [Self::Ingress, Self::Egress];
-}
 
 fn target(device: u32, direction: Direction) -> Target {
     let hook = match direction {

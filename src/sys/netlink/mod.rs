@@ -7,11 +7,12 @@
 //! rule expression of a newer kernel that they do not know makes the message unreadable, and only
 //! a handful of attributes is of interest here.
 
-mod attributes;
+pub(super) mod attributes;
 pub mod conntrack;
 pub mod nftables;
 pub mod nftkey;
 pub mod route;
+pub mod rule;
 pub mod socket;
 pub mod socket_diag;
 

@@ -33,6 +33,18 @@ pub struct Link {
     /// Administratively up (`IFF_UP`); says nothing about the carrier.
     pub up: bool,
     pub loopback: bool,
+    /// `ARPHRD_*` of linux/if_arp.h: what its packets begin with.
+    pub hardware: u16,
+    /// The device's own address; `None` if it is not of 6 bytes.
+    pub mac: Option<[u8; 6]>,
+}
+
+impl Link {
+    /// Whether packets of the device begin with an Ethernet header.
+    #[must_use]
+    pub fn has_frames(&self) -> bool {
+        matches!(self.hardware, libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK)
+    }
 }
 
 /// An address of the node.
@@ -54,6 +66,15 @@ pub struct DefaultRoute {
     pub family: Family,
     /// Index of the output device.
     pub index: u32,
+}
+
+/// Where the node sends packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Route {
+    /// Index of the output device.
+    pub device: u32,
+    /// The address that the node's own sockets have as their source then.
+    pub source: Option<IpAddr>,
 }
 
 /// Reads devices, addresses and routes of the network namespace of the thread that opened it.
@@ -139,19 +160,19 @@ impl RouteReader {
         Ok(found)
     }
 
-    /// Index of the device through which the node sends packets for `ip`; that of `lo` for the node's
-    /// own addresses. `None` without a route, or with one that refuses or drops packets.
+    /// How the node sends packets for `ip`: over `lo` to its own addresses. `None` without a route, or
+    /// with one that refuses or drops packets.
     ///
     /// # Errors
     ///
     /// As [`NetlinkSocket::request`].
-    pub fn device_towards(&mut self, ip: IpAddr) -> io::Result<Option<u32>> {
+    pub fn route_to(&mut self, ip: IpAddr) -> io::Result<Option<Route>> {
         let request = route_request(ip);
         let answer = self.socket.request(&request, 0, |kind, payload| {
-            (kind == libc::RTM_NEWROUTE).then(|| output_device(payload))
+            (kind == libc::RTM_NEWROUTE).then(|| route(payload))
         });
         match answer {
-            Ok(devices) => Ok(devices.into_iter().flatten().next()),
+            Ok(routes) => Ok(routes.into_iter().flatten().next()),
             // Routes of type prohibit, blackhole and throw answer with these three, in this order
             // (`fib_props`, `ip6_rt_type_to_error`); the first two errors mean no or an unreachable
             // route. EAFNOSUPPORT and EOPNOTSUPP: a kernel without IPv6.
@@ -213,10 +234,13 @@ fn link(payload: &[u8]) -> Option<Link> {
         peer: None,
         up: header.flags.contains(LinkFlags::Up),
         loopback: header.flags.contains(LinkFlags::Loopback),
+        hardware: header.link_layer_type.into(),
+        mac: None,
     };
     for (kind, value) in attributes(payload.get(LINK_HEADER..)?) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(value),
+            libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
             libc::IFLA_MASTER => link.master = index(value),
             libc::IFLA_LINK => link.peer = index(value),
             libc::IFLA_LINKINFO => link.kind = find(value, libc::IFLA_INFO_KIND).map(text),
@@ -271,7 +295,7 @@ fn next_hops(mut hops: &[u8]) -> Vec<u32> {
     found
 }
 
-fn output_device(payload: &[u8]) -> Option<u32> {
+fn route(payload: &[u8]) -> Option<Route> {
     let header = RouteHeader::parse(payload).ok()?;
     // IPv6 answers for an unreachable route with the route itself on some kernels.
     if matches!(
@@ -280,7 +304,11 @@ fn output_device(payload: &[u8]) -> Option<u32> {
     ) {
         return None;
     }
-    find(payload.get(ROUTE_HEADER..)?, libc::RTA_OIF).and_then(index)
+    let rest = payload.get(ROUTE_HEADER..)?;
+    Some(Route {
+        device: find(rest, libc::RTA_OIF).and_then(index)?,
+        source: find(rest, libc::RTA_PREFSRC).and_then(|source| parse_ip(source).ok()),
+    })
 }
 
 #[cfg(test)]
@@ -301,13 +329,19 @@ mod tests {
 
     #[test]
     fn a_veth_in_a_bridge() {
-        let header = LinkHeader { index: 7, flags: LinkFlags::Up, ..LinkHeader::default() };
+        let header = LinkHeader {
+            index: 7,
+            flags: LinkFlags::Up,
+            link_layer_type: libc::ARPHRD_ETHER.into(),
+            ..LinkHeader::default()
+        };
         // IFLA_INFO_KIND = "veth", and IFLA_INFO_DATA, which is not looked at.
         let info = [9, 0, 1, 0, b'v', b'e', b't', b'h', 0, 0, 0, 0, 5, 0, 2, 0, 9, 0, 0, 0];
         let mut attributes = vec![
             nla(libc::IFLA_IFNAME, b"veth1.2\0"),
             nla(libc::IFLA_LINK, &2_u32.to_ne_bytes()),
             nla(libc::IFLA_MASTER, &3_u32.to_ne_bytes()),
+            nla(libc::IFLA_ADDRESS, &[2, 0, 0, 0, 0, 9]),
             nla(libc::IFLA_LINKINFO, &info),
             nla(60_000, b"of a later kernel"),
         ];
@@ -319,11 +353,24 @@ mod tests {
             peer: Some(2),
             up: true,
             loopback: false,
+            hardware: 1,
+            mac: Some([2, 0, 0, 0, 0, 9]),
         };
+        assert!(expected.has_frames());
         assert_eq!(link(&payload(&header, &attributes)).unwrap(), expected);
         // The kernel sends 0 for a veth whose other end is being removed, or for a tunnel.
         attributes[1] = nla(libc::IFLA_LINK, &[0; 4]);
         assert_eq!(link(&payload(&header, &attributes)).unwrap().peer, None);
+    }
+
+    #[test]
+    fn a_tunnel_has_no_frames_and_an_ip_address_as_its_own() {
+        let link_layer_type = libc::ARPHRD_TUNNEL.into();
+        let header = LinkHeader { link_layer_type, ..LinkHeader::default() };
+        let own = nla(libc::IFLA_ADDRESS, &[192, 0, 2, 1]);
+        let tunnel = link(&payload(&header, &[own])).unwrap();
+        assert!(!tunnel.has_frames());
+        assert_eq!((tunnel.hardware, tunnel.mac), (768, None));
     }
 
     #[test]

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::Flock;
 
 use crate::error::{Error, Result};
+use crate::model::BackendKind;
 use crate::record::{FORMAT, IndexKey, Record};
 use file::{entries, ignore_absent, write_atomically, write_durably};
 use lock::lock;
@@ -71,6 +72,14 @@ impl Found {
 #[must_use]
 pub fn is_recorded(dir: &Path, id: &str) -> bool {
     record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
+}
+
+/// Whether some record has this backend, without a lock: for the calls that have nothing to do.
+#[must_use]
+pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
+    let (directory, name) = IndexKey::Backend(kind).path();
+    fs::read_dir(dir.join("index").join(directory).join(name))
+        .is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Whether records can be kept in `dir`, which is made if it is missing.
@@ -311,7 +320,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::model::BackendKind;
     use crate::record::Part;
     use crate::record::samples::record;
 

@@ -1,5 +1,4 @@
-//! Whether a process of the node waits for traffic to a port, asked of sock_diag
-//! (`NETLINK_SOCK_DIAG`, Linux 3.3).
+//! Whether a process of the node waits for traffic to a port.
 //!
 //! The kernel picks the sockets, so that the answer holds a handful at most: it compares family,
 //! state and source port of the request in every dump (`inet_diag_dump_icsk`, `udp_dump`,
@@ -10,22 +9,19 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_packet_core::{DefaultNla, ParseableParametrized};
+use netlink_packet_core::ParseableParametrized;
 use netlink_packet_sock_diag::constants::{
-    AF_INET, AF_INET6, INET_DIAG_LOCALS, INET_DIAG_SKV6ONLY, SOCK_DIAG_BY_FAMILY, TCP_CLOSE,
-    TCP_LISTEN,
+    INET_DIAG_LOCALS, INET_DIAG_SKV6ONLY, SOCK_DIAG_BY_FAMILY, TCP_CLOSE, TCP_LISTEN,
 };
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::inet::SocketId;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
-use super::attributes::find;
-use super::socket::{Message, NetlinkSocket};
+use super::super::attributes::find;
+use super::super::socket::NetlinkSocket;
+use super::{IDENTITY, STATE, ask, domains, request};
 use crate::model::{Family, Protocol};
 
-// linux/inet_diag.h: `struct inet_diag_msg` is family, state, two timer bytes, the socket's
-// identity and five numbers.
-const STATE: usize = 1;
-const IDENTITY: std::ops::Range<usize> = 4..52;
+/// Behind `struct inet_diag_msg`.
 const ATTRIBUTES: usize = 72;
 
 /// `sizeof(struct sockaddr_storage)`.
@@ -57,26 +53,17 @@ pub fn is_open(
         return Ok(false);
     }
     let address = address.filter(|ip| !ip.is_unspecified());
-    // The kernel files a socket under the family that it was made with.
-    let domains: &[u8] = match family {
-        Family::V4 => &[AF_INET, AF_INET6],
-        Family::V6 => &[AF_INET6],
-    };
     let mut socket = NetlinkSocket::open(NETLINK_SOCK_DIAG)?;
-    for domain in domains {
-        let found = socket.dump(&request(*domain, protocol, port), |kind, payload| {
+    let id = SocketId { source_port: port, ..SocketId::new_v6() };
+    for domain in domains(family) {
+        let states = 1 << waiting_state(protocol);
+        let request = request(SOCK_DIAG_BY_FAMILY, *domain, protocol, states, &id);
+        let found = ask(&mut socket, &request, |kind, payload| {
             let waiting = waiting(protocol, port, kind, payload)?;
             waiting.gets(family, address).then_some(())
-        });
-        match found {
-            Ok(found) if !found.is_empty() => return Ok(true),
-            Ok(_) => {}
-            // The handler of the family (`__sock_diag_cmd`) or of the protocol
-            // (`inet_diag_lock_handler`) is missing. The kernel tries to load it first; since Linux
-            // 4.17 only if the protocol itself is there (`sock_load_diag_module`), so that asking
-            // does not bring SCTP to a node that has no use for it.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(error) => return Err(error),
+        })?;
+        if !found.is_empty() {
+            return Ok(true);
         }
     }
     Ok(false)
@@ -89,20 +76,6 @@ fn waiting_state(protocol: Protocol) -> u8 {
         Protocol::Tcp | Protocol::Sctp => TCP_LISTEN,
         Protocol::Udp => TCP_CLOSE,
     }
-}
-
-/// `struct inet_diag_req_v2`.
-fn request(domain: u8, protocol: Protocol, port: u16) -> Message {
-    let request = InetRequest {
-        family: domain,
-        protocol: protocol.number(),
-        // What is of interest comes without being asked for.
-        extensions: ExtensionFlags::empty(),
-        states: StateFlags::from_bits_retain(1 << waiting_state(protocol)),
-        // The kernel ignores the addresses of a dump request.
-        socket_id: SocketId { source_port: port, ..SocketId::new_v6() },
-    };
-    Message::new::<DefaultNla>(SOCK_DIAG_BY_FAMILY, &request, &[])
 }
 
 /// A socket that waits for traffic.
@@ -169,6 +142,8 @@ fn socket_address(storage: &[u8]) -> Option<IpAddr> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+    use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6};
+
     use super::*;
 
     fn ip(text: &str) -> IpAddr {
@@ -198,20 +173,6 @@ mod tests {
     fn tcp(bound: &str, attributes: &[u8]) -> Waiting {
         let answer = answer(TCP_LISTEN, 8080, bound, attributes);
         waiting(Protocol::Tcp, 8080, SOCK_DIAG_BY_FAMILY, &answer).unwrap()
-    }
-
-    #[test]
-    fn a_request_names_family_protocol_state_and_port() {
-        let mut expected = [0; 56];
-        expected[..2].copy_from_slice(&[2, 6]);
-        expected[4..8].copy_from_slice(&0x400_u32.to_ne_bytes());
-        expected[8..10].copy_from_slice(&[0x1f, 0x90]);
-        assert_eq!(request(AF_INET, Protocol::Tcp, 8080).payload(), expected);
-        expected[..2].copy_from_slice(&[10, 132]);
-        assert_eq!(request(AF_INET6, Protocol::Sctp, 8080).payload(), expected);
-        expected[..2].copy_from_slice(&[10, 17]);
-        expected[4..8].copy_from_slice(&0x80_u32.to_ne_bytes());
-        assert_eq!(request(AF_INET6, Protocol::Udp, 8080).payload(), expected);
     }
 
     #[test]

@@ -1,0 +1,349 @@
+//! Keys and values of the maps, byte for byte as `src/bpf/layout.h` defines them. A test compares
+//! both through the object's BTF. Addresses are 16 bytes, IPv4 as `::ffff:a.b.c.d`; addresses and
+//! ports are in network byte order, everything else in the host's.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4};
+
+use zerocopy::network_endian::U16;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::model::{Claim, Family, Protocol};
+
+/// Number of the layout; part of the name of the directory that the maps are pinned in.
+pub const LAYOUT: u32 = 1;
+/// Of the programs: an older plugin leaves newer programs in place.
+pub const REVISION: u32 = 1;
+
+/// `struct addr`.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct Addr(pub [u8; 16]);
+
+impl Addr {
+    /// No address at all.
+    pub const NONE: Addr = Addr([0; 16]);
+
+    /// The key of claims to any address of a family.
+    #[must_use]
+    pub fn any(family: Family) -> Self {
+        match family {
+            Family::V4 => Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0]),
+            Family::V6 => Addr::NONE,
+        }
+    }
+
+    /// IPv4 for `::ffff:a.b.c.d`.
+    #[must_use]
+    pub fn ip(self) -> IpAddr {
+        let ip = Ipv6Addr::from(self.0);
+        ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), IpAddr::V4)
+    }
+}
+
+impl From<IpAddr> for Addr {
+    fn from(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(ip) => Addr(ip.to_ipv6_mapped().octets()),
+            IpAddr::V6(ip) => Addr(ip.octets()),
+        }
+    }
+}
+
+/// `struct claim_key`.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct ClaimKey {
+    pub addr: Addr,
+    port: U16,
+    pub protocol: u8,
+    pad: u8,
+}
+
+impl ClaimKey {
+    #[must_use]
+    pub fn new(addr: Addr, protocol: Protocol, port: u16) -> Self {
+        ClaimKey { addr, port: port.into(), protocol: protocol.number(), pad: 0 }
+    }
+
+    #[must_use]
+    pub fn of(claim: &Claim) -> Self {
+        let addr = claim.address.map_or(Addr::any(claim.family), Addr::from);
+        ClaimKey::new(addr, claim.protocol, claim.port)
+    }
+
+    /// hostPort, or containerPort of an entry for the pod itself; host byte order.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port.get()
+    }
+}
+
+/// Bits of `flags` in `struct claim`.
+pub mod claim_flags {
+    /// The pod's own address and containerPort: flows are tracked, not translated.
+    pub const SELF: u16 = 1;
+    /// The pod sees `source` instead of the client.
+    pub const MASQUERADE: u16 = 2;
+    /// `mac` goes into frames for the pod.
+    pub const MAC: u16 = 4;
+}
+
+/// `struct claim`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ClaimValue {
+    pub pod: Addr,
+    pub source: Addr,
+    port: U16,
+    pub flags: u16,
+    pub owner: u32,
+    pub mac: [u8; 6],
+    pad: u16,
+}
+
+impl ClaimValue {
+    #[must_use]
+    pub fn new(target: SocketAddr, owner: u32) -> Self {
+        ClaimValue {
+            pod: target.ip().into(),
+            source: Addr::NONE,
+            port: target.port().into(),
+            flags: 0,
+            owner,
+            mac: [0; 6],
+            pad: 0,
+        }
+    }
+
+    /// Where connections go.
+    #[must_use]
+    pub fn target(&self) -> SocketAddr {
+        SocketAddr::new(self.pod.ip(), self.port.get())
+    }
+}
+
+/// `struct flow_key`.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct FlowKey {
+    pub pod: Addr,
+    pub peer: Addr,
+    pod_port: U16,
+    peer_port: U16,
+    pub protocol: u8,
+    pad: [u8; 3],
+}
+
+impl FlowKey {
+    #[must_use]
+    pub fn new(pod: SocketAddr, peer: SocketAddr, protocol: Protocol) -> Self {
+        FlowKey {
+            pod: pod.ip().into(),
+            peer: peer.ip().into(),
+            pod_port: pod.port().into(),
+            peer_port: peer.port().into(),
+            protocol: protocol.number(),
+            pad: [0; 3],
+        }
+    }
+}
+
+/// Bits of `flags` in `struct flow`.
+pub mod flow_flags {
+    /// The node itself uses a hostPort's number as its source port.
+    pub const NODE: u32 = 4;
+}
+
+/// `struct flow`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowValue {
+    pub host: Addr,
+    pub peer: Addr,
+    host_port: U16,
+    peer_port: U16,
+    pub flags: u32,
+    pub owner: u32,
+    /// CLOCK_MONOTONIC in 2^30 ns.
+    pub last: u32,
+}
+
+impl FlowValue {
+    /// A flow of the node's own, which answers must not be taken for a new one.
+    #[must_use]
+    pub fn of_node(last: u32) -> Self {
+        FlowValue {
+            host: Addr::NONE,
+            peer: Addr::NONE,
+            host_port: 0.into(),
+            peer_port: 0.into(),
+            flags: flow_flags::NODE,
+            owner: 0,
+            last,
+        }
+    }
+
+    /// The hostPort that was called; host byte order.
+    #[must_use]
+    pub fn host_port(&self) -> u16 {
+        self.host_port.get()
+    }
+}
+
+/// `struct socket_key`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SocketKey {
+    pub cookie: u64,
+    pub addr: Addr,
+    port: U16,
+    pub protocol: u8,
+    pad: u8,
+    pad2: u32,
+}
+
+impl SocketKey {
+    /// The pod's port; host byte order.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port.get()
+    }
+}
+
+/// `struct socket_value`: what a socket of the node called before its destination was replaced.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct SocketValue {
+    pub addr: Addr,
+    port: U16,
+    pad: U16,
+}
+
+impl SocketValue {
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port.get()
+    }
+}
+
+/// Bits of `flags` in `struct config`.
+pub mod config_flags {
+    /// `netns_cookie` is the node's.
+    pub const COOKIE: u32 = 1;
+}
+
+/// `struct config`.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Config {
+    pub netns_cookie: u64,
+    pub revision: u32,
+    pub flags: u32,
+    pub learn_address: [u8; 4],
+    learn_port: U16,
+    pad: u16,
+}
+
+impl Config {
+    /// Lets the program on connect4 keep the cookie of who connects to this address.
+    pub fn learn(&mut self, address: SocketAddrV4) {
+        self.netns_cookie = 0;
+        self.flags &= !config_flags::COOKIE;
+        self.learn_address = address.ip().octets();
+        self.learn_port = address.port().into();
+    }
+
+    /// The program takes the port away when it has seen the connection.
+    #[must_use]
+    pub fn has_learnt(&self) -> bool {
+        self.learn_port.get() == 0 && self.netns_cookie != 0
+    }
+}
+
+/// `struct traffic`, summed over all CPUs. Bytes are those of IP packets.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Traffic {
+    pub connections: u64,
+    pub packets_in: u64,
+    pub bytes_in: u64,
+    pub packets_out: u64,
+    pub bytes_out: u64,
+}
+
+/// Word and bit of a port (host byte order) in the map of ports that concern somebody: 1024 words of
+/// 64 bits.
+#[must_use]
+pub fn port_bit(port: u16) -> (u32, u64) {
+    (u32::from(port >> 6), 1 << (port & 63))
+}
+
+/// `enum reason`, in the order of its values: names for people.
+pub const REASONS: [&str; 21] = [
+    "forwarded",
+    "answered",
+    "newFlow",
+    "hairpin",
+    "remapped",
+    "masqueraded",
+    "nodeFlow",
+    "notLocal",
+    "icmpIn",
+    "icmpOut",
+    "fragmentIn",
+    "fragmentOut",
+    "sctpChecksum",
+    "connect",
+    "sendmsg",
+    "recvmsg",
+    "peername",
+    "dropNoPort",
+    "dropRewrite",
+    "dropLateFragment",
+    "sctpFragment",
+];

@@ -1,0 +1,235 @@
+//! eBPF, without any tool on the node: programs at the node's devices and at the sockets of its own
+//! processes, which look hostPorts up in maps.
+//!
+//! ```text
+//! client ─► uplink ──ingress: destination = pod──► routing ─► pod's link ─► pod
+//!        ◄── egress: source = hostPort ◄────────── routing ◄───────────────┘
+//! process of the node ─► connect, sendmsg: destination = pod ─► pod
+//! ```
+//!
+//! The way to the pod needs no state: one lookup per packet, so that a takeover acts on the very next
+//! one. Only answers need it: a flow says what was called. Packets are changed and passed on, never
+//! redirected, so that routing, conntrack and other programs see a connection to the pod; but for a
+//! pod that calls itself.
+//!
+//! Nothing is loaded or attached twice: what is found in place is left there, and stays until
+//! [`Apply::unload`], since loading is the dear part of a first call.
+
+pub mod devices;
+pub mod entries;
+pub mod filters;
+pub mod flows;
+pub mod hooks;
+pub mod layout;
+pub mod loaded;
+pub mod objects;
+pub mod sockets;
+pub mod trial;
+
+use std::collections::BTreeSet;
+use std::io;
+
+use devices::Scope;
+use entries::Former;
+use layout::ClaimKey;
+use loaded::Loaded;
+use objects::Claims;
+
+use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
+use crate::error::{Error, Result};
+use crate::facts::NodeFacts;
+use crate::model::Protocol;
+use crate::record::{Part, Record};
+use crate::sys::Host;
+use crate::sys::netlink::socket_diag;
+
+/// The backend.
+pub struct Ebpf;
+
+impl Observe for Ebpf {
+    fn probe(&self, host: &Host) -> Result<(), Unusable> {
+        trial::probe(host)
+    }
+
+    fn objection(&self, host: &Host) -> Option<String> {
+        trial::objection(host)
+    }
+
+    fn problems(
+        &self,
+        host: &Host,
+        record: &Record,
+        related: &[Record],
+        _parts: &BTreeSet<Part>,
+        facts: &NodeFacts,
+        _recorded: bool,
+    ) -> Result<Vec<String>> {
+        let Some(loaded) = Loaded::open(host.kernel()?.batches)? else {
+            return Ok(vec!["the eBPF maps are not there".into()]);
+        };
+        let keys = objects::keys(record);
+        let expected = claims_of(related, Some(record), &keys);
+        let mut problems = entries::problems(&loaded.maps, &keys, &expected)
+            .map_err(failed("read the eBPF maps"))?;
+        for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(facts))
+            .map_err(failed("read the eBPF maps"))?
+        {
+            problems.push(format!("{} is not known as an address of the node", addr.ip()));
+        }
+        let now = host.node_facts()?;
+        problems.extend(devices::problems(host, &loaded, &host.links()?, &now)?);
+        problems.extend(sockets::problems(host, &loaded)?);
+        Ok(problems)
+    }
+}
+
+impl Apply for Ebpf {
+    fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
+        let Some(loaded) = Loaded::open(host.kernel()?.batches)? else {
+            return Ok(Outcome::NeedsRestore("the eBPF maps are not there".into()));
+        };
+        if change.added.is_some() {
+            let links = host.links()?;
+            let hooked = devices::sync(host, &loaded, &links, change.facts, Scope::All)
+                .and_then(|()| sockets::sync(host, &loaded));
+            match hooked {
+                Ok(()) => {}
+                Err(error @ Error::NewerMaps { .. }) => return Err(error),
+                Err(error) => {
+                    return Ok(Outcome::NeedsRestore(format!("{error}: {}", error.details())));
+                }
+            }
+        }
+        let keys: BTreeSet<ClaimKey> = change
+            .added
+            .iter()
+            .chain(&change.removed)
+            .flat_map(|record| objects::keys(record))
+            .collect();
+        let after = claims_of(change.related, change.added, &keys);
+        let write = || -> io::Result<Vec<Former>> {
+            let former = entries::change(&loaded.maps, &keys, &after)?;
+            if change.facts_before != change.facts {
+                let before = objects::addresses(change.facts_before);
+                entries::addresses(&loaded.maps, Some(&before), &objects::addresses(change.facts))?;
+            }
+            Ok(former)
+        };
+        match write() {
+            Ok(former) => {
+                forget(host, &loaded, &former)?;
+                seed(host, &loaded, change.added);
+                Ok(Outcome::Done)
+            }
+            Err(error) => {
+                Ok(Outcome::NeedsRestore(format!("the eBPF maps cannot be written: {error}")))
+            }
+        }
+    }
+
+    fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
+        let records: Vec<&Record> = desired.records.iter().collect();
+        let wanted = objects::claims(&records);
+        let loaded = match Loaded::open(host.kernel()?.batches)? {
+            Some(loaded) => loaded,
+            // Nothing is there and nothing is wanted.
+            None if records.is_empty() => return Ok(()),
+            None => Loaded::ensure(host.kernel()?.batches)?,
+        };
+        let former = entries::restore(&loaded.maps, &wanted)
+            .and_then(|former| {
+                let addresses = objects::addresses(desired.facts);
+                entries::addresses(&loaded.maps, None, &addresses)?;
+                Ok(former)
+            })
+            .map_err(failed("write the eBPF maps"))?;
+        if !records.is_empty() {
+            let links = host.links()?;
+            devices::sync(host, &loaded, &links, desired.facts, Scope::All)?;
+            sockets::sync(host, &loaded)?;
+            loaded.claim_revision()?;
+            loaded.finish_upgrade()?;
+        }
+        forget(host, &loaded, &former)?;
+        seed(host, &loaded, desired.added);
+        Ok(())
+    }
+
+    fn remove_unrecorded(&self, _host: &Host, _unrecorded: &Unrecorded) -> Result<()> {
+        // Upstream's plugin has no eBPF.
+        Ok(())
+    }
+
+    fn welcome(&self, host: &Host, names: &[String]) -> Result<()> {
+        let Some(loaded) = Loaded::open(host.kernel()?.batches)? else {
+            return Ok(());
+        };
+        let scope = if names.is_empty() { Scope::All } else { Scope::Only(names) };
+        let facts = host.node_facts()?;
+        devices::sync(host, &loaded, &host.links()?, &facts, scope)
+    }
+
+    fn unload(&self, host: &Host) -> Result<()> {
+        let errors: Vec<Error> =
+            [devices::detach(host, &host.links()?), sockets::detach(), loaded::unpin()]
+                .into_iter()
+                .filter_map(Result::err)
+                .collect();
+        match errors.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Several { what: "removing the eBPF programs".into(), errors }),
+        }
+    }
+}
+
+/// The entries at `keys` that follow from these records.
+fn claims_of(related: &[Record], own: Option<&Record>, keys: &BTreeSet<ClaimKey>) -> Claims {
+    let mut records: Vec<&Record> = related.iter().chain(own).collect();
+    records.sort_by_key(|record| record.order);
+    let mut claims = objects::claims(&records);
+    claims.retain(|key, _| keys.contains(key));
+    claims
+}
+
+/// What was remembered of claims that changed hands goes, and sockets of the node that are connected
+/// to a former pod are told. The claims are right by now, so that a failure is only worth a note.
+fn forget(host: &Host, loaded: &Loaded, former: &[Former]) -> Result<()> {
+    if former.is_empty() {
+        return Ok(());
+    }
+    let told = flows::forget(&loaded.flows()?, former).and_then(|callers| {
+        callers.into_iter().try_for_each(|(pod, cookies)| {
+            let mut connected = socket_diag::connected_to(Protocol::Udp, pod)?;
+            connected.retain(|connection| cookies.contains(&connection.cookie));
+            socket_diag::destroy(&connected).map(drop)
+        })
+    });
+    if let Err(error) = told {
+        host.warn(format!("connections of former pods are not ended: {error}"));
+    }
+    Ok(())
+}
+
+/// Connections that the node has open from the record's hostPorts go on. Only ports that sockets get by
+/// themselves are looked for: a listing costs milliseconds on a node with many connections.
+fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
+    let ephemeral = host.ephemeral_ports();
+    let Some(record) = added else {
+        return;
+    };
+    if !record.mappings.iter().any(|mapping| ephemeral.contains(&mapping.host_port)) {
+        return;
+    }
+    let now = u32::try_from(host.monotonic() >> 30).unwrap_or_default();
+    let seeded = loaded.flows().and_then(|flows| {
+        flows::seed(&flows, record, now, socket_diag::connected_from)
+            .map_err(failed("list the node's connections (netlink)"))
+    });
+    if let Err(error) = seeded {
+        host.warn(format!("connections of the node from a hostPort may break: {error}"));
+    }
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::io(action, error)
+}

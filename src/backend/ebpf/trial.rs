@@ -1,0 +1,80 @@
+//! Whether the backend works on this node, and whether it should be chosen without being asked for.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use super::filters::Filters;
+use super::loaded::{Loaded, OBJECT};
+use crate::backend::Unusable;
+use crate::sys::Host;
+use crate::sys::bpf::map::{Definition, Map};
+use crate::sys::bpf::object::{self, Object};
+use crate::sys::bpf::pins::Pins;
+use crate::sys::bpf::program::{Program, SocketHook};
+use crate::sys::bpf::{Direction, cgroup};
+use crate::sys::namespace::in_scratch_netns;
+use crate::sys::netlink::rule;
+
+/// The largest program: a kernel whose verifier takes it takes the others.
+const SAMPLE: &str = "pm_pod_in";
+/// Entries of the trial's maps. Big ones take time to make.
+const ENTRIES: u32 = 64;
+const LOOPBACK: u32 = 1;
+/// The mark by which the AWS VPC CNI sends answers of connections back through the interface that
+/// they came by, with its mask (aws-vpc-cni, `AWS_VPC_K8S_CNI_CONNMARK`).
+const AWS_MARK: (u32, u32) = (0x80, 0x80);
+
+/// Loads a program, and attaches it to the loopback device of a network namespace of its own.
+pub fn probe(_host: &Host) -> Result<(), Unusable> {
+    // What has been loaded works.
+    if Loaded::open(true).is_ok_and(|loaded| loaded.is_some()) {
+        return Ok(());
+    }
+    let broken = |error: io::Error| Unusable::Broken(error.to_string());
+    Pins::open().map_err(broken)?;
+    in_scratch_netns(try_out).map_err(Unusable::Broken)?.map_err(Unusable::Broken)
+}
+
+fn try_out() -> Result<(), String> {
+    let object = Object::parse(OBJECT).map_err(|error| format!("the eBPF object: {error}"))?;
+    let make = |(name, definition): (String, Definition)| {
+        let max_entries = definition.max_entries.min(ENTRIES);
+        let map = Map::create(&Definition { max_entries, ..definition })
+            .map_err(|error| format!("making map {name}: {error}"))?;
+        Ok((name, map))
+    };
+    let maps = object.maps().into_iter().map(make).collect::<Result<BTreeMap<_, _>, String>>()?;
+    let load = || object::load(&object.link(&maps, &[SAMPLE])?);
+    let programs = load().map_err(|error| format!("loading program {SAMPLE}: {error}"))?;
+    let program = programs.first().ok_or("no program was loaded")?;
+    let attach = || Filters::open()?.attach(LOOPBACK, Direction::Ingress, program);
+    attach().map_err(|error| format!("attaching a program to a device (clsact, cls_bpf): {error}"))
+}
+
+/// What else on the node would be bypassed.
+pub fn objection(host: &Host) -> Option<String> {
+    const FORCE: &str = "set \"backend\": \"ebpf\" to use it all the same";
+    if host.has_cilium() && cilium_balances() {
+        return Some(format!(
+            "Cilium replaces kube-proxy here and forwards hostPorts itself; {FORCE}"
+        ));
+    }
+    // Where rules cannot be read there is nothing to bypass.
+    if rule::marks().is_ok_and(|marks| marks.contains(&AWS_MARK)) {
+        return Some(format!(
+            "the AWS VPC CNI marks connections in netfilter by the node's address, which packets to hostPorts no longer have there: answers of pods on secondary interfaces would leave by another one; {FORCE}"
+        ));
+    }
+    None
+}
+
+/// Whether Cilium's programs translate the destinations of sockets: they do if it replaces kube-proxy,
+/// and then it has hostPorts of its own.
+fn cilium_balances() -> bool {
+    let programs = cgroup::root().and_then(|root| root.effective(SocketHook::Connect4));
+    programs.unwrap_or_default().into_iter().any(|id| {
+        Program::from_id(id).is_ok_and(|program| {
+            program.is_some_and(|program| program.name().starts_with("cil_sock"))
+        })
+    })
+}

@@ -1,0 +1,63 @@
+//! What people run on a node, one file per command. Each works on the same engine, records and lock
+//! as the verbs.
+
+pub mod flush;
+
+use std::io::{self, BufRead, Write};
+
+use crate::error::Error;
+use crate::sys::Host;
+
+/// The person at the other end.
+pub struct Terminal<'a> {
+    pub input: &'a mut dyn BufRead,
+    pub output: &'a mut dyn Write,
+    /// Whether somebody can answer.
+    pub interactive: bool,
+}
+
+impl Terminal<'_> {
+    /// Asks; anything but `y` or `yes` is a no.
+    fn confirm(&mut self, question: &str) -> io::Result<bool> {
+        write!(self.output, "{question} [y/N] ")?;
+        self.output.flush()?;
+        let mut answer = String::new();
+        self.input.read_line(&mut answer)?;
+        Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+    }
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    #[error(transparent)]
+    Engine(#[from] Error),
+    #[error("cannot write the report")]
+    Output(#[from] io::Error),
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl CommandError {
+    /// The message with its cause on further lines.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let details = match self {
+            CommandError::Engine(error) => error.details(),
+            CommandError::Output(error) => error.to_string(),
+            CommandError::Refused(_) => String::new(),
+        };
+        match details.is_empty() {
+            true => self.to_string(),
+            false => format!("{self}\n{details}"),
+        }
+    }
+}
+
+/// Prints what the host noted on the way.
+fn notes(host: &Host, terminal: &mut Terminal) -> io::Result<()> {
+    for note in host.take_warnings() {
+        writeln!(terminal.output, "note: {note}")?;
+    }
+    Ok(())
+}

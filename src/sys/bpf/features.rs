@@ -1,0 +1,138 @@
+//! What this kernel can do of that which not every kernel can, found out by doing it: distributions
+//! carry features back, and leave modules out.
+
+use std::io;
+
+use aya_obj::generated::{
+    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_F_ALLOW_MULTI, BPF_F_REPLACE, BPF_JMP, BPF_MOV, bpf_func_id,
+    bpf_insn, bpf_map_type,
+};
+use serde::{Deserialize, Serialize};
+
+use super::clsact::{Clsact, Slot};
+use super::map::{Definition, Map};
+use super::program::{Hook, Program, SocketHook};
+use super::syscall::{self, Target};
+use super::{Direction, cgroup, cookie, explained, object, tcx};
+use crate::sys::namespace;
+
+/// Index of the loopback device of every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// What the kernel can do. It may be remembered until the next boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Features {
+    /// Programs on devices by tcx (Linux 6.6).
+    pub tcx: bool,
+    /// Programs on devices as filters of a clsact qdisc: `sch_ingress` and `cls_bpf` are there.
+    pub clsact: bool,
+    /// Programs on socket calls see the cookie of the network namespace (5.7).
+    pub cookie_helper: bool,
+    /// Processes see it (5.14).
+    pub cookie_option: bool,
+    /// Maps are read and emptied in batches (5.6).
+    pub batches: bool,
+    /// A cgroup's program is replaced in its place (5.6).
+    pub cgroup_replace: bool,
+    /// Programs on getpeername (5.8).
+    pub getpeername: bool,
+    /// Why programs cannot be attached to the socket calls of the node's processes; `None` if they
+    /// can.
+    pub no_socket_hooks: Option<String>,
+}
+
+impl Features {
+    /// Tries everything, and leaves nothing behind. Takes a few milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// If eBPF does not work at all for this process, with the reason.
+    pub fn probe() -> io::Result<Self> {
+        object::lift_memory_limit();
+        let map = Map::create(&Definition {
+            name: "pm_probe".into(),
+            kind: bpf_map_type::BPF_MAP_TYPE_HASH as u32,
+            key_size: 4,
+            value_size: 4,
+            max_entries: 1,
+            flags: 0,
+        })
+        .map_err(explained)?;
+        let classifier = load(Hook::Classifier, &[set_result(0), exit()]).map_err(explained)?;
+        let socket = |hook, instructions: &[bpf_insn]| load(Hook::Socket(hook), instructions);
+        let connect = socket(SocketHook::Connect4, &[set_result(1), exit()]);
+        let cookie = [call(bpf_func_id::BPF_FUNC_get_netns_cookie), set_result(1), exit()];
+        Ok(Self {
+            tcx: tcx::query(LOOPBACK, Direction::Ingress).is_ok(),
+            clsact: has_clsact(&classifier),
+            cookie_helper: socket(SocketHook::Connect4, &cookie).is_ok(),
+            cookie_option: cookie::own()?.is_some(),
+            batches: map.has_batches()?,
+            cgroup_replace: connect.as_ref().is_ok_and(replaces),
+            getpeername: socket(SocketHook::Getpeername4, &[set_result(1), exit()]).is_ok(),
+            no_socket_hooks: match connect {
+                Ok(_) => no_root(),
+                Err(error) => Some(format!("this kernel has no programs on socket calls: {error}")),
+            },
+        })
+    }
+}
+
+/// Why there is no root to attach to.
+fn no_root() -> Option<String> {
+    let root = match cgroup::root() {
+        Ok(root) => root,
+        Err(error) => return Some(error.to_string()),
+    };
+    // EINVAL without CONFIG_CGROUP_BPF.
+    let error = root.query(SocketHook::Connect4).err()?;
+    Some(format!("programs of the root of cgroup v2 cannot be read: {}", explained(error)))
+}
+
+/// Modules that are missing answer with `ENOENT`. Whatever else fails will be reported when filters
+/// are used.
+fn has_clsact(program: &Program) -> bool {
+    let tried = namespace::in_scratch_netns(|| {
+        let mut clsact = Clsact::open()?;
+        clsact.ensure(LOOPBACK)?;
+        let slot = Slot { priority: 1, handle: 1 };
+        clsact.put(LOOPBACK, Direction::Ingress, slot, "pm_probe", program)
+    });
+    !matches!(tried, Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound)
+}
+
+/// A kernel that does not know the flag refuses it (`EINVAL`) before it looks at the cgroup, of
+/// which the descriptor is none (`EBADF`).
+fn replaces(program: &Program) -> bool {
+    let target = Target { number: u32::MAX, attach_type: SocketHook::Connect4.attach_type() };
+    let flags = BPF_F_ALLOW_MULTI | BPF_F_REPLACE;
+    let refused = syscall::attach(target, program.fd(), flags, Some(program.fd()), 0);
+    refused.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+}
+
+fn load(hook: Hook, instructions: &[bpf_insn]) -> io::Result<Program> {
+    Program::try_load(hook, "pm_probe", instructions, c"GPL")
+}
+
+fn instruction(code: u32, value: i32) -> bpf_insn {
+    bpf_insn {
+        code: code as u8,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(0, 0),
+        off: 0,
+        imm: value,
+    }
+}
+
+fn set_result(value: i32) -> bpf_insn {
+    instruction(BPF_ALU64 | BPF_MOV, value)
+}
+
+fn exit() -> bpf_insn {
+    instruction(BPF_JMP | BPF_EXIT, 0)
+}
+
+/// With what the program was called with.
+fn call(helper: bpf_func_id) -> bpf_insn {
+    instruction(BPF_JMP | BPF_CALL, helper as i32)
+}

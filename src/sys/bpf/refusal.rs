@@ -1,0 +1,160 @@
+//! Why the kernel does not let this process use eBPF.
+//!
+//! `EPERM` has many causes, and the kernel names none. Whoever has to set a node up is told which
+//! of them hold.
+
+use std::fs;
+use std::io;
+
+use nix::sys::resource::{Resource, getrlimit};
+
+// Bits of CapEff in proc_pid_status(5).
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_BPF: u32 = 39;
+/// A limit under which not all maps fit.
+const MEMORY: u64 = 64 << 20;
+
+/// The error with what explains it behind it, if it is one of those that need it.
+#[must_use]
+pub fn explained(error: io::Error) -> io::Error {
+    let reason = match error.raw_os_error() {
+        Some(libc::ENOSYS) => {
+            "this kernel has no bpf(2) (CONFIG_BPF_SYSCALL), or a seccomp filter hides it".into()
+        }
+        Some(libc::EPERM | libc::EACCES) => Causes::read().describe(),
+        _ => return error,
+    };
+    io::Error::new(error.kind(), format!("{error}: {reason}"))
+}
+
+/// What is known of this process and the kernel that can be a cause.
+#[derive(Debug, Clone, Default)]
+struct Causes {
+    /// Bits of the thread's effective capabilities; all where /proc does not tell.
+    effective: u64,
+    /// The highest capability that the kernel knows.
+    last_capability: u32,
+    in_user_namespace: bool,
+    /// "integrity" or "confidentiality".
+    lockdown: Option<String>,
+    /// In bytes, if it is small.
+    memory_limit: Option<u64>,
+}
+
+impl Causes {
+    fn read() -> Self {
+        let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let status = text("/proc/thread-self/status");
+        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let limit = getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft);
+        Self {
+            effective: effective
+                .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+                .unwrap_or(u64::MAX),
+            last_capability: text("/proc/sys/kernel/cap_last_cap")
+                .trim()
+                .parse()
+                .unwrap_or_default(),
+            in_user_namespace: is_mapped(&text("/proc/self/uid_map")),
+            lockdown: lockdown_mode(&text("/sys/kernel/security/lockdown")),
+            memory_limit: limit.filter(|limit| *limit < MEMORY),
+        }
+    }
+
+    fn describe(&self) -> String {
+        let has = |capability: u32| self.effective >> capability & 1 == 1;
+        let mut reasons = Vec::new();
+        if !has(CAP_NET_ADMIN) {
+            reasons.push("this process lacks CAP_NET_ADMIN".to_owned());
+        }
+        if !has(CAP_SYS_ADMIN) {
+            reasons.push(match has(CAP_BPF) {
+                // Enough for most, but neither for mounting nor for opening by id.
+                true => "this process lacks CAP_SYS_ADMIN".to_owned(),
+                false if self.last_capability < CAP_BPF => {
+                    "this process lacks CAP_SYS_ADMIN".to_owned()
+                }
+                false => "this process lacks CAP_BPF, or CAP_SYS_ADMIN".to_owned(),
+            });
+        }
+        if self.in_user_namespace {
+            reasons.push("it is in a user namespace, and eBPF is for the first one".to_owned());
+        }
+        if let Some(mode) = &self.lockdown {
+            reasons.push(format!("the kernel is locked down ({mode})"));
+        }
+        match self.memory_limit {
+            _ if !reasons.is_empty() => reasons.join("; "),
+            Some(limit) => format!(
+                "RLIMIT_MEMLOCK, against which maps count before Linux 5.11, is {limit} bytes"
+            ),
+            None => "a security module or a seccomp filter may forbid it".to_owned(),
+        }
+    }
+}
+
+/// `text`: user_namespaces(7), uid_map; the first namespace maps everything to itself.
+fn is_mapped(text: &str) -> bool {
+    !text.is_empty() && text.split_whitespace().ne(["0", "0", "4294967295"])
+}
+
+/// `text`: the chosen mode is in brackets, "none [integrity] confidentiality".
+fn lockdown_mode(text: &str) -> Option<String> {
+    let (_, rest) = text.split_once('[')?;
+    let (mode, _) = rest.split_once(']')?;
+    (mode != "none").then(|| mode.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(effective: u64, last_capability: u32) -> String {
+        Causes { effective, last_capability, ..Causes::default() }.describe()
+    }
+
+    #[test]
+    fn capabilities_are_named_as_the_kernel_has_them() {
+        let (net, sys, bpf) = (1 << CAP_NET_ADMIN, 1 << CAP_SYS_ADMIN, 1 << CAP_BPF);
+        assert_eq!(text(net, 40), "this process lacks CAP_BPF, or CAP_SYS_ADMIN");
+        assert_eq!(text(net, 37), "this process lacks CAP_SYS_ADMIN");
+        assert_eq!(text(net | bpf, 40), "this process lacks CAP_SYS_ADMIN");
+        assert_eq!(text(sys, 40), "this process lacks CAP_NET_ADMIN");
+        assert_eq!(
+            text(0, 40),
+            "this process lacks CAP_NET_ADMIN; this process lacks CAP_BPF, or CAP_SYS_ADMIN"
+        );
+        assert_eq!(text(net | sys, 40), "a security module or a seccomp filter may forbid it");
+    }
+
+    #[test]
+    fn other_causes() {
+        let all = Causes { effective: u64::MAX, ..Causes::default() };
+        let limited = Causes { memory_limit: Some(65536), ..all.clone() };
+        let expected = "RLIMIT_MEMLOCK, against which maps count before Linux 5.11, is 65536 bytes";
+        assert_eq!(limited.describe(), expected);
+        let locked = Causes { lockdown: Some("integrity".into()), ..all.clone() };
+        assert_eq!(locked.describe(), "the kernel is locked down (integrity)");
+        let inside = Causes { in_user_namespace: true, ..all };
+        assert_eq!(inside.describe(), "it is in a user namespace, and eBPF is for the first one");
+    }
+
+    #[test]
+    fn what_the_files_say() {
+        assert_eq!(lockdown_mode("none [integrity] confidentiality\n"), Some("integrity".into()));
+        assert_eq!(lockdown_mode("[none] integrity confidentiality\n"), None);
+        assert_eq!(lockdown_mode(""), None);
+        assert!(!is_mapped("         0          0 4294967295\n"));
+        assert!(is_mapped("         0       1000          1\n"));
+        assert!(!is_mapped(""));
+    }
+
+    #[test]
+    fn only_refusals_are_explained() {
+        let full = explained(io::Error::from_raw_os_error(libc::E2BIG));
+        assert_eq!(full.raw_os_error(), Some(libc::E2BIG));
+        let missing = explained(io::Error::from_raw_os_error(libc::ENOSYS));
+        assert!(missing.to_string().contains("no bpf(2)"), "{missing}");
+    }
+}
