@@ -69,6 +69,7 @@ mod rig;
 mod sctp;
 mod services;
 mod shapes;
+mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
 mod versions;
