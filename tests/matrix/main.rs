@@ -59,9 +59,11 @@ macro_rules! on_variants {
 }
 
 mod conditions;
+mod counters;
 mod host_ip;
 mod localhost;
 mod masquerade;
+mod nodes;
 mod precedence;
 mod recordings;
 mod replay;
