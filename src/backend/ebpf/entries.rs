@@ -130,33 +130,33 @@ pub fn problems(
     Ok(problems)
 }
 
-/// Brings the map of the node's addresses from `before` to `after`; from whatever it has where
-/// `before` is not known.
+/// Brings the map of addresses from `before` to `after`; from whatever it has where `before` is not
+/// known.
 pub fn addresses(
     maps: &Maps,
-    before: Option<&BTreeSet<Addr>>,
-    after: &BTreeSet<Addr>,
+    before: Option<&BTreeMap<Addr, u32>>,
+    after: &BTreeMap<Addr, u32>,
 ) -> io::Result<()> {
-    let present = match before {
-        Some(before) => before.clone(),
+    let present: BTreeSet<Addr> = match before {
+        Some(before) => before.keys().copied().collect(),
         None => keys_of(&maps.addresses)?,
     };
-    for addr in after {
-        if before.is_none() || !present.contains(addr) {
-            maps.addresses.put(addr.as_bytes(), 1_u32.as_bytes())?;
+    for (addr, value) in after {
+        if before.is_none_or(|before| before.get(addr) != Some(value)) {
+            maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
         }
     }
-    for addr in present.difference(after) {
+    for addr in present.iter().filter(|addr| !after.contains_key(addr)) {
         maps.addresses.remove(addr.as_bytes())?;
     }
     Ok(())
 }
 
-/// The node's addresses that the map does not have.
-pub fn missing_addresses(maps: &Maps, expected: &BTreeSet<Addr>) -> io::Result<Vec<Addr>> {
+/// What the map of addresses does not have as it should.
+pub fn missing_addresses(maps: &Maps, expected: &BTreeMap<Addr, u32>) -> io::Result<Vec<Addr>> {
     let mut missing = Vec::new();
-    for addr in expected {
-        if maps.addresses.get(addr.as_bytes())?.is_none() {
+    for (addr, value) in expected {
+        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
             missing.push(*addr);
         }
     }
