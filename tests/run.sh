@@ -86,7 +86,10 @@ iptables iptables
 iptables-legacy iptables
 conntrack conntrack
 ip iproute2
+tc iproute2
+bpftool bpftool
 unshare util-linux
+setpriv util-linux
 cc gcc
 readelf binutils
 shellcheck shellcheck

@@ -13,6 +13,7 @@ mod clsact;
 mod cookie;
 mod features;
 mod map;
+mod object;
 mod pins;
 mod program;
 mod refusal;
