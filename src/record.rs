@@ -207,6 +207,12 @@ impl Record {
             && self.forwards(Family::V4).iter().any(|forward| forward.claim.covers_loopback())
     }
 
+    /// Whether the pod never sees a caller's own address.
+    #[must_use]
+    pub fn masquerades_all(&self) -> bool {
+        self.options.masq_all && !self.options.no_snat
+    }
+
     /// Who the rules belong to, for comments: network, start of the container ID and interface, cut
     /// to nft's limit of 128 bytes with the terminator.
     #[must_use]

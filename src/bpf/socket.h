@@ -8,7 +8,7 @@
 
 #include <linux/in.h>
 
-#include "maps.h"
+#include "flow.h"
 
 static __always_inline void read_address(struct bpf_sock_addr *ctx, int ipv6, struct addr *to)
 {
@@ -81,12 +81,8 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 	remember(&key, &called, claim_key.port);
 	write_address(ctx, ipv6, &key.addr, key.port);
 	count(reason);
-	if (reason == REASON_CONNECT) {
-		struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, &claim_key);
-
-		if (traffic)
-			traffic->connections++;
-	}
+	if (reason == REASON_CONNECT)
+		count_connection(&claim_key);
 }
 
 static __always_inline int concerns_claims(struct bpf_sock_addr *ctx)

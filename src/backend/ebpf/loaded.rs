@@ -253,6 +253,17 @@ pub fn unpin() -> Result<()> {
     pins.remove_all().map_err(failed("remove the pinned eBPF maps and programs"))
 }
 
+/// Numbers of the pinned maps of this name, of all layouts.
+pub fn ids(name: &str) -> Result<BTreeSet<u32>> {
+    let read = || -> io::Result<BTreeSet<u32>> {
+        let pins = Pins::open()?;
+        let layouts = pins.list()?.layouts;
+        let maps = layouts.into_iter().filter_map(|layout| pins.map(layout, name).transpose());
+        maps.map(|map| Ok(map?.id())).collect()
+    };
+    read().map_err(failed("list the pinned eBPF maps"))
+}
+
 fn pins() -> Result<Pins> {
     Pins::open().map_err(failed("use the directory for eBPF maps"))
 }

@@ -23,6 +23,7 @@ pub mod hooks;
 pub mod layout;
 pub mod loaded;
 pub mod objects;
+mod owner;
 pub mod sockets;
 pub mod trial;
 
@@ -171,7 +172,7 @@ impl Apply for Ebpf {
 
     fn unload(&self, host: &Host) -> Result<()> {
         let errors: Vec<Error> =
-            [devices::detach(host, &host.links()?), sockets::detach(), loaded::unpin()]
+            [devices::detach(host, &host.links()?), sockets::detach(host), loaded::unpin()]
                 .into_iter()
                 .filter_map(Result::err)
                 .collect();

@@ -51,7 +51,7 @@ fn entries(record: &Record) -> Vec<(ClaimKey, ClaimValue)> {
         let source = record
             .masquerade_as
             .iter()
-            .find(|ip| record.options.masq_all && Family::of(ip) == family)
+            .find(|ip| record.masquerades_all() && Family::of(ip) == family)
             .map(|ip| Addr::from(*ip));
         let value = |target: SocketAddr, flags: u16| {
             let mut value = ClaimValue::new(target, owner);

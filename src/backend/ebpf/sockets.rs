@@ -3,9 +3,9 @@
 //! without masquerading.
 //!
 //! They are attached to the root of cgroup v2 and act in the node's network namespace only, which they
-//! know by its cookie. Where Cilium runs they go to the root's children instead: its agent detaches
-//! others' programs from the root (cilium/cilium#43877), and its own of old versions cannot be attached
-//! beside others. Kernels without the cookie (before 5.7) get them at cgroups that never hold pods.
+//! know by its cookie; other nodes of the machine have theirs beside them. Where Cilium runs they go to
+//! the root's children instead: its agent detaches others' programs from the root
+//! (cilium/cilium#43877), and its own of old versions cannot be attached beside others. Kernels without the cookie (before 5.7) get them at cgroups that never hold pods.
 //!
 //! Without them everything works but calls by the node's own processes: that is worth a note, and no
 //! reason to leave the pod without its hostPort.
@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use super::loaded::Loaded;
+use super::owner::Own;
 use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::{self, Cgroup};
@@ -52,14 +53,20 @@ pub fn sync(host: &Host, loaded: &Loaded) -> Result<()> {
     };
     let names: BTreeSet<&str> = wanted.hooks.iter().map(|(_, name)| *name).collect();
     let ids = loaded.load(&names)?;
+    let mut missing = Vec::new();
     for place in &wanted.places {
         for (hook, name) in &wanted.hooks {
             let attached = place.query(*hook).map_err(|error| failed(place, name, error))?;
-            if ids.get(*name).is_some_and(|id| attached.programs.contains(id)) {
-                continue;
+            if !ids.get(*name).is_some_and(|id| attached.programs.contains(id)) {
+                missing.push((place, *hook, *name, attached.programs));
             }
+        }
+    }
+    if !missing.is_empty() {
+        let own = own(wanted.gated, &wanted.places, Some(loaded))?;
+        for (place, hook, name, attached) in &missing {
             let done = loaded.with_program(name, |program| {
-                put(place, *hook, &attached.programs, program)
+                put(place, *hook, attached, &own, program)
                     .map_err(|error| failed(place, name, error))
             });
             match done {
@@ -78,18 +85,20 @@ pub fn sync(host: &Host, loaded: &Loaded) -> Result<()> {
     if wanted.gated && !configure(loaded)? {
         note(host, "the cookie of the node's network namespace cannot be learnt");
     }
-    wanted.left.as_ref().map_or(Ok(()), clear)
+    if !missing.is_empty() {
+        clear(&wanted.places, wanted.gated, Some(loaded), &ids.into_values().collect())?;
+    }
+    clear(&wanted.left, wanted.gated, Some(loaded), &BTreeSet::new())
 }
 
 /// Tells the programs which network namespace is the node's; false if that could not be found out.
 fn configure(loaded: &Loaded) -> Result<bool> {
-    let failed = |error| Error::io("find the cookie of the network namespace", error);
-    if let Some(cookie) = cookie::own().map_err(failed)? {
+    if let Some(cookie) = cookie::own().map_err(no_cookie)? {
         loaded.set_cookie(cookie)?;
         return Ok(true);
     }
     if loaded.cookie()?.is_none() {
-        cookie::teach(|address| loaded.learn_from(address)).map_err(failed)?;
+        cookie::teach(|address| loaded.learn_from(address)).map_err(no_cookie)?;
         loaded.trust_learnt_cookie()?;
     }
     Ok(loaded.cookie()?.is_some())
@@ -118,12 +127,15 @@ pub fn problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
     Ok(problems)
 }
 
-/// Takes this plugin's programs off all cgroups that they may be attached to.
-pub fn detach() -> Result<()> {
+/// Takes this node's programs off all cgroups that they may be attached to.
+pub fn detach(host: &Host) -> Result<()> {
     let Ok(root) = cgroup::root() else {
         return Ok(());
     };
-    children(&root).iter().chain([&root]).try_for_each(clear)
+    let loaded = Loaded::open(true)?;
+    let mut places = children(&root);
+    places.push(root);
+    clear(&places, host.kernel()?.cookie_helper, loaded.as_ref(), &BTreeSet::new())
 }
 
 /// What belongs where on this node.
@@ -132,8 +144,8 @@ struct Wanted {
     hooks: Vec<(SocketHook, &'static str)>,
     /// By cookie.
     gated: bool,
-    /// A cgroup that programs may be attached to from before Cilium came.
-    left: Option<Cgroup>,
+    /// Where programs may be attached from before Cilium came.
+    left: Vec<Cgroup>,
 }
 
 fn wanted(host: &Host) -> Result<Wanted, String> {
@@ -154,12 +166,12 @@ fn wanted(host: &Host) -> Result<Wanted, String> {
     let (places, left) = match (gated, host.has_cilium()) {
         // What may be left at children since Cilium went does no harm: the second one finds nothing
         // to translate.
-        (true, false) => (vec![root], None),
-        (true, true) => (children(&root), Some(root)),
+        (true, false) => (vec![root], Vec::new()),
+        (true, true) => (children(&root), vec![root]),
         (false, _) => {
             let mut places = children(&root);
             places.retain(|place| HOST_ONLY.contains(&place.name()));
-            (places, None)
+            (places, Vec::new())
         }
     };
     if places.is_empty() {
@@ -172,41 +184,80 @@ fn children(root: &Cgroup) -> Vec<Cgroup> {
     root.children().unwrap_or_default()
 }
 
-/// Attaches a program, in the place of another version of it if there is one.
-fn put(place: &Cgroup, hook: SocketHook, attached: &[u32], program: &Program) -> io::Result<()> {
-    let mut former = Vec::new();
-    for id in attached {
-        former.extend(Program::from_id(*id)?.filter(is_own));
+/// How this node's programs at these cgroups are known.
+fn own(gated: bool, places: &[Cgroup], loaded: Option<&Loaded>) -> Result<Own> {
+    if !gated {
+        return Ok(Own::all());
     }
-    match former.pop() {
-        Some(old) => place.replace(hook, &old, program)?,
-        None => place.attach(hook, program)?,
-    }
-    former.iter().try_for_each(|old| place.detach(hook, old).map(drop))
-}
-
-fn clear(place: &Cgroup) -> Result<()> {
-    let clear = || -> io::Result<()> {
-        for hook in SocketHook::ALL {
-            let attached = match place.query(hook) {
-                // A kernel without the hook has nothing attached to it.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
-                other => other?,
-            };
-            for id in attached.programs {
-                if let Some(program) = Program::from_id(id)?.filter(is_own) {
-                    place.detach(hook, &program)?;
-                }
-            }
-        }
-        Ok(())
+    let cookie = match cookie::own().map_err(no_cookie)? {
+        None => loaded.map_or(Ok(None), Loaded::cookie)?,
+        told => told,
     };
-    clear().map_err(|error| {
-        Error::io(format!("take the eBPF programs off the cgroup {}", place.name()), error)
-    })
+    Own::find(places, cookie)
 }
 
-fn is_own(program: &Program) -> bool {
+/// Attaches a program, in the place of another version of it if there is one.
+fn put(
+    place: &Cgroup,
+    hook: SocketHook,
+    attached: &[u32],
+    own: &Own,
+    program: &Program,
+) -> io::Result<()> {
+    for id in attached {
+        if let Some(old) = Program::from_id(*id)?.filter(has_own_name)
+            && own.has(&old)?
+        {
+            return place.replace(hook, &old, program);
+        }
+    }
+    place.attach(hook, program)
+}
+
+/// Takes this node's programs but `keep` off cgroups.
+fn clear(
+    places: &[Cgroup],
+    gated: bool,
+    loaded: Option<&Loaded>,
+    keep: &BTreeSet<u32>,
+) -> Result<()> {
+    let mut found = Vec::new();
+    for place in places {
+        for hook in SocketHook::ALL {
+            found.extend(candidates(place, hook, keep).map_err(|error| unclear(place, error))?);
+        }
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    let own = own(gated, places, loaded)?;
+    for (place, hook, program) in &found {
+        let detach = || Ok(own.has(program)? && place.detach(*hook, program)?);
+        detach().map_err(|error| unclear(place, error))?;
+    }
+    Ok(())
+}
+
+/// Programs with this plugin's names at a hook, those of other nodes among them.
+fn candidates<'a>(
+    place: &'a Cgroup,
+    hook: SocketHook,
+    keep: &BTreeSet<u32>,
+) -> io::Result<Vec<(&'a Cgroup, SocketHook, Program)>> {
+    let attached = match place.query(hook) {
+        // A kernel without the hook has nothing attached to it.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut found = Vec::new();
+    for id in attached.programs.into_iter().filter(|id| !keep.contains(id)) {
+        let program = Program::from_id(id)?.filter(has_own_name);
+        found.extend(program.map(|program| (place, hook, program)));
+    }
+    Ok(found)
+}
+
+fn has_own_name(program: &Program) -> bool {
     SocketHook::ALL
         .into_iter()
         .flat_map(|hook| [true, false].map(|gated| self::program(hook, gated)))
@@ -217,6 +268,14 @@ fn note(host: &Host, reason: &str) {
     host.warn(format!(
         "processes of the node itself do not reach hostPorts by 127.0.0.1, ::1 or its addresses: {reason}"
     ));
+}
+
+fn unclear(place: &Cgroup, error: io::Error) -> Error {
+    Error::io(format!("take the eBPF programs off the cgroup {}", place.name()), error)
+}
+
+fn no_cookie(error: io::Error) -> Error {
+    Error::io("find the cookie of the network namespace", error)
 }
 
 fn failed(place: &Cgroup, name: &str, error: io::Error) -> Error {
