@@ -130,23 +130,13 @@ pub fn problems(
     Ok(problems)
 }
 
-/// Brings the map of the node's addresses from `before` to `after`; from whatever it has where
-/// `before` is not known.
-pub fn addresses(
-    maps: &Maps,
-    before: Option<&BTreeSet<Addr>>,
-    after: &BTreeSet<Addr>,
-) -> io::Result<()> {
-    let present = match before {
-        Some(before) => before.clone(),
-        None => keys_of(&maps.addresses)?,
-    };
-    for addr in after {
-        if before.is_none() || !present.contains(addr) {
-            maps.addresses.put(addr.as_bytes(), 1_u32.as_bytes())?;
-        }
+/// Brings the map of the node's addresses to `wanted`.
+pub fn addresses(maps: &Maps, wanted: &BTreeSet<Addr>) -> io::Result<()> {
+    let present: BTreeSet<Addr> = keys_of(&maps.addresses)?;
+    for addr in wanted.difference(&present) {
+        maps.addresses.put(addr.as_bytes(), 1_u32.as_bytes())?;
     }
-    for addr in present.difference(after) {
+    for addr in present.difference(wanted) {
         maps.addresses.remove(addr.as_bytes())?;
     }
     Ok(())
