@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue, FlowValue, port_bit};
-use portmap::backend::ebpf::loaded::Loaded;
+use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::backend::ebpf::objects::Claims;
 use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{self, Attachment, Output};
@@ -256,7 +256,9 @@ pub struct Entries {
 /// The entries of a node's maps; none if it has no maps.
 pub fn entries(node: &Netns) -> Entries {
     let open = || {
-        let loaded = Loaded::open(true).unwrap()?;
+        let Found::Loaded(loaded) = Loaded::open(&OWN, true).unwrap() else {
+            return None;
+        };
         let flows = loaded.flows().unwrap();
         Some((loaded.maps, flows))
     };

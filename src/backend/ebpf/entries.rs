@@ -164,23 +164,15 @@ pub fn problems(
     Ok(problems)
 }
 
-/// Brings the map of addresses from `before` to `after`; from whatever it has where `before` is not
-/// known.
-pub fn addresses(
-    maps: &Maps,
-    before: Option<&BTreeMap<Addr, u32>>,
-    after: &BTreeMap<Addr, u32>,
-) -> io::Result<()> {
-    let present: BTreeSet<Addr> = match before {
-        Some(before) => before.keys().copied().collect(),
-        None => keys_of(&maps.addresses)?,
-    };
-    for (addr, value) in after {
-        if before.is_none_or(|before| before.get(addr) != Some(value)) {
+/// Brings the map of addresses to what is wanted.
+pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<()> {
+    for (addr, value) in wanted {
+        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
             maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
         }
     }
-    for addr in present.iter().filter(|addr| !after.contains_key(addr)) {
+    let present: BTreeSet<Addr> = keys_of(&maps.addresses)?;
+    for addr in present.iter().filter(|addr| !wanted.contains_key(addr)) {
         maps.addresses.remove(addr.as_bytes())?;
     }
     Ok(())
