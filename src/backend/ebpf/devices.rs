@@ -89,7 +89,7 @@ pub fn problems(
         if !there {
             let place = match hook.mechanism {
                 Mechanism::Tcx => "at the head of tcx",
-                Mechanism::Clsact => "a filter of clsact",
+                Mechanism::Clsact => "as the first filter of clsact",
             };
             problems.push(format!(
                 "{}: program {} expected {place} {}, found another or none",

@@ -14,12 +14,13 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::layout::{Config, LAYOUT, REVISION, config_flags};
 use crate::error::{Error, Result};
 use crate::sys::bpf::map::Map;
-use crate::sys::bpf::object::{self, Object};
+use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::bpf::program::Program;
 
 /// All programs, as `src/bpf/build.sh` made them.
-pub static OBJECT: &[u8] = include_bytes!("../../bpf/portmap.bpf.o");
+pub static OBJECT: &[u8] = &ALIGNED.0;
+static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!("../../bpf/portmap.bpf.o"));
 /// Beginning of the object's SHA-256, which names its programs' directory. A test compares them.
 pub static OBJECT_REVISION: &str = include_str!("../../bpf/portmap.bpf.o.revision").trim_ascii();
 
