@@ -76,22 +76,28 @@ esac
 PATH=$PWD/target/tools/bin:$PATH:/usr/sbin:/sbin
 export PATH
 
-# What is looked for, and the package that has it. The last is upstream's plugin, for the comparison.
+# The program or file that is looked for, and the package that has it. The last is upstream's plugin, for the comparison.
 missing=
 while read -r tool package; do
-    command -v "$tool" >/dev/null || missing="$missing $package"
+    [ -e "$tool" ] || command -v "$tool" >/dev/null || missing="$missing $package"
 done <<'END'
 nft nftables
 iptables iptables
 iptables-legacy iptables
 conntrack conntrack
 ip iproute2
+tc iproute2
+bpftool bpftool
 unshare util-linux
+setpriv util-linux
 cc gcc
 readelf binutils
 shellcheck shellcheck
 dash dash
 busybox busybox
+clang-19 clang-19
+llvm-strip-19 llvm-19
+/usr/include/bpf/bpf_helpers.h libbpf-dev
 /usr/lib/cni/portmap containernetworking-plugins
 END
 if [ -n "$missing" ]; then
@@ -117,6 +123,9 @@ heading 'Shell scripts'
 scripts=$(find . \( -path ./target -o -path ./.git \) -prune -o -type f \( -name '*.sh' -o -path './.ci/*' \) -print)
 # shellcheck disable=SC2086 # one argument per script
 shellcheck $scripts
+
+heading 'eBPF objects'
+src/bpf/build.sh --check
 
 heading 'Clippy'
 as_caller cargo clippy --all-targets --locked -- -D warnings

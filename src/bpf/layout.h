@@ -123,6 +123,8 @@ struct fragment_key {
 #define FRAGMENT_SOURCE 1
 #define FRAGMENT_DESTINATION 2
 #define FRAGMENT_BOUNCE 4
+/* The first 6 bytes of `source` go into the frame (CLAIM_MAC); excludes FRAGMENT_SOURCE. */
+#define FRAGMENT_MAC 8
 
 struct fragment {
 	struct addr source;
@@ -195,6 +197,7 @@ enum reason {
 	REASON_DROP_NO_PORT,	/* no port left for a peer */
 	REASON_DROP_REWRITE,	/* the kernel refused to change a packet half-way */
 	REASON_DROP_LATE_FRAGMENT, /* of a hairpin, before its first */
+	REASON_SCTP_FRAGMENT,	/* passed: its checksum needs the length of the whole datagram */
 	REASONS
 };
 

@@ -21,20 +21,32 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use bpf::features::Features;
 use command::Tools;
-use netlink::route::RouteReader;
+use netlink::route::{Link, Route, RouteReader};
 
 /// The node as a verb sees it.
 pub struct Host {
     pub tools: Tools,
     warnings: Mutex<Vec<String>>,
     kernel: OnceLock<Features>,
+    cilium: OnceLock<bool>,
+    /// One socket for all questions about devices and routes.
+    routes: Mutex<Option<RouteReader>>,
+    /// The devices as `node_facts` saw them last.
+    links: Mutex<Option<Vec<Link>>>,
 }
 
 impl Host {
     /// `path` is the PATH of the environment.
     #[must_use]
     pub fn new(path: Option<&OsStr>) -> Self {
-        Host { tools: Tools::new(path), warnings: Mutex::default(), kernel: OnceLock::new() }
+        Host {
+            tools: Tools::new(path),
+            warnings: Mutex::default(),
+            kernel: OnceLock::new(),
+            cilium: OnceLock::new(),
+            routes: Mutex::default(),
+            links: Mutex::default(),
+        }
     }
 
     /// Notes something that the operator should know and that is no reason to fail; it goes to
@@ -73,11 +85,13 @@ impl Host {
     /// name, and leaves them there when it restarts.
     #[must_use]
     pub fn has_cilium(&self) -> bool {
-        let globals = std::fs::read_dir("/sys/fs/bpf/tc/globals").into_iter().flatten().flatten();
-        std::path::Path::new("/sys/fs/bpf/cilium").exists()
-            || globals.into_iter().any(|entry| {
+        *self.cilium.get_or_init(|| {
+            let globals = std::fs::read_dir("/sys/fs/bpf/tc/globals").into_iter().flatten();
+            let named = |entry: std::fs::DirEntry| {
                 entry.file_name().to_str().is_some_and(|name| name.starts_with("cilium_"))
-            })
+            };
+            std::path::Path::new("/sys/fs/bpf/cilium").exists() || globals.flatten().any(named)
+        })
     }
 
     /// Identifies this boot of the kernel; empty where /proc does not tell.
@@ -140,33 +154,55 @@ impl Host {
 
     /// Asks the kernel for addresses and devices of this network namespace.
     pub fn node_facts(&self) -> Result<NodeFacts> {
-        let read = || -> std::io::Result<NodeFacts> {
-            let mut reader = RouteReader::open()?;
-            Ok(NodeFacts::new(&reader.links()?, &reader.addresses()?, &reader.default_routes()?))
-        };
-        read().map_err(|error| {
-            Error::io("read the node's devices, addresses and routes (netlink)", error)
-        })
+        self.ask(
+            || "read the node's devices, addresses and routes (netlink)".into(),
+            |reader| {
+                let links = reader.links()?;
+                let facts = NodeFacts::new(&links, &reader.addresses()?, &reader.default_routes()?);
+                *self.links.lock().unwrap_or_else(PoisonError::into_inner) = Some(links);
+                Ok(facts)
+            },
+        )
+    }
+
+    /// The devices as `node_facts` saw them last, or as they are.
+    pub fn links(&self) -> Result<Vec<Link>> {
+        match self.links.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            Some(links) => Ok(links),
+            None => self.ask(|| "list the node's devices (netlink)".into(), RouteReader::links),
+        }
     }
 
     /// The address that the node itself would call an address from.
     pub fn source_towards(&self, ip: std::net::IpAddr) -> Result<Option<std::net::IpAddr>> {
-        let route = RouteReader::open()
-            .and_then(|mut reader| reader.route_to(ip))
-            .map_err(|error| Error::io(format!("find the route to {ip} (netlink)"), error))?;
-        Ok(route.and_then(|route| route.source))
+        Ok(self.route_to(ip)?.and_then(|route| route.source))
     }
 
     /// Name of the device that leads to an address.
     pub fn device_towards(&self, ip: std::net::IpAddr) -> Result<Option<String>> {
-        let failed = |error| Error::io(format!("find the route to {ip} (netlink)"), error);
-        let find = || RouteReader::open()?.route_to(ip);
-        let Some(route) = find().map_err(failed)? else {
+        let Some(route) = self.route_to(ip)? else {
             return Ok(None);
         };
-        let name =
-            nix::net::if_::if_indextoname(route.device).map_err(|error| failed(error.into()))?;
-        Ok(Some(name.to_string_lossy().into_owned()))
+        let known = self.links()?.into_iter().find(|link| link.index == route.device);
+        Ok(known.map(|link| link.name))
+    }
+
+    fn route_to(&self, ip: std::net::IpAddr) -> Result<Option<Route>> {
+        self.ask(|| format!("find the route to {ip} (netlink)"), |reader| reader.route_to(ip))
+    }
+
+    /// `action` completes "cannot …".
+    fn ask<T>(
+        &self,
+        action: impl FnOnce() -> String,
+        question: impl FnOnce(&mut RouteReader) -> std::io::Result<T>,
+    ) -> Result<T> {
+        let mut socket = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = match &mut *socket {
+            Some(reader) => question(reader),
+            None => RouteReader::open().and_then(|reader| question(socket.insert(reader))),
+        };
+        answer.map_err(|error| Error::io(action(), error))
     }
 }
 

@@ -87,7 +87,8 @@ fn programs_stand_beside_others_and_keep_their_place() {
             let child = child.open();
             assert!(child.query(hook).unwrap().programs.is_empty());
             let effective = child.effective(hook).unwrap();
-            assert!(effective.ends_with(&ids()), "{effective:?}");
+            // Somebody else may have attached programs to the root.
+            assert!(effective.windows(3).any(|three| three == ids()), "{effective:?}");
             child.attach(hook, &newer).unwrap();
             let effective = child.effective(hook).unwrap();
             assert!(effective.contains(&newer.id()) && effective.contains(&ours.id()));

@@ -1,7 +1,7 @@
 use portmap::sys::bpf::cookie;
 use portmap::sys::bpf::features::Features;
 
-use crate::{isolated, run};
+use crate::{isolated, kernel, run};
 
 /// Only what every kernel has that these tests run on is known beforehand.
 #[test]
@@ -9,10 +9,7 @@ use crate::{isolated, run};
 fn what_a_probe_finds_is_so_and_leaves_nothing() {
     isolated(|| {
         let found = Features::probe().unwrap();
-        let kernel = nix::sys::utsname::uname().unwrap();
-        let mut numbers = kernel.release().to_str().unwrap().split(['.', '-']);
-        let mut number = || numbers.next().unwrap().parse::<u32>().unwrap();
-        let version = (number(), number());
+        let version = kernel();
         assert!(found.tcx || version < (6, 6));
         assert!(found.clsact);
         assert!(found.cookie_helper || version < (5, 7));

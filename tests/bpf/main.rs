@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::print_stdout,
     reason = "these tests set up what is read, and fail by panicking"
 )]
 
@@ -12,6 +13,7 @@ mod clsact;
 mod cookie;
 mod features;
 mod map;
+mod object;
 mod pins;
 mod program;
 mod refusal;
@@ -20,13 +22,25 @@ mod tcx;
 use std::process::Command;
 
 use aya_obj::generated::{bpf_insn, bpf_map_type};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::map::{Definition, Map};
 use portmap::sys::bpf::program::{Hook, Program};
 
 /// Runs `test` in a network namespace with a bpffs of its own at /sys/fs/bpf.
 fn isolated(test: impl FnOnce() + Send) {
+    // Kernels before 5.11 let go of the memory of what a test has made in a while only. Where this
+    // is refused, there is a later one.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).ok();
     Netns::with_private_bpffs("bpf").expect("root is needed").run(test).unwrap();
+}
+
+/// Major and minor version of the kernel.
+fn kernel() -> (u32, u32) {
+    let name = nix::sys::utsname::uname().unwrap();
+    let mut numbers = name.release().to_str().unwrap().split(['.', '-']);
+    let mut number = || numbers.next().unwrap().parse().unwrap();
+    (number(), number())
 }
 
 /// An instruction: code, destination and source register, offset, immediate value.

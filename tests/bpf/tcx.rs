@@ -3,12 +3,19 @@ use std::io::ErrorKind;
 use portmap::sys::bpf::program::Program;
 use portmap::sys::bpf::{Direction, tcx};
 
-use crate::{classifier, isolated, run, veth};
+use crate::{classifier, isolated, kernel, run, veth};
+
+fn with_tcx(test: impl FnOnce() + Send) {
+    match kernel() {
+        version if version < (6, 6) => println!("no tcx here"),
+        _ => isolated(test),
+    }
+}
 
 #[test]
 #[ignore = "privileged: needs bpf(2) and network namespaces"]
 fn ours_runs_first_and_keeps_its_place() {
-    isolated(|| {
+    with_tcx(|| {
         let device = veth();
         let [ours, newer, foreign, other] =
             ["pm_a", "pm_b", "foreign", "other"].map(|name| classifier(name, -1));
@@ -42,7 +49,7 @@ fn ours_runs_first_and_keeps_its_place() {
 #[test]
 #[ignore = "privileged: needs bpf(2) and network namespaces"]
 fn more_programs_than_one_query_expects() {
-    isolated(|| {
+    with_tcx(|| {
         let device = veth();
         let programs: Vec<Program> = (0..20).map(|n| classifier(&format!("pm_{n}"), -1)).collect();
         for program in &programs {
@@ -56,7 +63,7 @@ fn more_programs_than_one_query_expects() {
 #[test]
 #[ignore = "privileged: needs bpf(2) and network namespaces"]
 fn nothing_stays_of_a_device_that_is_gone() {
-    isolated(|| {
+    with_tcx(|| {
         let device = veth();
         let program = classifier("pm_gone", -1);
         let id = program.id();

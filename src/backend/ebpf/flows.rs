@@ -29,14 +29,9 @@ pub fn forget(flows: &Flows, former: &[Former]) -> io::Result<Callers> {
                     || former.key.port() == value.host_port())
         })
     };
-    let lost: Vec<Vec<u8>> = flows
-        .flows
-        .entries()?
-        .into_iter()
-        .filter(|(_, value)| FlowValue::read_from_bytes(value).is_ok_and(|value| is_lost(&value)))
-        .map(|(key, _)| key)
-        .collect();
-    flows.flows.remove_all(&lost)?;
+    flows.flows.remove_where(|_, value| {
+        FlowValue::read_from_bytes(value).is_ok_and(|value| is_lost(&value))
+    })?;
     let udp = Protocol::Udp.number();
     let pods: BTreeSet<SocketAddr> = former
         .iter()
@@ -47,18 +42,17 @@ pub fn forget(flows: &Flows, former: &[Former]) -> io::Result<Callers> {
     if pods.is_empty() {
         return Ok(callers);
     }
-    let mut gone = Vec::new();
-    for (key, _) in flows.sockets.entries()? {
-        let Ok(socket) = SocketKey::read_from_bytes(&key) else {
-            continue;
+    flows.sockets.remove_where(|key, _| {
+        let Ok(socket) = SocketKey::read_from_bytes(key) else {
+            return false;
         };
         let pod = SocketAddr::new(socket.addr.ip(), socket.port());
-        if socket.protocol == udp && pods.contains(&pod) {
+        let called = socket.protocol == udp && pods.contains(&pod);
+        if called {
             callers.entry(pod).or_default().insert(socket.cookie);
-            gone.push(key);
         }
-    }
-    flows.sockets.remove_all(&gone)?;
+        called
+    })?;
     Ok(callers)
 }
 

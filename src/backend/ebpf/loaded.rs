@@ -76,7 +76,6 @@ impl Loaded {
         }
         let pins = pins()?;
         let object = Object::parse(OBJECT).map_err(failed("read the eBPF object"))?;
-        object::lift_memory_limit();
         let definitions = object.maps();
         let older = pins.list().map_err(failed("list the pinned eBPF maps"))?.layouts;
         let maps = pins
@@ -136,7 +135,6 @@ impl Loaded {
         }
         let load = || -> io::Result<Vec<Program>> {
             let object = Object::parse(OBJECT)?;
-            object::lift_memory_limit();
             let wanted = object.maps();
             let maps = self
                 .pins

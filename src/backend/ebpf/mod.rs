@@ -42,7 +42,6 @@ use crate::facts::NodeFacts;
 use crate::model::Protocol;
 use crate::record::{Part, Record};
 use crate::sys::Host;
-use crate::sys::netlink::route::{Link, RouteReader};
 use crate::sys::netlink::socket_diag;
 
 /// The backend.
@@ -78,8 +77,8 @@ impl Observe for Ebpf {
         {
             problems.push(format!("{} is not known as an address of the node", addr.ip()));
         }
-        let links = links()?;
-        problems.extend(devices::problems(host, &loaded, &links, &host.node_facts()?)?);
+        let now = host.node_facts()?;
+        problems.extend(devices::problems(host, &loaded, &host.links()?, &now)?);
         problems.extend(sockets::problems(host, &loaded)?);
         Ok(problems)
     }
@@ -91,7 +90,7 @@ impl Apply for Ebpf {
             return Ok(Outcome::NeedsRestore("the eBPF maps are not there".into()));
         };
         if change.added.is_some() {
-            let links = links()?;
+            let links = host.links()?;
             let hooked = devices::sync(host, &loaded, &links, change.facts, Scope::All)
                 .and_then(|()| sockets::sync(host, &loaded));
             match hooked {
@@ -146,7 +145,7 @@ impl Apply for Ebpf {
             })
             .map_err(failed("write the eBPF maps"))?;
         if !records.is_empty() {
-            let links = links()?;
+            let links = host.links()?;
             devices::sync(host, &loaded, &links, desired.facts, Scope::All)?;
             sockets::sync(host, &loaded)?;
             loaded.claim_revision()?;
@@ -167,12 +166,13 @@ impl Apply for Ebpf {
             return Ok(());
         };
         let scope = if names.is_empty() { Scope::All } else { Scope::Only(names) };
-        devices::sync(host, &loaded, &links()?, &host.node_facts()?, scope)
+        let facts = host.node_facts()?;
+        devices::sync(host, &loaded, &host.links()?, &facts, scope)
     }
 
     fn unload(&self, host: &Host) -> Result<()> {
         let errors: Vec<Error> =
-            [devices::detach(host, &links()?), sockets::detach(host), loaded::unpin()]
+            [devices::detach(host, &host.links()?), sockets::detach(host), loaded::unpin()]
                 .into_iter()
                 .filter_map(Result::err)
                 .collect();
@@ -229,12 +229,6 @@ fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
     if let Err(error) = seeded {
         host.warn(format!("connections of the node from a hostPort may break: {error}"));
     }
-}
-
-fn links() -> Result<Vec<Link>> {
-    RouteReader::open()
-        .and_then(|mut reader| reader.links())
-        .map_err(failed("list the node's devices (netlink)"))
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> Error {

@@ -37,7 +37,6 @@ pub fn probe(_host: &Host) -> Result<(), Unusable> {
 
 fn try_out() -> Result<(), String> {
     let object = Object::parse(OBJECT).map_err(|error| format!("the eBPF object: {error}"))?;
-    object::lift_memory_limit();
     let make = |(name, definition): (String, Definition)| {
         let max_entries = definition.max_entries.min(ENTRIES);
         let map = Map::create(&Definition { max_entries, ..definition })

@@ -13,7 +13,7 @@ use super::clsact::{Clsact, Slot};
 use super::map::{Definition, Map};
 use super::program::{Hook, Program, SocketHook};
 use super::syscall::{self, Target};
-use super::{Direction, cgroup, cookie, explained, object, tcx};
+use super::{Direction, cgroup, cookie, object, tcx};
 use crate::sys::namespace;
 
 /// Index of the loopback device of every network namespace.
@@ -56,9 +56,8 @@ impl Features {
             value_size: 4,
             max_entries: 1,
             flags: 0,
-        })
-        .map_err(explained)?;
-        let classifier = load(Hook::Classifier, &[set_result(0), exit()]).map_err(explained)?;
+        })?;
+        let classifier = load(Hook::Classifier, &[set_result(0), exit()])?;
         let socket = |hook, instructions: &[bpf_insn]| load(Hook::Socket(hook), instructions);
         let connect = socket(SocketHook::Connect4, &[set_result(1), exit()]);
         let cookie = [call(bpf_func_id::BPF_FUNC_get_netns_cookie), set_result(1), exit()];
@@ -86,7 +85,7 @@ fn no_root() -> Option<String> {
     };
     // EINVAL without CONFIG_CGROUP_BPF.
     let error = root.query(SocketHook::Connect4).err()?;
-    Some(format!("programs of the root of cgroup v2 cannot be read: {}", explained(error)))
+    Some(format!("programs of the root of cgroup v2 cannot be read: {error}"))
 }
 
 /// Modules that are missing answer with `ENOENT`. Whatever else fails will be reported when filters

@@ -3,31 +3,25 @@
 //! Taking it apart costs half a millisecond and verifying its programs many times that, so nothing
 //! of it is looked at unless something is missing in the kernel.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::CString;
 use std::io;
-use std::num::NonZero;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aya_obj::ProgramSection;
 use aya_obj::generated::{bpf_attach_type, bpf_insn};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use sha2::{Digest, Sha256};
 
+use super::in_parallel;
 use super::map::{Definition, Map};
 use super::program::{Hook, Program, SocketHook};
 
-/// Hexadecimal digits of a revision.
-const REVISION: usize = 16;
-
-/// The beginning of an object's SHA-256, which names the directory of its programs.
+/// The first 16 hexadecimal digits of an object's SHA-256, which name the directory of its programs.
 #[must_use]
 pub fn revision(object: &[u8]) -> String {
-    let mut digits: String =
-        Sha256::digest(object).iter().map(|byte| format!("{byte:02x}")).collect();
-    digits.truncate(REVISION);
-    digits
+    Sha256::digest(object)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Bytes at an address that is a multiple of 8: sections of an object are read in place.
@@ -142,33 +136,22 @@ impl Object {
 ///
 /// As [`Program::load`], of the first program that fails.
 pub fn load(programs: &[Loadable]) -> io::Result<Vec<Program>> {
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(program) = programs.get(index) else { return done };
-            let Loadable { name, hook, license, instructions } = program;
-            done.push((index, Program::load(*hook, name, instructions, license)));
-        }
-    };
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(programs.len());
-    let mut results = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut results = work();
-        for other in others {
-            results.extend(other.join().map_err(|_| io::Error::other("a loading thread ended"))?);
-        }
-        io::Result::Ok(results)
+    lift_memory_limit();
+    // The long ones first, lest the last one is begun when all others are done.
+    let mut order: Vec<(usize, &Loadable)> = programs.iter().enumerate().collect();
+    order.sort_by_key(|(_, program)| Reverse(program.instructions.len()));
+    let mut loaded = in_parallel(&order, |(index, program)| {
+        let Loadable { name, hook, license, instructions } = program;
+        (*index, Program::load(*hook, name, instructions, license))
     })?;
-    results.sort_by_key(|(index, _)| *index);
-    results.into_iter().map(|(_, result)| result).collect()
+    loaded.sort_by_key(|(index, _)| *index);
+    loaded.into_iter().map(|(_, program)| program).collect()
 }
 
 /// Before Linux 5.11, maps and programs count against the memory that a process may lock, and 64 KiB
 /// are usual. Later kernels do not look at it. Without `CAP_SYS_RESOURCE` it stays as it is, and
 /// what then does not fit is refused with `EPERM`.
-pub fn lift_memory_limit() {
+pub(super) fn lift_memory_limit() {
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).ok();
 }
 

@@ -19,7 +19,9 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use super::in_parallel;
 use super::map::{Definition, Map};
+use super::object::lift_memory_limit;
 use super::program::Program;
 use super::refusal::explained;
 
@@ -40,7 +42,7 @@ pub struct Contents {
     /// Layouts of which there are maps, in ascending order. A plugin that finds a newer one than its
     /// own must leave everything as it is.
     pub layouts: Vec<u32>,
-    /// Revisions of which there are programs.
+    /// Revisions of the object of which there are programs.
     pub revisions: Vec<String>,
 }
 
@@ -115,11 +117,14 @@ impl Pins {
         fill: impl FnOnce(&BTreeMap<String, Map>) -> io::Result<()>,
     ) -> io::Result<BTreeMap<String, Map>> {
         self.prepare()?;
+        lift_memory_limit();
         let dir = self.maps_dir(layout);
+        let definitions: Vec<&Definition> = definitions.into_iter().collect();
+        // Clearing the memory of a large LRU map takes longer than all others together.
         let make =
-            |definition: &Definition| Ok((definition.name.clone(), Map::create(definition)?));
+            |definition: &&Definition| Ok((definition.name.clone(), Map::create(definition)?));
         let maps: BTreeMap<String, Map> =
-            definitions.into_iter().map(make).collect::<io::Result<_>>()?;
+            in_parallel(&definitions, make)?.into_iter().collect::<io::Result<_>>()?;
         fill(&maps)?;
         self.publish(&dir, |temporary| {
             maps.iter().try_for_each(|(name, map)| map.pin(&temporary.join(name)))?;

@@ -1,11 +1,11 @@
 //! Finding records by what they have, without reading all.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::file::{entries, ignore_absent};
+use super::file::{entries, ignore_absent, touch};
 use super::{Store, record_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
@@ -96,10 +96,9 @@ impl Store {
     }
 
     pub(super) fn index_add(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let dir = self.index_dir(key);
-        fs::create_dir_all(&dir)
-            .and_then(|()| File::create(dir.join(id)).map(drop))
-            .map_err(|error| Error::io(format!("write the index entry {}", dir.display()), error))
+        let path = self.index_dir(key).join(id);
+        touch(&path)
+            .map_err(|error| Error::io(format!("write the index entry {}", path.display()), error))
     }
 
     pub(super) fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {

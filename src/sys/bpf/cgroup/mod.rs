@@ -86,7 +86,7 @@ impl Cgroup {
     /// here or above does not allow others.
     pub fn attach(&self, hook: SocketHook, program: &Program) -> io::Result<()> {
         syscall::attach(self.target(hook), program.fd(), BPF_F_ALLOW_MULTI, None, 0)
-            .map_err(|error| self.explained(hook, error))
+            .map_err(|error| self.refused(hook, error))
     }
 
     /// Puts `new` in the place of `old`; no call is without one of the two. Before Linux 5.6 `new`
@@ -98,7 +98,7 @@ impl Cgroup {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 self.replace_in_two_steps(hook, old, new)
             }
-            result => result.map_err(|error| self.explained(hook, error)),
+            result => result.map_err(|error| self.refused(hook, error)),
         }
     }
 
@@ -122,8 +122,8 @@ impl Cgroup {
     }
 
     /// The kernel refuses with `EPERM` also where another program leaves no room.
-    fn explained(&self, hook: SocketHook, error: io::Error) -> io::Error {
-        if error.raw_os_error() != Some(libc::EPERM) {
+    fn refused(&self, hook: SocketHook, error: io::Error) -> io::Error {
+        if error.kind() != io::ErrorKind::PermissionDenied {
             return error;
         }
         let place = match (self.query(hook), self.effective(hook)) {

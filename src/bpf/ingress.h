@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/* What comes from outside or from a pod. */
+#ifndef PORTMAP_INGRESS_H
+#define PORTMAP_INGRESS_H
+
+#include "flow.h"
+#include "local.h"
+
+/* A source that nobody has: 192.0.0.8 (RFC 7600) and 100::8 (RFC 6666). */
+static __always_inline void set_dummy(struct addr *to)
+{
+	if (is_v4(to)) {
+		to->w[3] = bpf_htonl(0xc0000008);
+	} else {
+		to->w[0] = bpf_htonl(0x01000000);
+		to->w[1] = 0;
+		to->w[2] = 0;
+		to->w[3] = bpf_htonl(8);
+	}
+}
+
+/* Whether the packet answers a connection that the node itself made from a hostPort's number. */
+static __always_inline int is_node_flow(const struct packet *p)
+{
+	struct flow_key key = {
+		.pod = p->tuple.destination, .peer = p->tuple.source,
+		.pod_port = p->tuple.destination_port, .peer_port = p->tuple.source_port,
+		.protocol = p->protocol,
+	};
+	struct flow *flow = bpf_map_lookup_elem(&pm_flows, &key);
+
+	if (!flow || !(flow->flags & FLOW_NODE) || replaceable(flow, p))
+		return 0;
+	touch(flow, p);
+	return 1;
+}
+
+/*
+ * A packet to a claim: what the pod gets. The claims decide anew for every packet; flows are for
+ * the answers, and made here. An ICMP error makes none.
+ */
+static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet *p,
+					    struct tuple *to, int from_pod, __u64 *mac)
+{
+	struct tuple *t = &p->tuple;
+	struct claim_key claim_key = {
+		.addr = t->destination, .port = t->destination_port, .protocol = p->protocol,
+	};
+	struct flow_key key = {
+		.peer = t->source, .peer_port = t->source_port, .protocol = p->protocol,
+	};
+	struct claim *claim;
+	struct flow *flow = 0;
+	__u32 any, made = 0, hairpin = 0, own = 0;
+
+	claim = find_claim(&claim_key, &any);
+	if (!claim)
+		return PASS;
+	key.pod = claim->pod;
+	key.pod_port = claim->port;
+	if (from_pod && !(claim->flags & CLAIM_SELF) && same_addr(&t->source, &claim->pod)) {
+		/*
+		 * Through the stack, the packet's source would be an address of its own device, or the
+		 * pod's own when it gets there: a martian either way.
+		 */
+		hairpin = FLOW_HAIRPIN;
+		if (claim->flags & CLAIM_MASQUERADE) {
+			key.peer = claim->source;
+			own = !is_ephemeral(t->source_port);
+		} else {
+			set_dummy(&key.peer);
+			own = 1;
+		}
+	} else {
+		flow = bpf_map_lookup_elem(&pm_flows, &key);
+	}
+
+	if (flow && !(flow->flags & (FLOW_REMAPPED | FLOW_HAIRPIN | FLOW_MASQUERADED)) &&
+	    same_addr(&flow->host, &t->destination) && flow->host_port == t->destination_port) {
+		touch(flow, p);
+	} else {
+		struct remap_key from = {
+			.peer = t->source, .host = t->destination,
+			.peer_port = t->source_port, .host_port = t->destination_port,
+			.protocol = p->protocol,
+		};
+		int taken = hairpin || (flow && !replaceable(flow, p));
+		struct flow *remapped;
+
+		if (!(claim->flags & CLAIM_SELF) && !p->icmp && !is_local(skb, p, from_pod)) {
+			count(REASON_NOT_LOCAL);
+			return PASS;
+		}
+		if (!p->icmp && is_node_flow(p)) {
+			count(REASON_NODE_FLOW);
+			return PASS;
+		}
+		remapped = find_remapped(&key, &from, t);
+		if (remapped) {
+			touch(remapped, p);
+		} else {
+			struct flow new = {
+				.host = t->destination, .peer = t->source,
+				.host_port = t->destination_port, .peer_port = t->source_port,
+				.flags = any | hairpin, .owner = claim->owner,
+			};
+
+			if (p->icmp)
+				return PASS;
+			stamp(&new);
+			if (taken) {
+				new.flags |= FLOW_REMAPPED;
+				if (choose_port(&key, &new, &from, own))
+					return DROP;
+				if (!hairpin)
+					count(REASON_REMAPPED);
+			} else {
+				key.peer_port = t->source_port;
+				bpf_map_update_elem(&pm_flows, &key, &new, BPF_ANY);
+			}
+			made = 1;
+		}
+	}
+
+	if (claim->flags & CLAIM_MAC)
+		__builtin_memcpy(mac, claim->mac, ETH_ALEN);
+	to->source = key.peer;
+	to->destination = key.pod;
+	to->source_port = key.peer_port;
+	to->destination_port = key.pod_port;
+	if (claim->flags & CLAIM_SELF)
+		return CHANGE;
+	if (p->icmp) {
+		count(REASON_ICMP_IN);
+	} else {
+		count_in(&claim_key, p, made);
+		count(hairpin ? REASON_HAIRPIN : REASON_FORWARDED);
+		if (made)
+			count(REASON_NEW_FLOW);
+	}
+	return hairpin ? BOUNCE : CHANGE;
+}
+
+/*
+ * What a pod answers to an address that stands for its peer's: to itself in a hairpin, or to the
+ * node that masquerades.
+ */
+static __always_inline enum verdict turn_back(struct packet *p, struct tuple *to)
+{
+	struct tuple *t = &p->tuple;
+	struct flow_key key = {
+		.pod = t->source, .peer = t->destination,
+		.pod_port = t->source_port, .peer_port = t->destination_port,
+		.protocol = p->protocol,
+	};
+	struct flow *flow = bpf_map_lookup_elem(&pm_flows, &key);
+
+	if (!flow || !(flow->flags & (FLOW_HAIRPIN | FLOW_MASQUERADED)))
+		return PASS;
+	touch(flow, p);
+	to->destination = flow->peer;
+	to->destination_port = flow->peer_port;
+	if (flow->flags & FLOW_MASQUERADED) {
+		/* The rest is done at egress, for the flow that this one stands for. */
+		to->source = t->source;
+		to->source_port = t->source_port;
+		return CHANGE;
+	}
+	to->source = flow->host;
+	to->source_port = flow->host_port;
+	if (p->icmp) {
+		count(REASON_ICMP_OUT);
+	} else {
+		count_out(flow, p);
+		count(REASON_ANSWERED);
+	}
+	return BOUNCE;
+}
+
+#endif

@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/* The maps, and the few things that every program does with them. */
+#ifndef PORTMAP_MAPS_H
+#define PORTMAP_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "layout.h"
+
+#define MAP(name, kind, of, to, size, flags)	\
+	struct {				\
+		__uint(type, kind);		\
+		__type(key, of);		\
+		__type(value, to);		\
+		__uint(max_entries, size);	\
+		__uint(map_flags, flags);	\
+	} name SEC(".maps")
+
+/* What is looked up. Not preallocated: most nodes have a few dozen. */
+MAP(pm_claims, BPF_MAP_TYPE_HASH, struct claim_key, struct claim, 65536, BPF_F_NO_PREALLOC);
+/*
+ * Addresses of the node when the plugin ran last: 1. Value 0 is a broadcast address, which
+ * bpf_fib_lookup does not tell from one of the node's own.
+ */
+MAP(pm_addresses, BPF_MAP_TYPE_HASH, struct addr, __u32, 4096, BPF_F_NO_PREALLOC);
+/*
+ * One bit for each port (of any protocol) that is the hostPort of a claim or the containerPort of
+ * a pod: word port >> 6, bit port & 63. Most packets need nothing else.
+ */
+MAP(pm_ports, BPF_MAP_TYPE_ARRAY, __u32, __u64, 1024, 0);
+/* How many claims need the bit. The plugin's own: programs see bits only. */
+MAP(pm_port_uses, BPF_MAP_TYPE_HASH, __u16, __u32, 65536, BPF_F_NO_PREALLOC);
+MAP(pm_config, BPF_MAP_TYPE_ARRAY, __u32, struct config, 1, 0);
+
+/*
+ * What is remembered. LRU maps are preallocated, 16 to 20 MB for the flows. A flow that is evicted
+ * comes back with the peer's next packet.
+ */
+MAP(pm_flows, BPF_MAP_TYPE_LRU_HASH, struct flow_key, struct flow, 131072, 0);
+MAP(pm_remaps, BPF_MAP_TYPE_LRU_HASH, struct remap_key, struct remap, 8192, 0);
+MAP(pm_fragments, BPF_MAP_TYPE_LRU_HASH, struct fragment_key, struct fragment, 4096, 0);
+MAP(pm_sockets, BPF_MAP_TYPE_LRU_HASH, struct socket_key, struct socket_value, 16384, 0);
+
+/* What is counted: pm_traffic only for keys that the plugin has put there. */
+MAP(pm_reasons, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS, 0);
+MAP(pm_traffic, BPF_MAP_TYPE_PERCPU_HASH, struct claim_key, struct traffic, 65536,
+    BPF_F_NO_PREALLOC);
+
+/*
+ * Makes the verifier forget what it knows of a number: it walks the code behind once for each set
+ * of constants that it arrives with. `unknown` is anything that it does not know, such as a field
+ * of the context.
+ */
+#define FORGET(number, unknown)					\
+	do {							\
+		__u64 _number = (number), _unknown = (unknown);	\
+		asm volatile("%0 ^= %1\n%0 ^= %1"		\
+			     : "+r"(_number) : "r"(_unknown));	\
+		(number) = _number;				\
+	} while (0)
+
+/* Keeps the compiler from taking an expression apart into branches. */
+#define WHOLE(number) asm volatile("" : "+r"(number))
+
+static __always_inline void count(__u32 reason)
+{
+	__u64 *counter = bpf_map_lookup_elem(&pm_reasons, &reason);
+
+	if (counter)
+		*counter += 1;
+}
+
+/* Not zero: a claim or a pod has this port. */
+static __always_inline __u64 port_known(__be16 port)
+{
+	__u32 number = bpf_ntohs(port);
+	__u32 index = number >> 6;
+	__u64 *word = bpf_map_lookup_elem(&pm_ports, &index);
+
+	return word ? *word >> (number & 63) & 1 : 0;
+}
+
+static __always_inline int same_addr(const struct addr *a, const struct addr *b)
+{
+	__u64 difference = (a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) |
+			   (a->w[3] ^ b->w[3]);
+
+	WHOLE(difference);
+	return !difference;
+}
+
+static __always_inline void set_v4(struct addr *to, __be32 address)
+{
+	to->w[0] = 0;
+	to->w[1] = 0;
+	to->w[2] = bpf_htonl(0xffff);
+	to->w[3] = address;
+}
+
+static __always_inline int is_v4(const struct addr *a)
+{
+	__u64 difference = a->w[0] | a->w[1] | (a->w[2] ^ bpf_htonl(0xffff));
+
+	WHOLE(difference);
+	return !difference;
+}
+
+/* Any address of the same family: 0.0.0.0 or ::. */
+static __always_inline void set_any(struct addr *to)
+{
+	if (!is_v4(to))
+		to->w[2] = 0;
+	to->w[0] = 0;
+	to->w[1] = 0;
+	to->w[3] = 0;
+}
+
+/*
+ * The claim of an address and port: one of the address itself wins over one of any address.
+ * `key` is left as that of the claim, *any says which it is.
+ */
+static __always_inline struct claim *find_claim(struct claim_key *key, __u32 *any)
+{
+	struct claim *claim = bpf_map_lookup_elem(&pm_claims, key);
+
+	*any = 0;
+	if (claim)
+		return claim;
+	*any = FLOW_ANY;
+	set_any(&key->addr);
+	return bpf_map_lookup_elem(&pm_claims, key);
+}
+
+#endif

@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * Sockets of the node itself: they call the pod instead of 127.0.0.1, ::1 or an address of the
+ * node, and are told that it was those they called. Packets need no translation then.
+ */
+#ifndef PORTMAP_SOCKET_H
+#define PORTMAP_SOCKET_H
+
+#include <linux/in.h>
+
+#include "maps.h"
+
+static __always_inline void read_address(struct bpf_sock_addr *ctx, int ipv6, struct addr *to)
+{
+	if (ipv6) {
+		to->w[0] = ctx->user_ip6[0];
+		to->w[1] = ctx->user_ip6[1];
+		to->w[2] = ctx->user_ip6[2];
+		to->w[3] = ctx->user_ip6[3];
+	} else {
+		set_v4(to, ctx->user_ip4);
+	}
+}
+
+static __always_inline void write_address(struct bpf_sock_addr *ctx, int ipv6,
+					  const struct addr *from, __be16 port)
+{
+	if (ipv6) {
+		ctx->user_ip6[0] = from->w[0];
+		ctx->user_ip6[1] = from->w[1];
+		ctx->user_ip6[2] = from->w[2];
+		ctx->user_ip6[3] = from->w[3];
+	} else {
+		ctx->user_ip4 = from->w[3];
+	}
+	ctx->user_port = port;
+}
+
+/* An address that means this node to a socket: also 0.0.0.0 and ::, which connect to loopback. */
+static __always_inline int means_node(const struct addr *a)
+{
+	__u32 *listed;
+
+	if (is_v4(a)) {
+		if (!a->w[3] || bpf_ntohl(a->w[3]) >> 24 == 127)
+			return 1;
+	} else if (!(a->w[0] | a->w[1] | a->w[2]) && bpf_ntohl(a->w[3]) <= 1) {
+		return 1;
+	}
+	listed = bpf_map_lookup_elem(&pm_addresses, a);
+	return listed && *listed;
+}
+
+/* Remembers what the socket called; not again for every datagram. */
+static __always_inline void remember(const struct socket_key *key, const struct addr *addr,
+				     __be16 port)
+{
+	struct socket_value *known = bpf_map_lookup_elem(&pm_sockets, key);
+	struct socket_value value = { .addr = *addr, .port = port };
+
+	if (!known || known->port != port || !same_addr(&known->addr, addr))
+		bpf_map_update_elem(&pm_sockets, key, &value, BPF_ANY);
+}
+
+static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
+{
+	struct claim_key claim_key = { .port = ctx->user_port, .protocol = ctx->protocol };
+	struct socket_key key = { .protocol = claim_key.protocol };
+	struct claim *claim;
+	struct addr called;
+	__u32 any;
+
+	read_address(ctx, ipv6, &called);
+	claim_key.addr = called;
+	claim = find_claim(&claim_key, &any);
+	if (!claim || claim->flags & CLAIM_SELF || !means_node(&called))
+		return;
+	key.cookie = bpf_get_socket_cookie(ctx);
+	key.addr = claim->pod;
+	key.port = claim->port;
+	remember(&key, &called, claim_key.port);
+	write_address(ctx, ipv6, &key.addr, key.port);
+	count(reason);
+	if (reason == REASON_CONNECT) {
+		struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, &claim_key);
+
+		if (traffic)
+			traffic->connections++;
+	}
+}
+
+static __always_inline int concerns_claims(struct bpf_sock_addr *ctx)
+{
+	__u32 protocol = ctx->protocol;
+
+	return (protocol == IPPROTO_TCP || protocol == IPPROTO_UDP) && port_known(ctx->user_port);
+}
+
+/* For kernels before 5.7, attached to cgroups that no pod is in. */
+static __always_inline int call_any(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
+{
+	if (concerns_claims(ctx))
+		call(ctx, ipv6, reason);
+	return 1;
+}
+
+/* For the sockets of one network namespace. */
+static __always_inline int call_gated(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
+{
+	struct config *config;
+	__u32 only = 0;
+
+	if (!concerns_claims(ctx))
+		return 1;
+	config = bpf_map_lookup_elem(&pm_config, &only);
+	if (config && config->flags & CONFIG_COOKIE &&
+	    config->netns_cookie == bpf_get_netns_cookie(ctx))
+		call(ctx, ipv6, reason);
+	return 1;
+}
+
+/* Not 0: the plugin's own connection, which ends with EPERM here and has taught us the cookie. */
+static __always_inline int learn(struct bpf_sock_addr *ctx)
+{
+	__u32 only = 0;
+	struct config *config = bpf_map_lookup_elem(&pm_config, &only);
+
+	if (!config || !config->learn_port || (__be16)ctx->user_port != config->learn_port ||
+	    ctx->user_ip4 != config->learn_address)
+		return 0;
+	config->netns_cookie = bpf_get_netns_cookie(ctx);
+	config->learn_port = 0;
+	return 1;
+}
+
+/* Whom a datagram is from, or whom the socket is connected to. */
+static __always_inline int called(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
+{
+	struct socket_key key = { .port = ctx->user_port, .protocol = ctx->protocol };
+	struct socket_value *value;
+
+	if (!concerns_claims(ctx))
+		return 1;
+	key.cookie = bpf_get_socket_cookie(ctx);
+	read_address(ctx, ipv6, &key.addr);
+	value = bpf_map_lookup_elem(&pm_sockets, &key);
+	if (!value)
+		return 1;
+	write_address(ctx, ipv6, &value->addr, value->port);
+	count(reason);
+	return 1;
+}
+
+#endif
