@@ -82,12 +82,14 @@ SEC("classifier") int cil_from_netdev(struct __sk_buff *skb)
 
 SEC("classifier") int cil_to_netdev(struct __sk_buff *skb)
 {
+	(void)skb;
 	ran(2);
 	return TC_ACT_OK;
 }
 
 SEC("cgroup/connect4") int cil_sock4_connect(struct bpf_sock_addr *ctx)
 {
+	(void)ctx;
 	ran(3);
 	return 1;
 }

@@ -133,8 +133,8 @@ fn filters_that_an_agent_has_cleared_are_reported_and_put_back() {
         shell(node.netns, &script);
         let text = drift(&container, &node);
         for program in [
-            "pm_pod_in expected the first filter of clsact ingress",
-            "pm_out expected the first filter",
+            "pm_pod_in expected as the first filter of clsact ingress",
+            "pm_out expected as the first filter",
         ] {
             assert!(text.contains(&format!("{device}: program {program}")), "{text}");
         }
