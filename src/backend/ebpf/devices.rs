@@ -140,7 +140,7 @@ pub fn problems(
         };
         let place = match hook.mechanism {
             Mechanism::Tcx => "at the head of tcx",
-            Mechanism::Clsact => "as a filter of clsact",
+            Mechanism::Clsact => "as the first filter of clsact",
         };
         problems.push(format!(
             "{}: program {} expected {place} {}, found {found}",
