@@ -73,11 +73,18 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 	read_address(ctx, ipv6, &called);
 	claim_key.addr = called;
 	claim = find_claim(&claim_key, &any);
-	if (!claim || claim->flags & CLAIM_SELF || !means_node(&called))
+	if (!claim)
 		return;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	key.addr = claim->pod;
 	key.port = claim->port;
+	if (claim->flags & CLAIM_SELF) {
+		/* The pod itself is called: its answers have its own address from now on. */
+		bpf_map_delete_elem(&pm_sockets, &key);
+		return;
+	}
+	if (!means_node(&called))
+		return;
 	remember(&key, &called, claim_key.port);
 	write_address(ctx, ipv6, &key.addr, key.port);
 	count(reason);

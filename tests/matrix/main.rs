@@ -59,9 +59,11 @@ macro_rules! on_variants {
 }
 
 mod conditions;
+mod counters;
 mod host_ip;
 mod localhost;
 mod masquerade;
+mod nodes;
 mod precedence;
 mod recordings;
 mod replay;
@@ -69,6 +71,7 @@ mod rig;
 mod sctp;
 mod services;
 mod shapes;
+mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
 mod versions;

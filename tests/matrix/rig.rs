@@ -173,8 +173,8 @@ fn case(
     }
 }
 
-/// A caller in a pod as the called one sees it. Rules have to masquerade it, or the answer would go
-/// past the node's connection tracking. eBPF translates answers at the pods' links, whichever way they
+/// A caller in a pod as the called one sees it. Rules have to masquerade those of its subnet, or the
+/// answer would go past the node's connection tracking. eBPF translates answers at the pods' links, whichever way they
 /// take; but for the pod itself, which would not send its own address an answer.
 pub fn pod_seen(
     variant: Variant,
@@ -183,10 +183,11 @@ pub fn pod_seen(
     called: usize,
     family: Family,
 ) -> Source {
+    let [caller, called] = [caller, called].map(|pod| &lab.pods[pod]);
     match variant {
-        Variant::Ebpf if caller == called => Source::Kept(itself(family)),
-        Variant::Ebpf => Source::Kept(lab.pods[caller].address(family).unwrap()),
-        _ => Source::Node,
+        Variant::Ebpf if caller.name == called.name => Source::Kept(itself(family)),
+        _ if variant != Variant::Ebpf && caller.shape == called.shape => Source::Node,
+        _ => Source::Kept(caller.address(family).unwrap()),
     }
 }
 

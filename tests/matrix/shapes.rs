@@ -81,6 +81,15 @@ on_each_variant! {
         whole_life(variant, &stage);
     }
 
+    /// Pods of both kinds on one node, and every way between them.
+    fn ptp_and_bridge(variant: Variant) {
+        let mut options = Options::new(Shape::Mixed);
+        options.pods = 4;
+        let stage = Stage::with(options);
+        bridge_calls_iptables(&stage, "0");
+        whole_life(variant, &stage);
+    }
+
     fn ipv4_only(variant: Variant) {
         one_family(variant, Shape::Cilium, Family::V4);
     }
