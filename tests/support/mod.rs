@@ -9,6 +9,7 @@
 )]
 
 pub mod bare;
+pub mod ebpf;
 pub mod foreign;
 
 use std::os::unix::fs::symlink;
@@ -181,9 +182,13 @@ impl<'a> Node<'a> {
     /// Takes away what outlives the last attachment. Programs at the root cgroup are not the
     /// namespace's, and would outlive the test.
     pub fn flush(&self) -> Output {
+        plugin::run(&mut self.flush_command(), b"", self.netns).unwrap()
+    }
+
+    pub fn flush_command(&self) -> std::process::Command {
         let mut command = std::process::Command::new(PORTMAP);
         command.env_clear().args(["flush", "--all", "--yes", "--state-dir"]).arg(&self.state_dir);
-        plugin::run(&mut command, b"", self.netns).unwrap()
+        command
     }
 
     /// Runs a command line by the shell inside the node, with all tools, and returns its stdout.
@@ -223,6 +228,7 @@ impl Drop for Node<'_> {
         if !std::thread::panicking() {
             assert!(output.success(), "flush: {} {}", output.stdout, output.stderr);
             assert_eq!(pins(self.netns).unwrap(), Vec::<PathBuf>::new(), "pins are left");
+            assert_eq!(ebpf::at_sockets(self.netns), Vec::<String>::new(), "programs are left");
         }
     }
 }
