@@ -147,6 +147,11 @@ pub fn problems(
                         "{what} has its claim, but programs skip port {}",
                         key.port()
                     ));
+                } else if read_uses(maps, key.port())? == 0 {
+                    problems.push(format!(
+                        "{what} has its claim, but port {} is not counted as used",
+                        key.port()
+                    ));
                 }
             }
             Some(found) if found.target() == wanted.target() => {
