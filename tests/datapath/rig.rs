@@ -87,7 +87,7 @@ pub struct Rig {
 
 /// Loads the object's programs on a node with two pods, for each family: `test` runs inside.
 pub fn on_node(test: impl Fn(&Rig) + Sync) {
-    on_node_with(portmap::backend::ebpf::loaded::OBJECT, test);
+    on_node_with(portmap::backend::ebpf::loaded::OWN.object, test);
 }
 
 /// As [`on_node`], with another object.
