@@ -9,6 +9,7 @@
 )]
 
 pub mod bare;
+pub mod ebpf;
 pub mod foreign;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue, FlowValue, port_bit};
-use portmap::backend::ebpf::loaded::Loaded;
+use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::backend::ebpf::objects::Claims;
 use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{self, Attachment, Output};
@@ -189,9 +190,13 @@ impl<'a> Node<'a> {
     /// Takes away what outlives the last attachment. Programs at the root cgroup are not the
     /// namespace's, and would outlive the test.
     pub fn flush(&self) -> Output {
+        plugin::run(&mut self.flush_command(), b"", self.netns).unwrap()
+    }
+
+    pub fn flush_command(&self) -> std::process::Command {
         let mut command = std::process::Command::new(PORTMAP);
         command.env_clear().args(["flush", "--all", "--yes", "--state-dir"]).arg(&self.state_dir);
-        plugin::run(&mut command, b"", self.netns).unwrap()
+        command
     }
 
     /// Runs a command line by the shell inside the node, with all tools, and returns its stdout.
@@ -228,13 +233,11 @@ impl Drop for Node<'_> {
         if self.variant != Variant::Ebpf {
             return;
         }
-        let programs = socket_programs(self.netns);
         let output = self.flush();
         if !std::thread::panicking() {
             assert!(output.success(), "flush: {} {}", output.stdout, output.stderr);
             assert_eq!(pins(self.netns).unwrap(), Vec::<PathBuf>::new(), "pins are left");
-            let left: Vec<u32> = attached().intersection(&programs).copied().collect();
-            assert_eq!(left, Vec::<u32>::new(), "programs are left at the root cgroup");
+            assert_eq!(ebpf::at_sockets(self.netns), Vec::<String>::new(), "programs are left");
         }
     }
 }
@@ -256,7 +259,9 @@ pub struct Entries {
 /// The entries of a node's maps; none if it has no maps.
 pub fn entries(node: &Netns) -> Entries {
     let open = || {
-        let loaded = Loaded::open(true).unwrap()?;
+        let Found::Loaded(loaded) = Loaded::open(&OWN, true).unwrap() else {
+            return None;
+        };
         let flows = loaded.flows().unwrap();
         Some((loaded.maps, flows))
     };

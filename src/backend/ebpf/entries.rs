@@ -147,6 +147,11 @@ pub fn problems(
                         "{what} has its claim, but programs skip port {}",
                         key.port()
                     ));
+                } else if read_uses(maps, key.port())? == 0 {
+                    problems.push(format!(
+                        "{what} has its claim, but port {} is not counted as used",
+                        key.port()
+                    ));
                 }
             }
             Some(found) if found.target() == wanted.target() => {
@@ -164,33 +169,25 @@ pub fn problems(
     Ok(problems)
 }
 
-/// Brings the map of the node's addresses from `before` to `after`; from whatever it has where
-/// `before` is not known.
-pub fn addresses(
-    maps: &Maps,
-    before: Option<&BTreeSet<Addr>>,
-    after: &BTreeSet<Addr>,
-) -> io::Result<()> {
-    let present = match before {
-        Some(before) => before.clone(),
-        None => keys_of(&maps.addresses)?,
-    };
-    for addr in after {
-        if before.is_none() || !present.contains(addr) {
-            maps.addresses.put(addr.as_bytes(), 1_u32.as_bytes())?;
+/// Brings the map of addresses to what is wanted.
+pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<()> {
+    for (addr, value) in wanted {
+        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
+            maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
         }
     }
-    for addr in present.difference(after) {
+    let present: BTreeSet<Addr> = keys_of(&maps.addresses)?;
+    for addr in present.iter().filter(|addr| !wanted.contains_key(addr)) {
         maps.addresses.remove(addr.as_bytes())?;
     }
     Ok(())
 }
 
-/// The node's addresses that the map does not have.
-pub fn missing_addresses(maps: &Maps, expected: &BTreeSet<Addr>) -> io::Result<Vec<Addr>> {
+/// What the map of addresses does not have as it should.
+pub fn missing_addresses(maps: &Maps, expected: &BTreeMap<Addr, u32>) -> io::Result<Vec<Addr>> {
     let mut missing = Vec::new();
-    for addr in expected {
-        if maps.addresses.get(addr.as_bytes())?.is_none() {
+    for (addr, value) in expected {
+        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
             missing.push(*addr);
         }
     }
