@@ -19,8 +19,9 @@ use portmap::demo::netns::Netns;
 use portmap::demo::snapshot::{Snapshot, pins};
 use serde_json::{Value, json};
 use support::bare::{LINK, NODE_V4, attachment, mapping, netns, prev_result};
+use support::entries::{Entries, entries};
 use support::foreign;
-use support::{Entries, IPTABLES, Node, RULES, VARIANTS, Variant, entries};
+use support::{IPTABLES, Node, RULES, VARIANTS, Variant};
 
 /// A node with rules of kube-proxy, Docker and an administrator.
 fn node(netns: &Netns, variant: Variant) -> Node<'_> {
