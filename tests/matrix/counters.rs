@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use portmap::backend::ebpf::entries;
 use portmap::backend::ebpf::layout::{ClaimKey, Traffic};
-use portmap::backend::ebpf::loaded::Loaded;
+use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Shape;
 use portmap::demo::traffic::{Call, Reply, Session, Transport, reach};
@@ -22,7 +22,11 @@ fn counted(
     ip: Option<IpAddr>,
 ) -> Option<Traffic> {
     let key = ClaimKey::of(&Claim { family, protocol, address: ip, port: PORT });
-    let maps = node.run(|| Loaded::open(true).unwrap().map(|loaded| loaded.maps)).unwrap()?;
+    let open = || match Loaded::open(&OWN, true).unwrap() {
+        Found::Loaded(loaded) => Some(loaded.maps),
+        Found::Missing(_) => None,
+    };
+    let maps = node.run(open).unwrap()?;
     entries::traffic(&maps, &key).unwrap()
 }
 
