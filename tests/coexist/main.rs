@@ -13,6 +13,8 @@
     reason = "a part of the rig is for others; a test says by a panic that it failed"
 )]
 
+mod bypass;
+mod netfilter;
 mod order;
 #[path = "../matrix/rig.rs"]
 mod rig;
