@@ -3,9 +3,9 @@
 //! without masquerading.
 //!
 //! They are attached to the root of cgroup v2 and act in the node's network namespace only, which they
-//! know by its cookie; other nodes of the machine have theirs beside them. Where Cilium runs they go to
-//! the root's children instead: its agent detaches others' programs from the root
-//! (cilium/cilium#43877), and its own of old versions cannot be attached beside others. Kernels without the cookie (before 5.7) get them at cgroups that never hold pods.
+//! know by its cookie. Where Cilium runs they go to the root's children instead: its agent detaches
+//! others' programs from the root (cilium/cilium#43877), and its own of old versions cannot be attached
+//! beside others. Kernels without the cookie (before 5.7) get them at cgroups that never hold pods.
 //!
 //! Without them everything works but calls by the node's own processes: that is worth a note, and no
 //! reason to leave the pod without its hostPort.
@@ -13,8 +13,9 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use super::devices::Mode;
 use super::loaded::Loaded;
-use super::owner::Own;
+use super::strangers::Strangers;
 use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::{self, Cgroup};
@@ -25,7 +26,7 @@ use crate::sys::bpf::program::{Program, SocketHook};
 const HOST_ONLY: [&str; 3] = ["init.scope", "system.slice", "user.slice"];
 
 /// The program for a hook, and where it acts: everywhere, or by the cookie.
-fn program(hook: SocketHook, gated: bool) -> &'static str {
+pub(super) fn program(hook: SocketHook, gated: bool) -> &'static str {
     match (hook, gated) {
         (SocketHook::Connect4, true) => "pm_connect4",
         (SocketHook::Connect6, true) => "pm_connect6",
@@ -42,66 +43,89 @@ fn program(hook: SocketHook, gated: bool) -> &'static str {
     }
 }
 
-/// Puts every program that is missing or another version's in its place.
-pub fn sync(host: &Host, loaded: &Loaded) -> Result<()> {
+/// Puts programs in their places. Says false, and has changed nothing, if [`Mode::Extend`] is not
+/// enough.
+pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
     let wanted = match wanted(host) {
         Ok(wanted) => wanted,
         Err(reason) => {
             note(host, &reason);
-            return Ok(());
+            return Ok(true);
         }
     };
     let names: BTreeSet<&str> = wanted.hooks.iter().map(|(_, name)| *name).collect();
     let ids = loaded.load(&names)?;
-    let mut missing = Vec::new();
+    let mut cookie = own_cookie(host, loaded)?;
+    // Before anything is attached, as far as possible: by the cookie other nodes know whose it is.
+    if wanted.gated
+        && let Some(cookie) = cookie
+    {
+        loaded.set_cookie(cookie)?;
+    }
+    let mut todo = Vec::new();
     for place in &wanted.places {
+        let mut doubtful = Vec::new();
         for (hook, name) in &wanted.hooks {
-            let attached = place.query(*hook).map_err(|error| failed(place, name, error))?;
-            if !ids.get(*name).is_some_and(|id| attached.programs.contains(id)) {
-                missing.push((place, *hook, *name, attached.programs));
+            let attached = place.query(*hook).map_err(|error| failed(place, name, error))?.programs;
+            if ids.get(*name).is_none_or(|id| attached != [*id]) {
+                doubtful.push((*hook, *name, attached));
+            }
+        }
+        if doubtful.is_empty() {
+            continue;
+        }
+        let strangers = Strangers::at(place, cookie).map_err(|error| looking(place, error))?;
+        for (hook, name, attached) in doubtful {
+            let mut former = strangers.own(&attached).map_err(|error| looking(place, error))?;
+            former.retain(|program| ids.get(name) != Some(&program.id()));
+            if !former.is_empty() && mode == Mode::Extend {
+                return Ok(false);
+            }
+            if !former.is_empty() || ids.get(name).is_none_or(|id| !attached.contains(id)) {
+                todo.push((place, hook, name, former));
             }
         }
     }
-    if !missing.is_empty() {
-        let own = own(wanted.gated, &wanted.places, Some(loaded))?;
-        for (place, hook, name, attached) in &missing {
-            let done = loaded.with_program(name, |program| {
-                put(place, *hook, attached, &own, program)
-                    .map_err(|error| failed(place, name, error))
-            });
-            match done {
-                // Somebody has attached one that allows no others: the error says where.
-                Err(Error::Io { source, .. })
-                    if source.kind() == io::ErrorKind::PermissionDenied =>
-                {
-                    note(host, &source.to_string());
-                    return Ok(());
-                }
-                other => other?,
+    for (place, hook, name, former) in todo {
+        let done = loaded.with_program(name, |program| {
+            put(place, hook, former, program).map_err(|error| failed(place, name, error))
+        });
+        match done {
+            // Somebody has attached one that allows no others: the error says where.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+                note(host, &source.to_string());
+                return Ok(true);
             }
+            other => other?,
         }
     }
-    // Only now: a kernel that does not tell the cookie is asked through the programs.
-    if wanted.gated && !configure(loaded)? {
-        note(host, "the cookie of the node's network namespace cannot be learnt");
+    if wanted.gated && cookie.is_none() {
+        cookie = learn(loaded)?;
+        if cookie.is_none() {
+            note(host, "the cookie of the node's network namespace cannot be learnt");
+        }
     }
-    if !missing.is_empty() {
-        clear(&wanted.places, wanted.gated, Some(loaded), &ids.into_values().collect())?;
-    }
-    clear(&wanted.left, wanted.gated, Some(loaded), &BTreeSet::new())
+    wanted.left.as_ref().map_or(Ok(()), |left| clear(left, cookie))?;
+    Ok(true)
 }
 
-/// Tells the programs which network namespace is the node's; false if that could not be found out.
-fn configure(loaded: &Loaded) -> Result<bool> {
-    if let Some(cookie) = cookie::own().map_err(no_cookie)? {
-        loaded.set_cookie(cookie)?;
-        return Ok(true);
+/// By what the programs know the node's network namespace, if that is known by now.
+fn own_cookie(host: &Host, loaded: &Loaded) -> Result<Option<u64>> {
+    if host.kernel()?.cookie_option {
+        return cookie::own().map_err(no_cookie);
     }
-    if loaded.cookie()?.is_none() {
-        cookie::teach(|address| loaded.learn_from(address)).map_err(no_cookie)?;
-        loaded.trust_learnt_cookie()?;
-    }
-    Ok(loaded.cookie()?.is_some())
+    loaded.cookie()
+}
+
+/// Kernels that do not tell the cookie are asked through the programs.
+fn learn(loaded: &Loaded) -> Result<Option<u64>> {
+    cookie::teach(|address| loaded.learn_from(address)).map_err(no_cookie)?;
+    loaded.trust_learnt_cookie()?;
+    loaded.cookie()
+}
+
+fn no_cookie(error: io::Error) -> Error {
+    Error::io("find the cookie of the network namespace", error)
 }
 
 /// Which programs are not effective where they should be, in words.
@@ -112,30 +136,52 @@ pub fn problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
     };
     let names: BTreeSet<&str> = wanted.hooks.iter().map(|(_, name)| *name).collect();
     let ids = loaded.loaded(&names)?;
-    let mut problems = Vec::new();
+    let mut problems = loaded.unpinned(&names, &ids);
     for place in &wanted.places {
         for (hook, name) in &wanted.hooks {
+            let Some(id) = ids.get(*name) else {
+                continue;
+            };
             let effective = place.effective(*hook).map_err(|error| failed(place, name, error))?;
-            if !ids.get(*name).is_some_and(|id| effective.contains(id)) {
+            if !effective.contains(id) {
                 problems.push(format!(
-                    "cgroup {}: program {name} is not effective: the node's own processes do not reach hostPorts",
-                    place.name()
+                    "cgroup {}: program {name} expected, found {}: the node's own processes do not reach hostPorts",
+                    place.name(),
+                    match effective.len() {
+                        0 => "nothing",
+                        _ => "others alone",
+                    }
                 ));
             }
+        }
+    }
+    if wanted.gated {
+        let expected = own_cookie(host, loaded)?;
+        let found = loaded.cookie()?;
+        if found.is_none() || found != expected {
+            let text = |cookie: Option<u64>| {
+                cookie.map_or_else(|| "none".to_owned(), |cookie| cookie.to_string())
+            };
+            problems.push(format!(
+                "the programs at sockets act in the network namespace {}, the node's is {}",
+                text(found),
+                text(expected)
+            ));
         }
     }
     Ok(problems)
 }
 
-/// Takes this node's programs off all cgroups that they may be attached to.
-pub fn detach(host: &Host) -> Result<()> {
+/// Takes this plugin's programs off all cgroups that they may be attached to.
+pub fn detach(host: &Host, loaded: Option<&Loaded>) -> Result<()> {
     let Ok(root) = cgroup::root() else {
         return Ok(());
     };
-    let loaded = Loaded::open(true)?;
-    let mut places = children(&root);
-    places.push(root);
-    clear(&places, host.kernel()?.cookie_helper, loaded.as_ref(), &BTreeSet::new())
+    let cookie = match loaded {
+        Some(loaded) => own_cookie(host, loaded)?,
+        None => cookie::own().map_err(no_cookie)?,
+    };
+    children(&root).iter().chain([&root]).try_for_each(|place| clear(place, cookie))
 }
 
 /// What belongs where on this node.
@@ -144,8 +190,8 @@ struct Wanted {
     hooks: Vec<(SocketHook, &'static str)>,
     /// By cookie.
     gated: bool,
-    /// Where programs may be attached from before Cilium came.
-    left: Vec<Cgroup>,
+    /// A cgroup that programs may be attached to from before Cilium came.
+    left: Option<Cgroup>,
 }
 
 fn wanted(host: &Host) -> Result<Wanted, String> {
@@ -166,12 +212,12 @@ fn wanted(host: &Host) -> Result<Wanted, String> {
     let (places, left) = match (gated, host.has_cilium()) {
         // What may be left at children since Cilium went does no harm: the second one finds nothing
         // to translate.
-        (true, false) => (vec![root], Vec::new()),
-        (true, true) => (children(&root), vec![root]),
+        (true, false) => (vec![root], None),
+        (true, true) => (children(&root), Some(root)),
         (false, _) => {
             let mut places = children(&root);
             places.retain(|place| HOST_ONLY.contains(&place.name()));
-            (places, Vec::new())
+            (places, None)
         }
     };
     if places.is_empty() {
@@ -184,84 +230,40 @@ fn children(root: &Cgroup) -> Vec<Cgroup> {
     root.children().unwrap_or_default()
 }
 
-/// How this node's programs at these cgroups are known.
-fn own(gated: bool, places: &[Cgroup], loaded: Option<&Loaded>) -> Result<Own> {
-    if !gated {
-        return Ok(Own::all());
-    }
-    let cookie = match cookie::own().map_err(no_cookie)? {
-        None => loaded.map_or(Ok(None), Loaded::cookie)?,
-        told => told,
-    };
-    Own::find(places, cookie)
-}
-
 /// Attaches a program, in the place of another version of it if there is one.
 fn put(
     place: &Cgroup,
     hook: SocketHook,
-    attached: &[u32],
-    own: &Own,
+    mut former: Vec<Program>,
     program: &Program,
 ) -> io::Result<()> {
-    for id in attached {
-        if let Some(old) = Program::from_id(*id)?.filter(has_own_name)
-            && own.has(&old)?
-        {
-            return place.replace(hook, &old, program);
+    if !place.query(hook)?.programs.contains(&program.id()) {
+        match former.pop() {
+            Some(old) => place.replace(hook, &old, program)?,
+            None => place.attach(hook, program)?,
         }
     }
-    place.attach(hook, program)
+    former.iter().try_for_each(|old| place.detach(hook, old).map(drop))
 }
 
-/// Takes this node's programs but `keep` off cgroups.
-fn clear(
-    places: &[Cgroup],
-    gated: bool,
-    loaded: Option<&Loaded>,
-    keep: &BTreeSet<u32>,
-) -> Result<()> {
-    let mut found = Vec::new();
-    for place in places {
+fn clear(place: &Cgroup, cookie: Option<u64>) -> Result<()> {
+    let clear = || -> io::Result<()> {
+        let strangers = Strangers::at(place, cookie)?;
         for hook in SocketHook::ALL {
-            found.extend(candidates(place, hook, keep).map_err(|error| unclear(place, error))?);
+            let attached = match place.query(hook) {
+                // A kernel without the hook has nothing attached to it.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+                other => other?,
+            };
+            for program in strangers.own(&attached.programs)? {
+                place.detach(hook, &program)?;
+            }
         }
-    }
-    if found.is_empty() {
-        return Ok(());
-    }
-    let own = own(gated, places, loaded)?;
-    for (place, hook, program) in &found {
-        let detach = || Ok(own.has(program)? && place.detach(*hook, program)?);
-        detach().map_err(|error| unclear(place, error))?;
-    }
-    Ok(())
-}
-
-/// Programs with this plugin's names at a hook, those of other nodes among them.
-fn candidates<'a>(
-    place: &'a Cgroup,
-    hook: SocketHook,
-    keep: &BTreeSet<u32>,
-) -> io::Result<Vec<(&'a Cgroup, SocketHook, Program)>> {
-    let attached = match place.query(hook) {
-        // A kernel without the hook has nothing attached to it.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(Vec::new()),
-        other => other?,
+        Ok(())
     };
-    let mut found = Vec::new();
-    for id in attached.programs.into_iter().filter(|id| !keep.contains(id)) {
-        let program = Program::from_id(id)?.filter(has_own_name);
-        found.extend(program.map(|program| (place, hook, program)));
-    }
-    Ok(found)
-}
-
-fn has_own_name(program: &Program) -> bool {
-    SocketHook::ALL
-        .into_iter()
-        .flat_map(|hook| [true, false].map(|gated| self::program(hook, gated)))
-        .any(|name| name == program.name())
+    clear().map_err(|error| {
+        Error::io(format!("take the eBPF programs off the cgroup {}", place.name()), error)
+    })
 }
 
 fn note(host: &Host, reason: &str) {
@@ -270,12 +272,8 @@ fn note(host: &Host, reason: &str) {
     ));
 }
 
-fn unclear(place: &Cgroup, error: io::Error) -> Error {
-    Error::io(format!("take the eBPF programs off the cgroup {}", place.name()), error)
-}
-
-fn no_cookie(error: io::Error) -> Error {
-    Error::io("find the cookie of the network namespace", error)
+fn looking(place: &Cgroup, error: io::Error) -> Error {
+    Error::io(format!("look at the eBPF programs of the cgroup {}", place.name()), error)
 }
 
 fn failed(place: &Cgroup, name: &str, error: io::Error) -> Error {
