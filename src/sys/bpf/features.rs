@@ -81,7 +81,7 @@ impl Features {
 fn not_at_cgroups() -> Option<String> {
     // EINVAL without CONFIG_CGROUP_BPF.
     let error = cgroup::root().ok()?.query(SocketHook::Connect4).err()?;
-    Some(format!("programs of the root of cgroup v2 cannot be read: {}", explained(error)))
+    Some(format!("programs of the root of cgroup v2 cannot be read: {error}"))
 }
 
 /// Modules that are missing answer with `ENOENT`. Whatever else fails will be reported when filters
