@@ -9,6 +9,8 @@
     reason = "a test says by a panic that it failed"
 )]
 
+#[path = "heal/ebpf.rs"]
+mod ebpf;
 mod support;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -217,6 +219,7 @@ impl<'a> Scene<'a> {
         text.replace("CHAIN", &chain_name("portmap", "container-0"))
             .replace("LINK", &pod.host_link)
             .replace("POD", &pod.address(Family::V4).unwrap().to_string())
+            .replace("NODE", &self.lab.node_address(Family::V4).to_string())
     }
 
     /// Fails the test unless a pod is reached on every path.

@@ -20,7 +20,7 @@ mod support;
 
 use std::io::Write;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use portmap::demo::listing;
@@ -29,7 +29,7 @@ use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::demo::traffic::{Call, Transport, reach};
 use serde_json::{Value, json};
-use support::{Node, PORTMAP, VARIANTS, Variant, attachment, prev_result};
+use support::{Node, PORTMAP, VARIANTS, Variant, attachment, ebpf, prev_result};
 
 /// For each variant: calls that were still running when the signal came.
 const KILLS: usize = 70;
@@ -74,6 +74,17 @@ enum Stage {
     /// An ADD of an attachment that is there, with other ports.
     ReAdd,
     Del,
+    /// What takes the programs away that outlive the last attachment.
+    Flush,
+}
+
+impl Stage {
+    fn of(variant: Variant) -> &'static [Stage] {
+        match variant {
+            Variant::Ebpf => &[Stage::Add, Stage::ReAdd, Stage::Del, Stage::Flush],
+            _ => &[Stage::Add, Stage::ReAdd, Stage::Del],
+        }
+    }
 }
 
 struct Trial<'a> {
@@ -81,8 +92,10 @@ struct Trial<'a> {
     node: &'a Node<'a>,
     random: Random,
     /// How long each stage takes undisturbed.
-    usual: [Duration; 3],
+    usual: [Duration; 4],
     killed: usize,
+    /// eBPF: each round begins without programs.
+    bare: bool,
 }
 
 impl Trial<'_> {
@@ -120,19 +133,23 @@ impl Trial<'_> {
     }
 
     /// Starts a call and kills it after a delay; true if it was still running.
-    fn kill(&mut self, verb: &str, config: &Value, usual: Duration) -> bool {
+    fn kill(&mut self, mut command: Command, input: &str, usual: Duration) -> bool {
         let micros = u64::try_from(usual.as_micros()).unwrap();
         let delay = Duration::from_micros(self.random.below(micros));
-        let mut command = plugin::command(Path::new(PORTMAP), verb, &self.key(0));
         command.env("PATH", &self.node.path);
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = self.lab.node.spawn(&mut command).unwrap();
-        child.stdin.take().unwrap().write_all(config.to_string().as_bytes()).unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
         std::thread::sleep(delay);
         child.kill().unwrap();
         let killed = child.wait().unwrap().code().is_none();
         self.killed += usize::from(killed);
         killed
+    }
+
+    fn flush(&self) {
+        let output = self.node.flush();
+        assert!(output.success(), "{}{}", output.stdout, output.stderr);
     }
 
     /// One kill, and what a runtime does next.
@@ -149,12 +166,23 @@ impl Trial<'_> {
         let (verb, config) = match stage {
             Stage::Add => ("ADD", &first),
             Stage::ReAdd => ("ADD", &second),
-            Stage::Del => ("DEL", &first),
+            Stage::Del | Stage::Flush => ("DEL", &first),
         };
+        if self.bare {
+            self.flush();
+        }
         if stage != Stage::Add {
             self.node.ok("ADD", &first, &key);
         }
-        self.kill(verb, config, usual);
+        let (command, input) = match stage {
+            Stage::Flush => (self.node.flush_command(), String::new()),
+            _ => (plugin::command(Path::new(PORTMAP), verb, &key), config.to_string()),
+        };
+        self.kill(command, &input, usual);
+        if stage == Stage::Flush && !self.bare {
+            // It has taken the neighbour's as well, or would have.
+            self.node.ok("ADD", &self.config(1, &[LIVING], 80), &self.key(1));
+        }
         // The same runtime tries again, its pod comes again with its old ports, or it gives up.
         match self.random.below(3) {
             0 => self.expect_whole(config, &key),
@@ -165,6 +193,9 @@ impl Trial<'_> {
         let mut bare = first;
         bare.as_object_mut().unwrap().remove("prevResult");
         self.node.ok("DEL", &bare, &key);
+        if self.bare {
+            self.flush();
+        }
         self.assert_unchanged(baseline);
         (VICTIM..VICTIM + 3).for_each(|port| self.assert_closed(port));
     }
@@ -181,6 +212,7 @@ impl Trial<'_> {
     /// Rules, sysctls and records, by this variant's tools alone: it is asked for often.
     fn state(&self) -> Vec<String> {
         let mut lines = match self.node.variant {
+            Variant::Ebpf => ebpf::state(&self.lab.node),
             Variant::Nftables => listing::nft(&self.node.shell("nft list ruleset")),
             _ => listing::iptables(&self.node.shell("iptables-save; ip6tables-save")),
         };
@@ -217,11 +249,20 @@ impl Trial<'_> {
         let first = self.config(0, &FIRST, 80);
         let second = self.config(0, &[VICTIM + 1, VICTIM + 2], 80);
         let key = self.key(0);
-        let mut runs: [Vec<Duration>; 3] = Default::default();
+        let mut runs: [Vec<Duration>; 4] = Default::default();
         for _ in 0..5 {
+            if self.bare {
+                self.flush();
+            }
             runs[0].push(self.node.ok("ADD", &first, &key).took);
             runs[1].push(self.node.ok("ADD", &second, &key).took);
             runs[2].push(self.node.ok("DEL", &second, &key).took);
+            if self.bare {
+                runs[3].push(self.node.flush().took);
+            }
+        }
+        if !self.bare {
+            runs[3] = runs[2].clone();
         }
         self.usual = runs.map(|mut runs| {
             runs.sort();
@@ -235,22 +276,24 @@ fn kill_many(lab: &Lab, variant: Variant, seed: u64) {
     let node = Node::new(&lab.node, variant);
     let empty = node.snapshot();
     let random = Random(seed ^ variant as u64);
-    let mut trial = Trial { lab, node: &node, random, usual: Default::default(), killed: 0 };
+    let mut trial =
+        Trial { lab, node: &node, random, usual: Default::default(), killed: 0, bare: false };
     let neighbour = trial.config(1, &[LIVING], 80);
     // First with nothing else, so that the shared part comes and goes with the victim.
     for (living, goal) in [(false, KILLS / 2), (true, KILLS)] {
         if living {
             node.ok("ADD", &neighbour, &trial.key(1));
         }
+        trial.bare = !living && variant == Variant::Ebpf;
         trial.measure();
         let baseline = trial.state();
-        let stages = [Stage::Add, Stage::ReAdd, Stage::Del];
+        let stages = Stage::of(variant);
         for tries in 0.. {
             if trial.killed >= goal {
                 break;
             }
             assert!(tries < TRIES, "calls end before they can be killed");
-            trial.round(stages[tries % 3], &baseline);
+            trial.round(stages[tries % stages.len()], &baseline);
             if living {
                 trial.assert_answers(1, LIVING);
             }

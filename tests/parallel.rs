@@ -22,7 +22,7 @@ use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
-use support::{Node, PORTMAP, VARIANTS, attachment, prev_result};
+use support::{Node, PORTMAP, VARIANTS, Variant, attachment, ebpf, prev_result};
 
 const PODS: usize = 50;
 const FIRST_PORT: u16 = 20_000;
@@ -116,13 +116,17 @@ fn fifty_adds_then_fifty_dels_leave_nothing() {
     for variant in VARIANTS {
         let node = Node::new(&lab.node, variant);
         let before = node.snapshot();
+        // From a bare start: eBPF programs are loaded by whoever comes first.
         every(&lab, &node, "ADD", 0..PODS);
         SAMPLE.into_iter().for_each(|pod| assert_forwards(&lab, &node, pod));
         every(&lab, &node, "CHECK", 0..PODS);
         assert_rules_of_all(&lab, &node);
+        let hooks = ebpf::hooks(&lab.node);
         every(&lab, &node, "DEL", 0..PODS);
         SAMPLE.into_iter().for_each(|pod| assert_closed(&lab, &node, pod));
         node.assert_clean(&before);
+        assert_eq!(ebpf::hooks(&lab.node), hooks);
+        assert_only_addresses(&ebpf::entries(&lab.node));
         mix(&lab, &node);
         node.assert_clean(&before);
     }
@@ -154,10 +158,17 @@ fn mix(lab: &Lab, node: &Node) {
     all_at_once(lab, node, &calls);
 }
 
+/// What is left of eBPF in the maps after the last pod is what they know of the node.
+fn assert_only_addresses(entries: &[String]) {
+    let of_pods = |entry: &&String| !entry.starts_with("pm_addresses ");
+    assert_eq!(entries.iter().find(of_pods), None);
+}
+
 /// CHECK is the plugin's own word; this is the kernel's.
 fn assert_rules_of_all(lab: &Lab, node: &Node) {
     let listing = match node.variant {
-        support::Variant::Nftables => node.shell("nft list table inet portmap"),
+        Variant::Ebpf => return assert_entries_of_all(lab),
+        Variant::Nftables => node.shell("nft list table inet portmap"),
         _ => node.shell("iptables-save -t nat; ip6tables-save -t nat"),
     };
     for pod in 0..PODS {
@@ -167,6 +178,21 @@ fn assert_rules_of_all(lab: &Lab, node: &Node) {
         }
         assert!(listing.contains(&port(pod).to_string()), "{} is in no rule", port(pod));
     }
+}
+
+/// Two claims and the two pods behind them in each family, and one program at each hook.
+fn assert_entries_of_all(lab: &Lab) {
+    let entries = ebpf::entries(&lab.node);
+    let claims = entries.iter().filter(|entry| entry.starts_with("pm_claims "));
+    assert_eq!(claims.count(), PODS * 4 * lab.options.families.len());
+    let hooks = ebpf::hooks(&lab.node);
+    let distinct: std::collections::BTreeSet<&String> = hooks.iter().collect();
+    assert_eq!(hooks.len(), distinct.len(), "{hooks:#?}");
+    let at = |device: &str| hooks.iter().filter(|hook| hook.starts_with(device)).count();
+    for pod in &lab.pods {
+        assert_eq!(at(&format!("{} ", pod.host_link)), 2, "{hooks:#?}");
+    }
+    assert_eq!((at("eth0 "), at("/ ")), (2, 8), "{hooks:#?}");
 }
 
 /// The second network of a pod: another name and interface, the same mappings and, here, address.

@@ -114,6 +114,11 @@ pub trait Observe {
 
 /// Writing.
 pub trait Apply {
+    /// Fails where nothing may be changed: what there is, is a newer portmap's.
+    fn admit(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The fast path.
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome>;
 

@@ -138,14 +138,21 @@ static __always_inline struct flow *find_remapped(struct flow_key *key,
 	return flow && remapped_from(flow, original) ? flow : 0;
 }
 
-static __always_inline void count_in(const struct claim_key *key, const struct packet *p,
-				     __u32 connections)
+/* Also of a pod's own entry: the plugin looks for flows only where there were any. */
+static __always_inline void count_connection(const struct claim_key *key)
+{
+	struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, key);
+
+	if (traffic)
+		traffic->connections++;
+}
+
+static __always_inline void count_in(const struct claim_key *key, const struct packet *p)
 {
 	struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, key);
 
 	if (!traffic)
 		return;
-	traffic->connections += connections;
 	traffic->packets_in++;
 	traffic->bytes_in += p->end - p->network;
 }

@@ -112,6 +112,9 @@ impl<'a> Engine<'a> {
             Some(old) if old.backend != record.backend => (None, Some(old)),
             old => (old, None),
         };
+        for kind in [Some(record.backend), old.map(|old| old.backend)].into_iter().flatten() {
+            self.backend(kind)?.admit()?;
+        }
         let before = self.store.parts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
         let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
@@ -148,7 +151,12 @@ impl<'a> Engine<'a> {
     }
 
     /// Takes a record's rules out of the kernel, and then the record away.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NewerMaps`], and nothing has changed, where only a newer portmap can do that.
     pub fn remove(&self, record: &Record) -> Result<()> {
+        backend::of(record.backend).admit()?;
         let before = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
         if let Err(error) = self.begin(&[record]) {
@@ -191,7 +199,7 @@ impl<'a> Engine<'a> {
         }
         for kind in BackendKind::ALL {
             if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
-                errors.extend(self.backend(kind).and_then(|one| one.unload(self.host)).err());
+                errors.extend(backend::of(kind).unload(self.host).err());
             }
         }
         match errors.is_empty() {

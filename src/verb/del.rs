@@ -23,9 +23,15 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     }
     let engine = Engine::lock_to_change(host, &dir)?;
     match engine.store.get(&id)? {
-        Found::Record(record) => return engine.remove(&record),
+        // What is a newer version's, its GC will do: an error would be repeated for ever.
+        Found::Record(record) => match engine.remove(&record) {
+            Err(error @ Error::NewerMaps { .. }) => {
+                host.warn(format!("{attachment} is left alone: {error}"));
+                return Ok(());
+            }
+            other => return other,
+        },
         Found::Newer(format) => {
-            // An error would be repeated for ever: the newer version's GC will do it.
             host.warn(format!("the record of {attachment} has format {format} of a newer portmap and is left alone"));
             return Ok(());
         }

@@ -29,7 +29,12 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
             valid.container_id == attachment.container_id && valid.ifname == attachment.ifname
         });
         if attachment.network == envelope.name && !is_valid {
-            errors.extend(engine.remove(record).err());
+            match engine.remove(record) {
+                Err(error @ Error::NewerMaps { .. }) => {
+                    host.warn(format!("{attachment} is left alone: {error}"));
+                }
+                other => errors.extend(other.err()),
+            }
         }
     }
     let keep: BTreeSet<&str> = valid.iter().map(|valid| valid.container_id.as_str()).collect();

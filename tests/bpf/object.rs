@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 
-use portmap::backend::ebpf::loaded::OBJECT;
+use portmap::backend::ebpf::loaded::OWN;
 use portmap::sys::bpf::features::Features;
 use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::object::{self, Object};
@@ -35,7 +35,7 @@ fn loadable(object: &Object) -> Vec<String> {
 #[ignore = "privileged: needs bpf(2)"]
 fn every_program_is_accepted_and_uses_the_maps_that_it_was_given() {
     isolated(|| {
-        let object = Object::parse(OBJECT).unwrap();
+        let object = Object::parse(OWN.object).unwrap();
         let maps = create_maps(&object);
         let names = loadable(&object);
         let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -67,7 +67,7 @@ fn every_program_is_accepted_and_uses_the_maps_that_it_was_given() {
 #[ignore = "privileged: needs bpf(2)"]
 fn what_an_object_lacks_is_named() {
     isolated(|| {
-        let object = Object::parse(OBJECT).unwrap();
+        let object = Object::parse(OWN.object).unwrap();
         let mut maps = create_maps(&object);
         let missing = object.clone().link(&maps, &["pm_out", "pm_no"]).unwrap_err();
         assert_eq!(missing.kind(), ErrorKind::NotFound);
@@ -77,7 +77,7 @@ fn what_an_object_lacks_is_named() {
         assert_eq!(missing.to_string(), "no map for pm_flows");
         assert_eq!(Object::parse(b"rubbish").unwrap_err().kind(), ErrorKind::InvalidData);
         assert_eq!(Object::parse(b"").unwrap_err().kind(), ErrorKind::InvalidData);
-        assert!(Object::parse(&OBJECT[..OBJECT.len() / 2]).is_err());
+        assert!(Object::parse(&OWN.object[..OWN.object.len() / 2]).is_err());
     });
 }
 

@@ -19,7 +19,7 @@ pub const LINK: &str = "pods";
 
 /// A namespace with a link towards pods that do not exist.
 pub fn netns() -> Netns {
-    let netns = Netns::new("bare").unwrap();
+    let netns = Netns::with_private_bpffs("bare").unwrap();
     let script = format!(
         "ip -batch - <<'END'\n\
          link set lo up\n\

@@ -34,39 +34,85 @@ impl Scope<'_> {
     }
 }
 
-/// Programs by tcx, in the order in which they run.
-type Chains = BTreeMap<(u32, Direction), Vec<u32>>;
+/// What to do about programs of this plugin that are not those that are pinned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Only add what is missing. Another version's program is at work with other maps, which makes
+    /// it a matter of more than programs.
+    Extend,
+    /// Replace them.
+    Restore,
+}
 
-/// Puts every program that is missing, another version's or behind another one in its place.
+/// A program by tcx, and whether it is one of this plugin's.
+#[derive(Debug, Clone, Copy)]
+struct Chained {
+    id: u32,
+    ours: bool,
+}
+
+/// What is to be where, and what is there.
+struct Plan {
+    hooks: Vec<Hook>,
+    /// Programs by tcx, in the order in which they run.
+    chains: BTreeMap<(u32, Direction), Vec<Chained>>,
+    /// Devices that need no program (any more).
+    others: Vec<(u32, String)>,
+}
+
+/// What is found in a hook's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Right,
+    Nothing,
+    /// The program, behind others' of tcx, of which this is the first one.
+    Behind(u32),
+    /// Another version's program.
+    Former(u32),
+    /// The program, and by the other mechanism one more.
+    Twice,
+}
+
+/// Puts programs in their places, and takes those off that have none any more. Says false, and has
+/// changed nothing, if [`Mode::Extend`] is not enough.
 pub fn sync(
     host: &Host,
     loaded: &Loaded,
     links: &[Link],
     facts: &NodeFacts,
     scope: Scope,
-) -> Result<()> {
-    let (hooks, chains) = plan(host, links, facts, scope)?;
-    let names: BTreeSet<&str> = hooks.iter().map(|hook| hook.program).collect();
-    let ids = loaded.load(&names)?;
+    mode: Mode,
+) -> Result<bool> {
+    let plan = Plan::make(host, links, facts, scope)?;
+    let ids = loaded.load(&plan.programs())?;
     let mut filters = Filters::open().map_err(netlink)?;
-    for hook in &hooks {
+    let mut todo = Vec::new();
+    for hook in &plan.hooks {
         let Some(id) = ids.get(hook.program).copied() else {
             continue;
         };
-        let chain = chain_of(&chains, hook);
-        let done = in_place(&mut filters, hook, chain, id).and_then(|there| match there {
-            true => Ok(()),
-            false => loaded.with_program(hook.program, |program| {
-                put(&mut filters, hook, chain, program)
-                    .map_err(|error| failed(hook, "attach", error))
-            }),
+        match plan.look(&mut filters, hook, id)? {
+            Found::Right => {}
+            Found::Former(_) | Found::Twice if mode == Mode::Extend => return Ok(false),
+            _ => todo.push(hook),
+        }
+    }
+    match mode {
+        Mode::Extend if plan.has_strays() => return Ok(false),
+        Mode::Extend => {}
+        Mode::Restore => plan.clear_others(&mut filters)?,
+    }
+    for hook in todo {
+        let done = loaded.with_program(hook.program, |program| {
+            put(&mut filters, hook, plan.chain(hook), program)
+                .map_err(|error| failed(hook, "attach", error))
         });
         match done {
             Err(Error::Io { source, .. }) if is_gone(&source) => {}
             other => other?,
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Which programs are not where they should be, in words.
@@ -76,28 +122,32 @@ pub fn problems(
     links: &[Link],
     facts: &NodeFacts,
 ) -> Result<Vec<String>> {
-    let (hooks, chains) = plan(host, links, facts, Scope::All)?;
-    let names: BTreeSet<&str> = hooks.iter().map(|hook| hook.program).collect();
+    let plan = Plan::make(host, links, facts, Scope::All)?;
+    let names = plan.programs();
     let ids = loaded.loaded(&names)?;
+    let mut problems = loaded.unpinned(&names, &ids);
     let mut filters = Filters::open().map_err(netlink)?;
-    let mut problems = Vec::new();
-    for hook in &hooks {
-        let there = match ids.get(hook.program) {
-            Some(id) => in_place(&mut filters, hook, chain_of(&chains, hook), *id)?,
-            None => false,
+    for hook in &plan.hooks {
+        let Some(id) = ids.get(hook.program) else {
+            continue;
         };
-        if !there {
-            let place = match hook.mechanism {
-                Mechanism::Tcx => "at the head of tcx",
-                Mechanism::Clsact => "a filter of clsact",
-            };
-            problems.push(format!(
-                "{}: program {} expected {place} {}, found another or none",
-                hook.device,
-                hook.program,
-                direction(hook.direction)
-            ));
-        }
+        let found = match plan.look(&mut filters, hook, *id)? {
+            Found::Right => continue,
+            Found::Nothing => "nothing".to_owned(),
+            Found::Behind(first) => format!("it behind {}", name_of(first)?),
+            Found::Former(other) => format!("another version's ({})", name_of(other)?),
+            Found::Twice => "it twice, by tcx and as a filter".to_owned(),
+        };
+        let place = match hook.mechanism {
+            Mechanism::Tcx => "at the head of tcx",
+            Mechanism::Clsact => "as the first filter of clsact",
+        };
+        problems.push(format!(
+            "{}: program {} expected {place} {}, found {found}",
+            hook.device,
+            hook.program,
+            direction(hook.direction)
+        ));
     }
     Ok(problems)
 }
@@ -107,67 +157,142 @@ pub fn detach(host: &Host, links: &[Link]) -> Result<()> {
     let mut filters = Filters::open().map_err(netlink)?;
     let tcx = host.kernel()?.tcx;
     for link in links.iter().filter(|link| !link.loopback) {
-        let mut clear = || -> io::Result<()> {
+        let mut detach = || -> io::Result<()> {
             for direction in Direction::ALL {
-                for id in chain(tcx, link.index, direction)? {
-                    if let Some(program) = own(id)? {
-                        tcx::detach(link.index, direction, &program)?;
-                    }
-                }
-                filters.detach(link.index, direction)?;
+                let ids = chain(tcx, link.index, direction)?;
+                clear(&mut filters, link.index, direction, ids)?;
             }
             Ok(())
         };
-        match clear() {
-            Err(error) if is_gone(&error) => {}
-            other => other.map_err(|error| {
-                Error::io(format!("take the eBPF programs off {}", link.name), error)
-            })?,
-        }
+        unless_gone(&link.name, detach())?;
     }
     Ok(())
 }
 
-fn plan(
-    host: &Host,
-    links: &[Link],
-    facts: &NodeFacts,
-    scope: Scope,
-) -> Result<(Vec<Hook>, Chains)> {
-    let tcx = host.kernel()?.tcx;
-    let mut means = Means { tcx, cilium: host.has_cilium(), taken: BTreeSet::new() };
-    let mut chains = Chains::new();
-    let mut known = BTreeMap::new();
-    let looked_at: Vec<Link> = links.iter().filter(|link| scope.has(link)).cloned().collect();
-    for link in looked_at.iter().filter(|link| !link.loopback) {
-        for direction in Direction::ALL {
-            let ids = match chain(tcx, link.index, direction) {
-                Err(error) if is_gone(&error) => continue,
-                other => other.map_err(|error| {
-                    Error::io(format!("list the eBPF programs of {}", link.name), error)
-                })?,
-            };
-            for id in &ids {
-                let ours = match known.get(id) {
-                    Some(ours) => *ours,
-                    None => own(*id)
-                        .map_err(|error| {
-                            Error::io(format!("look at eBPF program {id} of {}", link.name), error)
-                        })?
-                        .is_some(),
+impl Plan {
+    fn make(host: &Host, links: &[Link], facts: &NodeFacts, scope: Scope) -> Result<Self> {
+        let tcx = host.kernel()?.tcx;
+        let mut means = Means { tcx, cilium: host.has_cilium(), taken: BTreeSet::new() };
+        let mut chains = BTreeMap::new();
+        let mut known = BTreeMap::new();
+        let looked_at: Vec<&Link> =
+            links.iter().filter(|link| scope.has(link) && !link.loopback).collect();
+        for link in &looked_at {
+            for direction in Direction::ALL {
+                let ids = match chain(tcx, link.index, direction) {
+                    Err(error) if is_gone(&error) => continue,
+                    other => other.map_err(|error| {
+                        Error::io(format!("list the eBPF programs of {}", link.name), error)
+                    })?,
                 };
-                known.insert(*id, ours);
-                if !ours {
-                    means.taken.insert(link.index);
+                let mut chained = Vec::new();
+                for id in ids {
+                    let ours = match known.get(&id) {
+                        Some(ours) => *ours,
+                        None => own(id)
+                            .map_err(|error| {
+                                Error::io(
+                                    format!("look at eBPF program {id} of {}", link.name),
+                                    error,
+                                )
+                            })?
+                            .is_some(),
+                    };
+                    known.insert(id, ours);
+                    if !ours {
+                        means.taken.insert(link.index);
+                    }
+                    chained.push(Chained { id, ours });
                 }
+                chains.insert((link.index, direction), chained);
             }
-            chains.insert((link.index, direction), ids);
+        }
+        // Masters outside of the scope are still masters.
+        let mut hooks = hooks::hooks(links, facts, &means);
+        hooks.retain(|hook| looked_at.iter().any(|link| link.index == hook.index));
+        let others = looked_at
+            .iter()
+            .filter(|link| hooks.iter().all(|hook| hook.index != link.index))
+            .map(|link| (link.index, link.name.clone()))
+            .collect();
+        Ok(Plan { hooks, chains, others })
+    }
+
+    fn programs(&self) -> BTreeSet<&'static str> {
+        self.hooks.iter().map(|hook| hook.program).collect()
+    }
+
+    fn chain(&self, hook: &Hook) -> &[Chained] {
+        self.chains.get(&(hook.index, hook.direction)).map_or(&[], Vec::as_slice)
+    }
+
+    fn look(&self, filters: &mut Filters, hook: &Hook, id: u32) -> Result<Found> {
+        let filter = filters
+            .program(hook.index, hook.direction)
+            .map_err(|error| failed(hook, "look at the filters", error))?;
+        let chain = self.chain(hook);
+        let former = chain.iter().find(|one| one.ours && one.id != id).map(|one| one.id);
+        if let Some(former) = former.or(filter.filter(|filter| *filter != id)) {
+            return Ok(Found::Former(former));
+        }
+        let in_chain = chain.iter().any(|one| one.ours);
+        Ok(match (hook.mechanism, chain.first()) {
+            _ if in_chain && filter.is_some() => Found::Twice,
+            (Mechanism::Clsact, _) if filter.is_some() => Found::Right,
+            (Mechanism::Tcx, Some(first)) if first.id == id => Found::Right,
+            (Mechanism::Tcx, Some(first)) if in_chain => Found::Behind(first.id),
+            _ => Found::Nothing,
+        })
+    }
+
+    /// Whether there are programs by tcx where none is needed.
+    fn has_strays(&self) -> bool {
+        let is_other = |device: &u32| self.others.iter().any(|(index, _)| index == device);
+        self.chains
+            .iter()
+            .any(|((device, _), chain)| is_other(device) && chain.iter().any(|one| one.ours))
+    }
+
+    /// A port that has come to a bridge, a device that has lost its addresses: where packets pass
+    /// two programs, the second one takes them for direct connections to the pod.
+    fn clear_others(&self, filters: &mut Filters) -> Result<()> {
+        for (device, name) in &self.others {
+            let mut clear = || -> io::Result<()> {
+                for direction in Direction::ALL {
+                    let chain = self.chains.get(&(*device, direction));
+                    let ids = chain.into_iter().flatten().filter(|one| one.ours);
+                    clear(filters, *device, direction, ids.map(|one| one.id))?;
+                }
+                Ok(())
+            };
+            unless_gone(name, clear())?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes programs of this plugin off a device, those by tcx by their numbers.
+fn clear(
+    filters: &mut Filters,
+    device: u32,
+    direction: Direction,
+    ids: impl IntoIterator<Item = u32>,
+) -> io::Result<()> {
+    for id in ids {
+        if let Some(program) = own(id)? {
+            tcx::detach(device, direction, &program)?;
         }
     }
-    // Masters outside of the scope are still masters.
-    let mut hooks = hooks::hooks(links, facts, &means);
-    hooks.retain(|hook| looked_at.iter().any(|link| link.index == hook.index));
-    Ok((hooks, chains))
+    filters.detach(device, direction)
+}
+
+fn unless_gone(device: &str, result: io::Result<()>) -> Result<()> {
+    match result {
+        Err(error) if is_gone(&error) => Ok(()),
+        other => {
+            other.map_err(|error| Error::io(format!("take the eBPF programs off {device}"), error))
+        }
+    }
 }
 
 fn chain(tcx: bool, device: u32, direction: Direction) -> io::Result<Vec<u32>> {
@@ -177,32 +302,23 @@ fn chain(tcx: bool, device: u32, direction: Direction) -> io::Result<Vec<u32>> {
     Ok(tcx::query(device, direction)?.programs)
 }
 
-fn chain_of<'a>(chains: &'a Chains, hook: &Hook) -> &'a [u32] {
-    chains.get(&(hook.index, hook.direction)).map_or(&[], Vec::as_slice)
-}
-
 /// The program with this number, if it is one of this plugin's.
 fn own(id: u32) -> io::Result<Option<Program>> {
     let program = Program::from_id(id)?;
     Ok(program.filter(|program| PROGRAMS.contains(&program.name())))
 }
 
-fn in_place(filters: &mut Filters, hook: &Hook, chain: &[u32], id: u32) -> Result<bool> {
-    match hook.mechanism {
-        Mechanism::Tcx => Ok(chain.first() == Some(&id)),
-        Mechanism::Clsact => {
-            let found = filters
-                .program(hook.index, hook.direction)
-                .map_err(|error| failed(hook, "look at the filters", error))?;
-            Ok(found == Some(id))
-        }
-    }
+/// How an operator finds it with bpftool.
+fn name_of(id: u32) -> Result<String> {
+    let program = Program::from_id(id)
+        .map_err(|error| Error::io(format!("look at eBPF program {id}"), error))?;
+    Ok(program.map_or_else(|| id.to_string(), |program| format!("{id} {}", program.name())))
 }
 
-fn put(filters: &mut Filters, hook: &Hook, chain: &[u32], program: &Program) -> io::Result<()> {
+fn put(filters: &mut Filters, hook: &Hook, chain: &[Chained], program: &Program) -> io::Result<()> {
     let mut former = Vec::new();
-    for id in chain {
-        former.extend(own(*id)?);
+    for one in chain.iter().filter(|one| one.ours) {
+        former.extend(own(one.id)?);
     }
     match hook.mechanism {
         Mechanism::Tcx => {
@@ -210,7 +326,10 @@ fn put(filters: &mut Filters, hook: &Hook, chain: &[u32], program: &Program) -> 
             if let Some(index) = former.iter().position(|one| one.id() == program.id()) {
                 tcx::detach(hook.index, hook.direction, &former.swap_remove(index))?;
             }
-            match former.iter().position(|one| Some(&one.id()) == chain.first()) {
+            match former
+                .iter()
+                .position(|one| chain.first().is_some_and(|first| first.id == one.id()))
+            {
                 // Another version's: no packet is without one of the two.
                 Some(index) => {
                     let old = former.swap_remove(index);
@@ -242,7 +361,8 @@ fn direction(direction: Direction) -> &'static str {
 
 fn failed(hook: &Hook, action: &str, error: io::Error) -> Error {
     let way = direction(hook.direction);
-    Error::io(format!("{action}: program {} at {} {way}", hook.program, hook.device), error)
+    let what = format!("{action}: program {} at {} {way}", hook.program, hook.device);
+    Error::io(what, error)
 }
 
 fn netlink(error: io::Error) -> Error {

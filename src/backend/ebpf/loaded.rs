@@ -13,20 +13,36 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::layout::{Config, LAYOUT, REVISION, config_flags};
 use crate::error::{Error, Result};
-use crate::sys::bpf::map::Map;
+use crate::sys::bpf::map::{Definition, Map};
 use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::bpf::program::Program;
 
+/// An object, and what this and other versions of the plugin know it by.
+#[derive(Debug, Clone, Copy)]
+pub struct Build {
+    pub object: &'static [u8],
+    /// Beginning of the object's SHA-256, which names its programs' directory.
+    pub digest: &'static str,
+    /// As in `layout.h`.
+    pub layout: u32,
+    pub revision: u32,
+}
+
 /// All programs, as `src/bpf/build.sh` made them.
-pub static OBJECT: &[u8] = &ALIGNED.0;
+pub static OWN: Build = Build {
+    object: &ALIGNED.0,
+    digest: include_str!("../../bpf/portmap.bpf.o.revision").trim_ascii(),
+    layout: LAYOUT,
+    revision: REVISION,
+};
 static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!("../../bpf/portmap.bpf.o"));
-/// Beginning of the object's SHA-256, which names its programs' directory. A test compares them.
-pub static OBJECT_REVISION: &str = include_str!("../../bpf/portmap.bpf.o.revision").trim_ascii();
 
 /// Maps that every call works on.
-const MAPS: [&str; 6] =
+const WORKED_ON: [&str; 6] =
     ["pm_claims", "pm_ports", "pm_port_uses", "pm_traffic", "pm_addresses", "pm_config"];
+/// Maps that are the programs' own business.
+const OTHERS: [&str; 5] = ["pm_flows", "pm_remaps", "pm_fragments", "pm_sockets", "pm_reasons"];
 /// Maps whose entries an upgrade takes along: connections, and what was counted.
 const CARRIED: [&str; 4] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_traffic"];
 
@@ -50,43 +66,62 @@ pub struct Flows {
 pub struct Loaded {
     pub maps: Maps,
     pins: Pins,
-    /// Of the programs that are used: a newer plugin's are left in place.
-    revision: String,
+    build: Build,
+    /// Directories that programs are looked for in, a newer plugin's first: it is left in place.
+    digests: Vec<String>,
     batches: bool,
     programs: RefCell<BTreeMap<String, Program>>,
 }
 
+/// What a look at the pins came to.
+pub enum Found {
+    Loaded(Box<Loaded>),
+    /// What is not there, and where it is expected.
+    Missing(String),
+}
+
 impl Loaded {
-    /// What is there, if it is complete; `None` if this plugin's layout has no maps.
+    /// What is there, if no map is missing.
     ///
     /// # Errors
     ///
     /// `Error::Newer` where a newer plugin has changed the layout: nothing can be said of its maps.
-    pub fn open(batches: bool) -> Result<Option<Self>> {
+    pub fn open(build: &Build, batches: bool) -> Result<Found> {
         let pins = pins()?;
-        refuse_newer(&pins)?;
-        let maps = pins.maps(LAYOUT, MAPS).map_err(failed("open the eBPF maps"))?;
-        maps.map(|maps| Self::with(pins, maps, batches)).transpose()
+        refuse_newer_than(&pins, build.layout)?;
+        let failed = failed("open the eBPF maps");
+        let present = pins.map_names(build.layout).map_err(&failed)?;
+        let mut expected = WORKED_ON.iter().chain(&OTHERS);
+        if let Some(missing) = expected.find(|name| !present.contains(**name)) {
+            let dir = pins.maps_dir(build.layout);
+            return Ok(Found::Missing(match present.is_empty() {
+                true => format!("there are no eBPF maps: expected in {}", dir.display()),
+                false => {
+                    format!("the eBPF map {missing} is missing: expected in {}", dir.display())
+                }
+            }));
+        }
+        let maps = pins.maps(build.layout, WORKED_ON).map_err(&failed)?;
+        let loaded = Self::with(build, pins, maps.unwrap_or_default(), batches)?;
+        Ok(Found::Loaded(Box::new(loaded)))
     }
 
     /// What is there, made complete.
-    pub fn ensure(batches: bool) -> Result<Self> {
-        if let Some(loaded) = Self::open(batches)? {
-            return Ok(loaded);
-        }
+    pub fn ensure(build: &Build, batches: bool) -> Result<Self> {
         let pins = pins()?;
-        let object = Object::parse(OBJECT).map_err(failed("read the eBPF object"))?;
-        let definitions = object.maps();
-        let older = pins.list().map_err(failed("list the pinned eBPF maps"))?.layouts;
-        let maps = pins
-            .create_maps(LAYOUT, definitions.values(), |maps| {
-                older.iter().try_for_each(|layout| carry(&pins, *layout, maps))
-            })
-            .map_err(failed("make the eBPF maps"))?;
-        Self::with(pins, maps, batches)
+        refuse_newer_than(&pins, build.layout)?;
+        let object = Object::parse(build.object).map_err(failed("read the eBPF object"))?;
+        let maps =
+            make_maps(&pins, build.layout, &object.maps()).map_err(failed("make the eBPF maps"))?;
+        Self::with(build, pins, maps, batches)
     }
 
-    fn with(pins: Pins, mut maps: BTreeMap<String, Map>, batches: bool) -> Result<Self> {
+    fn with(
+        build: &Build,
+        pins: Pins,
+        mut maps: BTreeMap<String, Map>,
+        batches: bool,
+    ) -> Result<Self> {
         let mut take = |name: &str| {
             let map = maps.remove(name).ok_or_else(|| missing(name))?;
             Ok::<_, Error>(if batches { map } else { map.without_batches() })
@@ -99,27 +134,28 @@ impl Loaded {
             addresses: take("pm_addresses")?,
             config: take("pm_config")?,
         };
-        let mut revision = OBJECT_REVISION.to_owned();
-        if config(&maps)?.revision > REVISION {
-            let revisions = pins.list().map_err(failed("list the pinned eBPF programs"))?.revisions;
-            revision = revisions.into_iter().next().unwrap_or(revision);
+        let mut digests = vec![build.digest.to_owned()];
+        if config(&maps)?.revision > build.revision {
+            let present = pins.list().map_err(failed("list the pinned eBPF programs"))?.revisions;
+            let newer = present.into_iter().filter(|digest| digest != build.digest);
+            digests.splice(0..0, newer);
         }
-        Ok(Loaded { maps, pins, revision, batches, programs: RefCell::default() })
+        Ok(Loaded { maps, pins, build: *build, digests, batches, programs: RefCell::default() })
     }
 
     /// Numbers of programs by name, as far as they are loaded.
     pub fn loaded(&self, names: &BTreeSet<&str>) -> Result<BTreeMap<String, u32>> {
         let mut programs = self.programs.borrow_mut();
         for name in names {
-            if programs.contains_key(*name) {
-                continue;
-            }
-            let opened = self
-                .pins
-                .program(&self.revision, name)
-                .map_err(|error| Error::io(format!("open the eBPF program {name}"), error))?;
-            if let Some(program) = opened {
-                programs.insert((*name).to_owned(), program);
+            for digest in &self.digests {
+                if programs.contains_key(*name) {
+                    break;
+                }
+                let opened = self
+                    .pins
+                    .program(digest, name)
+                    .map_err(|error| Error::io(format!("open the eBPF program {name}"), error))?;
+                programs.extend(opened.map(|program| ((*name).to_owned(), program)));
             }
         }
         Ok(programs.iter().map(|(name, program)| (name.clone(), program.id())).collect())
@@ -133,20 +169,33 @@ impl Loaded {
         if todo.is_empty() {
             return Ok(present);
         }
+        let Build { object, digest, layout, .. } = self.build;
         let load = || -> io::Result<Vec<Program>> {
-            let object = Object::parse(OBJECT)?;
+            let object = Object::parse(object)?;
             let wanted = object.maps();
             let maps = self
                 .pins
-                .maps(LAYOUT, wanted.keys().map(String::as_str))?
+                .maps(layout, wanted.keys().map(String::as_str))?
                 .ok_or_else(|| io::Error::other("its maps are not all pinned"))?;
             let programs = object::load(&object.link(&maps, &todo)?)?;
-            self.pins.add_programs(&self.revision, todo.iter().copied().zip(&programs))?;
+            self.pins.add_programs(digest, todo.iter().copied().zip(&programs))?;
             Ok(programs)
         };
         let programs = load().map_err(failed("load the eBPF programs"))?;
         self.programs.borrow_mut().extend(todo.iter().map(|name| (*name).to_owned()).zip(programs));
         self.loaded(names)
+    }
+
+    /// Which of these programs have no pin, in words. `ids` is what [`Loaded::loaded`] found.
+    pub fn unpinned(&self, names: &BTreeSet<&str>, ids: &BTreeMap<String, u32>) -> Vec<String> {
+        let digest = self.digests.first().map_or(self.build.digest, String::as_str);
+        let dir = self.pins.programs_dir(digest);
+        let missing = names.iter().filter(|name| !ids.contains_key(**name));
+        missing
+            .map(|name| {
+                format!("the eBPF program {name} is missing: expected in {}", dir.display())
+            })
+            .collect()
     }
 
     /// Does something with a program that has been loaded or opened.
@@ -166,7 +215,7 @@ impl Loaded {
         let open = |name: &str| {
             let map = self
                 .pins
-                .map(LAYOUT, name)
+                .map(self.build.layout, name)
                 .map_err(failed("open the eBPF maps"))?
                 .ok_or_else(|| missing(name))?;
             Ok::<_, Error>(if self.batches { map } else { map.without_batches() })
@@ -176,13 +225,14 @@ impl Loaded {
 
     /// The map of counters by reason, in the order of `layout::REASONS`.
     pub fn reasons(&self) -> Result<Map> {
-        let map = self.pins.map(LAYOUT, "pm_reasons").map_err(failed("open the eBPF maps"))?;
+        let map =
+            self.pins.map(self.build.layout, "pm_reasons").map_err(failed("open the eBPF maps"))?;
         map.ok_or_else(|| missing("pm_reasons"))
     }
 
     /// Says which version's programs are attached from now on.
     pub fn claim_revision(&self) -> Result<()> {
-        self.reconfigure(|config| config.revision = config.revision.max(REVISION))
+        self.reconfigure(|config| config.revision = config.revision.max(self.build.revision))
     }
 
     /// Says in which network namespace the socket hooks act.
@@ -227,18 +277,19 @@ impl Loaded {
     }
 
     /// After an upgrade: takes along what came about while both were at work, and lets the old maps
-    /// and programs go.
+    /// and programs go. A newer plugin's stay.
     pub fn finish_upgrade(&self) -> Result<()> {
+        let layout = self.build.layout;
         let tidy = || -> io::Result<()> {
             let contents = self.pins.list()?;
-            for layout in contents.layouts.into_iter().filter(|layout| *layout < LAYOUT) {
-                if let Some(maps) = self.pins.maps(LAYOUT, CARRIED)? {
-                    carry(&self.pins, layout, &maps)?;
+            for old in contents.layouts.into_iter().filter(|old| *old < layout) {
+                if let Some(maps) = self.pins.maps(layout, CARRIED)? {
+                    carry(&self.pins, old, &maps)?;
                 }
-                self.pins.remove_maps(layout)?;
+                self.pins.remove_maps(old)?;
             }
-            for revision in contents.revisions.iter().filter(|name| **name != self.revision) {
-                self.pins.remove_programs(revision)?;
+            for digest in contents.revisions.iter().filter(|name| !self.digests.contains(name)) {
+                self.pins.remove_programs(digest)?;
             }
             Ok(())
         };
@@ -246,23 +297,57 @@ impl Loaded {
     }
 }
 
+/// Whether anything is pinned, by whichever version.
+pub fn is_pinned() -> bool {
+    pins().is_ok_and(|pins| pins.exists())
+}
+
 /// Takes every name away: what is attached nowhere is gone then.
 pub fn unpin() -> Result<()> {
-    let pins = pins()?;
-    refuse_newer(&pins)?;
-    pins.remove_all().map_err(failed("remove the pinned eBPF maps and programs"))
+    pins()?.remove_all().map_err(failed("remove the pinned eBPF maps and programs"))
+}
+
+/// Fails where a newer plugin has changed the layout: its maps and programs are not for this one.
+pub fn refuse_newer() -> Result<()> {
+    refuse_newer_than(&pins()?, LAYOUT)
+}
+
+fn refuse_newer_than(pins: &Pins, own: u32) -> Result<()> {
+    let newest = pins.list().map_err(failed("list the pinned eBPF maps"))?.layouts.pop();
+    match newest.filter(|newest| *newest > own) {
+        Some(newest) => Err(Error::NewerMaps { newest, own }),
+        None => Ok(()),
+    }
 }
 
 fn pins() -> Result<Pins> {
     Pins::open().map_err(failed("use the directory for eBPF maps"))
 }
 
-fn refuse_newer(pins: &Pins) -> Result<()> {
-    let newest = pins.list().map_err(failed("list the pinned eBPF maps"))?.layouts.pop();
-    match newest.filter(|newest| *newest > LAYOUT) {
-        Some(newest) => Err(Error::NewerMaps { newest, own: LAYOUT }),
-        None => Ok(()),
+/// All maps of a layout: those that are there, and new ones for those that are missing or, by
+/// whatever accident, of another kind.
+fn make_maps(
+    pins: &Pins,
+    layout: u32,
+    definitions: &BTreeMap<String, Definition>,
+) -> io::Result<BTreeMap<String, Map>> {
+    let mut present = BTreeMap::new();
+    for (name, definition) in definitions {
+        let map = pins.map(layout, name)?.filter(|map| definition.fits(map.definition()));
+        present.extend(map.map(|map| (name.clone(), map)));
     }
+    if present.len() == definitions.len() {
+        return Ok(present);
+    }
+    let older: Vec<u32> = pins.list()?.layouts.into_iter().filter(|old| *old < layout).collect();
+    pins.create_maps(layout, definitions.values(), |maps| {
+        for name in CARRIED {
+            if let (Some(old), Some(new)) = (present.get(name), maps.get(name)) {
+                new.take_over(old)?;
+            }
+        }
+        older.iter().try_for_each(|old| carry(pins, *old, maps))
+    })
 }
 
 /// Entries of an older layout, as far as the new maps do not have them.
@@ -298,11 +383,20 @@ fn missing(name: &str) -> Error {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_revision_is_the_object_s() {
-        assert_eq!(OBJECT_REVISION, object::revision(OBJECT));
+    fn the_digest_is_the_object_s() {
+        assert_eq!(OWN.digest, object::revision(OWN.object));
+    }
+
+    #[test]
+    fn the_maps_are_the_object_s() {
+        let maps = Object::parse(OWN.object).unwrap().maps();
+        let mut known: Vec<&str> = WORKED_ON.into_iter().chain(OTHERS).collect();
+        known.sort_unstable();
+        assert_eq!(maps.keys().map(String::as_str).collect::<Vec<_>>(), known);
     }
 }

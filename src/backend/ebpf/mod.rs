@@ -24,15 +24,16 @@ pub mod layout;
 pub mod loaded;
 pub mod objects;
 pub mod sockets;
+mod strangers;
 pub mod trial;
 
 use std::collections::BTreeSet;
 use std::io;
 
-use devices::Scope;
+use devices::{Mode, Scope};
 use entries::Former;
 use layout::ClaimKey;
-use loaded::Loaded;
+use loaded::{Found, Loaded, OWN};
 use objects::Claims;
 
 use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
@@ -64,8 +65,9 @@ impl Observe for Ebpf {
         facts: &NodeFacts,
         _recorded: bool,
     ) -> Result<Vec<String>> {
-        let Some(loaded) = Loaded::open(host.kernel()?.batches)? else {
-            return Ok(vec!["the eBPF maps are not there".into()]);
+        let loaded = match open(host)? {
+            Found::Loaded(loaded) => loaded,
+            Found::Missing(what) => return Ok(vec![what]),
         };
         let keys = objects::keys(record);
         let expected = claims_of(related, Some(record), &keys);
@@ -84,17 +86,29 @@ impl Observe for Ebpf {
 }
 
 impl Apply for Ebpf {
+    fn admit(&self) -> Result<()> {
+        loaded::refuse_newer()
+    }
+
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
-        let Some(loaded) = Loaded::open(host.kernel()?.batches)? else {
-            return Ok(Outcome::NeedsRestore("the eBPF maps are not there".into()));
+        // State of another directory, or of one that is gone, may be in the maps.
+        if change.added.is_some() && change.parts_before.is_empty() {
+            return Ok(Outcome::NeedsRestore("this is the first attachment".into()));
+        }
+        let loaded = match open(host)? {
+            Found::Loaded(loaded) => loaded,
+            Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
         if change.added.is_some() {
             let links = host.links()?;
-            let hooked = devices::sync(host, &loaded, &links, change.facts, Scope::All)
-                .and_then(|()| sockets::sync(host, &loaded));
+            let hooked =
+                devices::sync(host, &loaded, &links, change.facts, Scope::All, Mode::Extend)
+                    .and_then(|done| Ok(done && sockets::sync(host, &loaded, Mode::Extend)?));
             match hooked {
-                Ok(()) => {}
-                Err(error @ Error::NewerMaps { .. }) => return Err(error),
+                Ok(true) => {}
+                Ok(false) => {
+                    return Ok(Outcome::NeedsRestore("other eBPF programs are attached".into()));
+                }
                 Err(error) => {
                     return Ok(Outcome::NeedsRestore(format!("{error}: {}", error.details())));
                 }
@@ -109,9 +123,8 @@ impl Apply for Ebpf {
         let after = claims_of(change.related, change.added, &keys);
         let write = || -> io::Result<Vec<Former>> {
             let former = entries::change(&loaded.maps, &keys, &after)?;
-            if change.facts_before != change.facts {
-                let before = objects::addresses(change.facts_before);
-                entries::addresses(&loaded.maps, Some(&before), &objects::addresses(change.facts))?;
+            if change.added.is_some() {
+                entries::addresses(&loaded.maps, &objects::addresses(change.facts))?;
             }
             Ok(former)
         };
@@ -130,23 +143,23 @@ impl Apply for Ebpf {
     fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
         let records: Vec<&Record> = desired.records.iter().collect();
         let wanted = objects::claims(&records);
-        let loaded = match Loaded::open(host.kernel()?.batches)? {
-            Some(loaded) => loaded,
-            // Nothing is there and nothing is wanted.
-            None if records.is_empty() => return Ok(()),
-            None => Loaded::ensure(host.kernel()?.batches)?,
+        let loaded = match open(host)? {
+            Found::Loaded(loaded) => *loaded,
+            // Programs may be attached all the same, with maps that cannot be reached.
+            Found::Missing(_) if records.is_empty() => return self.unload(host),
+            Found::Missing(_) => Loaded::ensure(&OWN, host.kernel()?.batches)?,
         };
         let former = entries::restore(&loaded.maps, &wanted)
             .and_then(|former| {
                 let addresses = objects::addresses(desired.facts);
-                entries::addresses(&loaded.maps, None, &addresses)?;
+                entries::addresses(&loaded.maps, &addresses)?;
                 Ok(former)
             })
             .map_err(failed("write the eBPF maps"))?;
         if !records.is_empty() {
             let links = host.links()?;
-            devices::sync(host, &loaded, &links, desired.facts, Scope::All)?;
-            sockets::sync(host, &loaded)?;
+            devices::sync(host, &loaded, &links, desired.facts, Scope::All, Mode::Restore)?;
+            sockets::sync(host, &loaded, Mode::Restore)?;
             loaded.claim_revision()?;
             loaded.finish_upgrade()?;
         }
@@ -161,25 +174,41 @@ impl Apply for Ebpf {
     }
 
     fn welcome(&self, host: &Host, names: &[String]) -> Result<()> {
-        let Some(loaded) = Loaded::open(host.kernel()?.batches)? else {
+        let Found::Loaded(loaded) = open(host)? else {
             return Ok(());
         };
         let scope = if names.is_empty() { Scope::All } else { Scope::Only(names) };
         let facts = host.node_facts()?;
-        devices::sync(host, &loaded, &host.links()?, &facts, scope)
+        devices::sync(host, &loaded, &host.links()?, &facts, scope, Mode::Extend).map(drop)
     }
 
     fn unload(&self, host: &Host) -> Result<()> {
-        let errors: Vec<Error> =
-            [devices::detach(host, &host.links()?), sockets::detach(), loaded::unpin()]
-                .into_iter()
-                .filter_map(Result::err)
-                .collect();
+        self.admit()?;
+        // Where eBPF does not work nothing can be attached, unless it was by somebody who may more.
+        if host.kernel().is_err() && !loaded::is_pinned() {
+            return Ok(());
+        }
+        let loaded = match open(host)? {
+            Found::Loaded(loaded) => Some(loaded),
+            Found::Missing(_) => None,
+        };
+        let errors: Vec<Error> = [
+            devices::detach(host, &host.links()?),
+            sockets::detach(host, loaded.as_deref()),
+            loaded::unpin(),
+        ]
+        .into_iter()
+        .filter_map(Result::err)
+        .collect();
         match errors.is_empty() {
             true => Ok(()),
             false => Err(Error::Several { what: "removing the eBPF programs".into(), errors }),
         }
     }
+}
+
+fn open(host: &Host) -> Result<Found> {
+    Loaded::open(&OWN, host.kernel()?.batches)
 }
 
 /// The entries at `keys` that follow from these records.

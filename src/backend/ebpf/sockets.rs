@@ -13,7 +13,9 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use super::devices::Mode;
 use super::loaded::Loaded;
+use super::strangers::Strangers;
 use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::{self, Cgroup};
@@ -24,7 +26,7 @@ use crate::sys::bpf::program::{Program, SocketHook};
 const HOST_ONLY: [&str; 3] = ["init.scope", "system.slice", "user.slice"];
 
 /// The program for a hook, and where it acts: everywhere, or by the cookie.
-fn program(hook: SocketHook, gated: bool) -> &'static str {
+pub(super) fn program(hook: SocketHook, gated: bool) -> &'static str {
     match (hook, gated) {
         (SocketHook::Connect4, true) => "pm_connect4",
         (SocketHook::Connect6, true) => "pm_connect6",
@@ -41,58 +43,89 @@ fn program(hook: SocketHook, gated: bool) -> &'static str {
     }
 }
 
-/// Puts every program that is missing or another version's in its place.
-pub fn sync(host: &Host, loaded: &Loaded) -> Result<()> {
+/// Puts programs in their places. Says false, and has changed nothing, if [`Mode::Extend`] is not
+/// enough.
+pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
     let wanted = match wanted(host) {
         Ok(wanted) => wanted,
         Err(reason) => {
             note(host, &reason);
-            return Ok(());
+            return Ok(true);
         }
     };
     let names: BTreeSet<&str> = wanted.hooks.iter().map(|(_, name)| *name).collect();
     let ids = loaded.load(&names)?;
+    let mut cookie = own_cookie(host, loaded)?;
+    // Before anything is attached, as far as possible: by the cookie other nodes know whose it is.
+    if wanted.gated
+        && let Some(cookie) = cookie
+    {
+        loaded.set_cookie(cookie)?;
+    }
+    let mut todo = Vec::new();
     for place in &wanted.places {
+        let mut doubtful = Vec::new();
         for (hook, name) in &wanted.hooks {
-            let attached = place.query(*hook).map_err(|error| failed(place, name, error))?;
-            if ids.get(*name).is_some_and(|id| attached.programs.contains(id)) {
-                continue;
+            let attached = place.query(*hook).map_err(|error| failed(place, name, error))?.programs;
+            if ids.get(*name).is_none_or(|id| attached != [*id]) {
+                doubtful.push((*hook, *name, attached));
             }
-            let done = loaded.with_program(name, |program| {
-                put(place, *hook, &attached.programs, program)
-                    .map_err(|error| failed(place, name, error))
-            });
-            match done {
-                // Somebody has attached one that allows no others: the error says where.
-                Err(Error::Io { source, .. })
-                    if source.kind() == io::ErrorKind::PermissionDenied =>
-                {
-                    note(host, &source.to_string());
-                    return Ok(());
-                }
-                other => other?,
+        }
+        if doubtful.is_empty() {
+            continue;
+        }
+        let strangers = Strangers::at(place, cookie).map_err(|error| looking(place, error))?;
+        for (hook, name, attached) in doubtful {
+            let mut former = strangers.own(&attached).map_err(|error| looking(place, error))?;
+            former.retain(|program| ids.get(name) != Some(&program.id()));
+            if !former.is_empty() && mode == Mode::Extend {
+                return Ok(false);
+            }
+            if !former.is_empty() || ids.get(name).is_none_or(|id| !attached.contains(id)) {
+                todo.push((place, hook, name, former));
             }
         }
     }
-    // Only now: a kernel that does not tell the cookie is asked through the programs.
-    if wanted.gated && !configure(loaded)? {
-        note(host, "the cookie of the node's network namespace cannot be learnt");
+    for (place, hook, name, former) in todo {
+        let done = loaded.with_program(name, |program| {
+            put(place, hook, former, program).map_err(|error| failed(place, name, error))
+        });
+        match done {
+            // Somebody has attached one that allows no others: the error says where.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+                note(host, &source.to_string());
+                return Ok(true);
+            }
+            other => other?,
+        }
     }
-    wanted.left.as_ref().map_or(Ok(()), clear)
+    if wanted.gated && cookie.is_none() {
+        cookie = learn(loaded)?;
+        if cookie.is_none() {
+            note(host, "the cookie of the node's network namespace cannot be learnt");
+        }
+    }
+    wanted.left.as_ref().map_or(Ok(()), |left| clear(left, cookie))?;
+    Ok(true)
 }
 
-/// Tells the programs which network namespace is the node's; false if that could not be found out.
-fn configure(loaded: &Loaded) -> Result<bool> {
-    let failed = |error| Error::io("find the cookie of the network namespace", error);
-    if let Some(cookie) = cookie::own().map_err(failed)? {
-        loaded.set_cookie(cookie)?;
-        return Ok(true);
+/// By what the programs know the node's network namespace, if that is known by now.
+fn own_cookie(host: &Host, loaded: &Loaded) -> Result<Option<u64>> {
+    if host.kernel()?.cookie_option {
+        return cookie::own().map_err(no_cookie);
     }
-    if loaded.cookie()?.is_none() {
-        cookie::teach(|address| loaded.learn_from(address)).map_err(failed)?;
-        loaded.trust_learnt_cookie()?;
-    }
-    Ok(loaded.cookie()?.is_some())
+    loaded.cookie()
+}
+
+/// Kernels that do not tell the cookie are asked through the programs.
+fn learn(loaded: &Loaded) -> Result<Option<u64>> {
+    cookie::teach(|address| loaded.learn_from(address)).map_err(no_cookie)?;
+    loaded.trust_learnt_cookie()?;
+    loaded.cookie()
+}
+
+fn no_cookie(error: io::Error) -> Error {
+    Error::io("find the cookie of the network namespace", error)
 }
 
 /// Which programs are not effective where they should be, in words.
@@ -103,27 +136,52 @@ pub fn problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
     };
     let names: BTreeSet<&str> = wanted.hooks.iter().map(|(_, name)| *name).collect();
     let ids = loaded.loaded(&names)?;
-    let mut problems = Vec::new();
+    let mut problems = loaded.unpinned(&names, &ids);
     for place in &wanted.places {
         for (hook, name) in &wanted.hooks {
+            let Some(id) = ids.get(*name) else {
+                continue;
+            };
             let effective = place.effective(*hook).map_err(|error| failed(place, name, error))?;
-            if !ids.get(*name).is_some_and(|id| effective.contains(id)) {
+            if !effective.contains(id) {
                 problems.push(format!(
-                    "cgroup {}: program {name} is not effective: the node's own processes do not reach hostPorts",
-                    place.name()
+                    "cgroup {}: program {name} expected, found {}: the node's own processes do not reach hostPorts",
+                    place.name(),
+                    match effective.len() {
+                        0 => "nothing",
+                        _ => "others alone",
+                    }
                 ));
             }
+        }
+    }
+    if wanted.gated {
+        let expected = own_cookie(host, loaded)?;
+        let found = loaded.cookie()?;
+        if found.is_none() || found != expected {
+            let text = |cookie: Option<u64>| {
+                cookie.map_or_else(|| "none".to_owned(), |cookie| cookie.to_string())
+            };
+            problems.push(format!(
+                "the programs at sockets act in the network namespace {}, the node's is {}",
+                text(found),
+                text(expected)
+            ));
         }
     }
     Ok(problems)
 }
 
 /// Takes this plugin's programs off all cgroups that they may be attached to.
-pub fn detach() -> Result<()> {
+pub fn detach(host: &Host, loaded: Option<&Loaded>) -> Result<()> {
     let Ok(root) = cgroup::root() else {
         return Ok(());
     };
-    children(&root).iter().chain([&root]).try_for_each(clear)
+    let cookie = match loaded {
+        Some(loaded) => own_cookie(host, loaded)?,
+        None => cookie::own().map_err(no_cookie)?,
+    };
+    children(&root).iter().chain([&root]).try_for_each(|place| clear(place, cookie))
 }
 
 /// What belongs where on this node.
@@ -173,30 +231,32 @@ fn children(root: &Cgroup) -> Vec<Cgroup> {
 }
 
 /// Attaches a program, in the place of another version of it if there is one.
-fn put(place: &Cgroup, hook: SocketHook, attached: &[u32], program: &Program) -> io::Result<()> {
-    let mut former = Vec::new();
-    for id in attached {
-        former.extend(Program::from_id(*id)?.filter(is_own));
-    }
-    match former.pop() {
-        Some(old) => place.replace(hook, &old, program)?,
-        None => place.attach(hook, program)?,
+fn put(
+    place: &Cgroup,
+    hook: SocketHook,
+    mut former: Vec<Program>,
+    program: &Program,
+) -> io::Result<()> {
+    if !place.query(hook)?.programs.contains(&program.id()) {
+        match former.pop() {
+            Some(old) => place.replace(hook, &old, program)?,
+            None => place.attach(hook, program)?,
+        }
     }
     former.iter().try_for_each(|old| place.detach(hook, old).map(drop))
 }
 
-fn clear(place: &Cgroup) -> Result<()> {
+fn clear(place: &Cgroup, cookie: Option<u64>) -> Result<()> {
     let clear = || -> io::Result<()> {
+        let strangers = Strangers::at(place, cookie)?;
         for hook in SocketHook::ALL {
             let attached = match place.query(hook) {
                 // A kernel without the hook has nothing attached to it.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
                 other => other?,
             };
-            for id in attached.programs {
-                if let Some(program) = Program::from_id(id)?.filter(is_own) {
-                    place.detach(hook, &program)?;
-                }
+            for program in strangers.own(&attached.programs)? {
+                place.detach(hook, &program)?;
             }
         }
         Ok(())
@@ -206,17 +266,14 @@ fn clear(place: &Cgroup) -> Result<()> {
     })
 }
 
-fn is_own(program: &Program) -> bool {
-    SocketHook::ALL
-        .into_iter()
-        .flat_map(|hook| [true, false].map(|gated| self::program(hook, gated)))
-        .any(|name| name == program.name())
-}
-
 fn note(host: &Host, reason: &str) {
     host.warn(format!(
         "processes of the node itself do not reach hostPorts by 127.0.0.1, ::1 or its addresses: {reason}"
     ));
+}
+
+fn looking(place: &Cgroup, error: io::Error) -> Error {
+    Error::io(format!("look at the eBPF programs of the cgroup {}", place.name()), error)
 }
 
 fn failed(place: &Cgroup, name: &str, error: io::Error) -> Error {

@@ -1,11 +1,11 @@
 //! Whether the backend works on this node, and whether it should be chosen without being asked for.
 
 use std::collections::BTreeMap;
-use std::io;
 
 use super::filters::Filters;
-use super::loaded::{Loaded, OBJECT};
+use super::loaded::{Found, Loaded, OWN};
 use crate::backend::Unusable;
+use crate::error::Error;
 use crate::sys::Host;
 use crate::sys::bpf::map::{Definition, Map};
 use crate::sys::bpf::object::{self, Object};
@@ -24,19 +24,24 @@ const LOOPBACK: u32 = 1;
 /// they came by, with its mask (aws-vpc-cni, `AWS_VPC_K8S_CNI_CONNMARK`).
 const AWS_MARK: (u32, u32) = (0x80, 0x80);
 
-/// Loads a program, and attaches it to the loopback device of a network namespace of its own.
-pub fn probe(_host: &Host) -> Result<(), Unusable> {
-    // What has been loaded works.
-    if Loaded::open(true).is_ok_and(|loaded| loaded.is_some()) {
+/// Loads a program, and attaches it to the loopback device of a network namespace of its own. That
+/// programs have been loaded before says nothing of what this process may do.
+pub fn probe(host: &Host) -> Result<(), Unusable> {
+    let broken = |error: Error| match error.details() {
+        details if details.is_empty() => Unusable::Broken(error.to_string()),
+        details => Unusable::Broken(format!("{error}: {details}")),
+    };
+    let kernel = host.kernel().map_err(broken)?;
+    if let Found::Loaded(_) = Loaded::open(&OWN, kernel.batches).map_err(broken)? {
         return Ok(());
     }
-    let broken = |error: io::Error| Unusable::Broken(error.to_string());
-    Pins::open().map_err(broken)?;
+    let try_pins = || Pins::open()?.try_out();
+    try_pins().map_err(|error| Unusable::Broken(error.to_string()))?;
     in_scratch_netns(try_out).map_err(Unusable::Broken)?.map_err(Unusable::Broken)
 }
 
 fn try_out() -> Result<(), String> {
-    let object = Object::parse(OBJECT).map_err(|error| format!("the eBPF object: {error}"))?;
+    let object = Object::parse(OWN.object).map_err(|error| format!("the eBPF object: {error}"))?;
     let make = |(name, definition): (String, Definition)| {
         let max_entries = definition.max_entries.min(ENTRIES);
         let map = Map::create(&Definition { max_entries, ..definition })

@@ -10,7 +10,7 @@
 //! comes next removes if its maker was killed. A single pin is atomic by itself. Callers hold the
 //! node's lock; names have no dots, which bpffs refuses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -18,12 +18,14 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use nix::unistd::{AccessFlags, access};
 
 use super::in_parallel;
 use super::map::{Definition, Map};
 use super::object::lift_memory_limit;
 use super::program::Program;
 use super::refusal::explained;
+use crate::sys::namespace::in_scratch_mounts;
 
 /// Where the kernel makes a directory for a bpffs, if it has bpf(2) at all.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -75,12 +77,31 @@ impl Pins {
         Ok(Self { root })
     }
 
-    fn maps_dir(&self, layout: u32) -> PathBuf {
+    /// Where a layout's maps are.
+    #[must_use]
+    pub fn maps_dir(&self, layout: u32) -> PathBuf {
         self.root.join(format!("m{layout}"))
     }
 
-    fn programs_dir(&self, revision: &str) -> PathBuf {
+    /// Where a revision's programs are.
+    #[must_use]
+    pub fn programs_dir(&self, revision: &str) -> PathBuf {
         self.root.join(format!("p-{revision}"))
+    }
+
+    /// Finds out whether names can be given here, and leaves nothing behind.
+    ///
+    /// # Errors
+    ///
+    /// A message that says why not.
+    pub fn try_out(&self) -> io::Result<()> {
+        if is_bpffs()? {
+            let dir = if self.exists() { &self.root } else { Path::new(BPFFS) };
+            return access(dir, AccessFlags::W_OK).map_err(|error| {
+                named(error.into(), &format!("cannot write to {}", dir.display()))
+            });
+        }
+        in_scratch_mounts(mount_bpffs).map_err(io::Error::other)?
     }
 
     /// One of a layout's maps; `None` if it, or the layout, is not there.
@@ -100,6 +121,17 @@ impl Pins {
     ) -> io::Result<Option<BTreeMap<String, Map>>> {
         let open = |name: &str| Ok(self.map(layout, name)?.map(|map| (name.to_owned(), map)));
         names.into_iter().map(open).map(io::Result::transpose).collect::<Option<_>>().transpose()
+    }
+
+    /// Names of a layout's maps; none if it is not there.
+    pub fn map_names(&self, layout: u32) -> io::Result<BTreeSet<String>> {
+        names_in(&self.maps_dir(layout))
+    }
+
+    /// Whether there is anything that this or another version has pinned.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.root.is_dir()
     }
 
     /// One of a revision's programs; `None` if it is not there.
@@ -153,7 +185,7 @@ impl Pins {
     /// Everything that has a name.
     pub fn list(&self) -> io::Result<Contents> {
         let mut contents = Contents::default();
-        for name in self.names()? {
+        for name in names_in(&self.root)? {
             if let Some(revision) = name.strip_prefix("p-") {
                 contents.revisions.push(revision.to_owned());
             } else if let Some(Ok(layout)) = name.strip_prefix('m').map(str::parse) {
@@ -187,7 +219,7 @@ impl Pins {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             other => return other,
         }
-        for name in self.names()? {
+        for name in names_in(&self.root)? {
             if name.starts_with(TEMPORARY) {
                 remove(&self.root.join(name))?;
             }
@@ -207,39 +239,46 @@ impl Pins {
         }
         done
     }
+}
 
-    fn names(&self) -> io::Result<Vec<String>> {
-        match fs::read_dir(&self.root) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(error),
-            Ok(entries) => {
-                entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
-            }
+/// Names in a directory; none if there is no such directory.
+fn names_in(dir: &Path) -> io::Result<BTreeSet<String>> {
+    match fs::read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
+        Err(error) => Err(error),
+        Ok(entries) => {
+            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
         }
     }
 }
 
 fn ensure_bpffs() -> io::Result<()> {
-    let at = Path::new(BPFFS);
-    let failed = |what: &str, error: nix::errno::Errno| {
-        let error = explained(error.into());
-        io::Error::new(error.kind(), format!("{what} {BPFFS}: {error}"))
-    };
-    match statfs(at) {
-        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => return Ok(()),
-        Ok(_) => {}
-        Err(nix::errno::Errno::ENOENT) => {
-            return Err(io::Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "there is no {BPFFS}: this kernel has no bpf(2) (CONFIG_BPF_SYSCALL), or sysfs is not mounted"
-                ),
-            ));
-        }
-        Err(error) => return Err(failed("cannot look at", error)),
+    if is_bpffs()? { Ok(()) } else { mount_bpffs() }
+}
+
+fn is_bpffs() -> io::Result<bool> {
+    match statfs(BPFFS) {
+        Ok(found) => Ok(found.filesystem_type() == BPF_FS_MAGIC),
+        Err(nix::errno::Errno::ENOENT) => Err(io::Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "there is no {BPFFS}: this kernel has no bpf(2) (CONFIG_BPF_SYSCALL), or sysfs is not mounted"
+            ),
+        )),
+        Err(error) => Err(named(error.into(), &format!("cannot look at {BPFFS}"))),
     }
-    mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
-        .map_err(|error| failed("no bpffs is mounted, and none can be mounted at", error))
+}
+
+fn mount_bpffs() -> io::Result<()> {
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700")).map_err(|error| {
+        named(error.into(), &format!("no bpffs is mounted, and none can be mounted at {BPFFS}"))
+    })
+}
+
+/// The error with its cause behind it, and what has failed in front.
+fn named(error: io::Error, what: &str) -> io::Error {
+    let error = explained(error);
+    io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
 fn is_ours(meta: &fs::Metadata) -> bool {
@@ -247,7 +286,8 @@ fn is_ours(meta: &fs::Metadata) -> bool {
 }
 
 fn make_dir(path: &Path) -> io::Result<()> {
-    DirBuilder::new().mode(0o700).create(path)
+    let made = DirBuilder::new().mode(0o700).create(path);
+    made.map_err(|error| named(error, &format!("cannot make {}", path.display())))
 }
 
 fn remove(path: &Path) -> io::Result<()> {

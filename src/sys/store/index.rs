@@ -38,18 +38,17 @@ impl Store {
         Ok(records)
     }
 
-    /// Whether a record other than `id` has the key. Looks no further than the first, so that the
-    /// answer costs the same whatever their number.
+    /// Whether a record other than `id` has the key. Looks no further than the first, and reads no
+    /// directory if one that was looked up has it: those of shared keys are as long as the node is busy.
     pub fn has_other(&self, key: &IndexKey, id: &str) -> Result<bool> {
+        let has_key = |record: &Record| record.index_keys().contains(key);
+        if self.looked_up.borrow().iter().any(|(other, record)| other != id && has_key(record)) {
+            return Ok(true);
+        }
         let dir = self.index_dir(key);
         for other in entries(&dir)? {
             let other = other?;
-            if other != id
-                && self
-                    .get(&other)?
-                    .record()
-                    .is_some_and(|record| record.index_keys().contains(key))
-            {
+            if other != id && self.get(&other)?.record().is_some_and(|record| has_key(&record)) {
                 return Ok(true);
             }
         }

@@ -381,6 +381,9 @@ mod tests {
         let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
         store.put(&moved, Some(&new)).unwrap();
         assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
+        let port = IndexKey::Port("tcp-80".into());
+        assert!(store.has_other(&port, "").unwrap());
+        assert!(!store.has_other(&port, &old.id()).unwrap());
         store.remove(&old).unwrap();
         store.remove(&moved).unwrap();
         store.remove(&moved).unwrap();

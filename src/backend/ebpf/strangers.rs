@@ -1,0 +1,90 @@
+//! Whose the programs at a cgroup are.
+//!
+//! Nodes that are containers of one machine (kind, on a machine with cgroup v1) share the root of its
+//! cgroup v2, and their programs have the same names. Each node's act in its own network namespace,
+//! whose cookie is in their configuration.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use zerocopy::FromBytes;
+
+use super::layout::{Config, config_flags};
+use crate::sys::bpf::cgroup::Cgroup;
+use crate::sys::bpf::map::Map;
+use crate::sys::bpf::program::{Program, SocketHook};
+
+/// The hooks whose programs use the configuration.
+const GATED: [SocketHook; 4] =
+    [SocketHook::Connect4, SocketHook::Connect6, SocketHook::Sendmsg4, SocketHook::Sendmsg6];
+const CONFIG: &str = "pm_config";
+
+/// What belongs to other nodes.
+#[derive(Debug, Default)]
+pub struct Strangers {
+    /// Ids of the maps that their programs use. No two nodes share any.
+    maps: BTreeSet<u32>,
+}
+
+impl Strangers {
+    /// Looks at what is attached to a cgroup. Without a cookie, which kernels before 5.14 keep to
+    /// themselves until it has been learnt, nobody is a stranger.
+    ///
+    /// # Errors
+    ///
+    /// What bpf(2) returns.
+    pub fn at(place: &Cgroup, cookie: Option<u64>) -> io::Result<Self> {
+        let mut strangers = Self::default();
+        let Some(cookie) = cookie else {
+            return Ok(strangers);
+        };
+        for hook in GATED {
+            for id in place.query(hook)?.programs {
+                if let Some(program) = Program::from_id(id)?.filter(is_named_as_ours) {
+                    let maps = program.map_ids()?;
+                    if acts_in(&maps)?.is_some_and(|theirs| theirs != cookie) {
+                        strangers.maps.extend(maps);
+                    }
+                }
+            }
+        }
+        Ok(strangers)
+    }
+
+    /// Those of the programs with these ids that are this plugin's and this node's.
+    ///
+    /// # Errors
+    ///
+    /// What bpf(2) returns.
+    pub fn own(&self, ids: &[u32]) -> io::Result<Vec<Program>> {
+        let mut own = Vec::new();
+        for id in ids {
+            if let Some(program) = Program::from_id(*id)?.filter(is_named_as_ours)
+                && program.map_ids()?.iter().all(|map| !self.maps.contains(map))
+            {
+                own.push(program);
+            }
+        }
+        Ok(own)
+    }
+}
+
+/// The network namespace in the configuration that is one of these maps.
+fn acts_in(maps: &[u32]) -> io::Result<Option<u64>> {
+    for id in maps {
+        let Some(map) = Map::from_id(*id)?.filter(|map| map.definition().name == CONFIG) else {
+            continue;
+        };
+        let value = map.get(&0_u32.to_ne_bytes())?.unwrap_or_default();
+        let config = Config::read_from_prefix(&value).map(|(config, _)| config).unwrap_or_default();
+        return Ok((config.flags & config_flags::COOKIE != 0).then_some(config.netns_cookie));
+    }
+    Ok(None)
+}
+
+fn is_named_as_ours(program: &Program) -> bool {
+    SocketHook::ALL
+        .into_iter()
+        .flat_map(|hook| [true, false].map(|gated| super::sockets::program(hook, gated)))
+        .any(|name| name == program.name())
+}

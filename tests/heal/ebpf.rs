@@ -1,0 +1,396 @@
+//! Damage to maps, programs, their names and their places.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount, umount};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, port_bit};
+use portmap::demo::netns::Netns;
+use portmap::demo::snapshot::pins;
+use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
+use portmap::demo::traffic::{Call, Session, Transport, reach};
+use portmap::model::{Family, Protocol};
+use portmap::sys::bpf::program::{Program, SocketHook};
+use portmap::sys::bpf::{Direction, tcx};
+use zerocopy::IntoBytes;
+
+use super::support::Variant;
+use super::support::ebpf::{self, PINS};
+use super::{By, Scene, TIMEOUT};
+
+/// TC_ACT_UNSPEC: whatever comes next decides.
+const PASS: i32 = -1;
+
+/// What a damage has to do with: pod-a's link, its address.
+struct Place {
+    link: String,
+    pod: IpAddr,
+}
+
+struct Damage {
+    name: &'static str,
+    /// Done inside the node.
+    act: fn(&Place),
+    /// What CHECK's message must contain, with the words of [`Scene::filled`].
+    named: &'static str,
+    by: By,
+    /// Takes away what is foreign, and not ours to remove.
+    after: fn(&Place),
+}
+
+const fn damage(by: By, name: &'static str, act: fn(&Place), named: &'static str) -> Damage {
+    Damage { name, act, named, by, after: |_| {} }
+}
+
+const DAMAGES: [Damage; 30] = [
+    damage(By::Any, "the map of claims unpinned", |_| unpin("pm_claims"), "pm_claims is missing"),
+    damage(By::Any, "the ports unpinned", |_| unpin("pm_ports"), "pm_ports is missing"),
+    damage(By::Any, "the uses unpinned", |_| unpin("pm_port_uses"), "pm_port_uses is missing"),
+    damage(By::Any, "the traffic unpinned", |_| unpin("pm_traffic"), "pm_traffic is missing"),
+    damage(By::Any, "the addresses unpinned", |_| unpin("pm_addresses"), "pm_addresses is missing"),
+    damage(By::Any, "the configuration unpinned", |_| unpin("pm_config"), "pm_config is missing"),
+    damage(By::Any, "the flows unpinned", |_| unpin("pm_flows"), "pm_flows is missing"),
+    damage(
+        By::Any,
+        "the ports for others unpinned",
+        |_| unpin("pm_remaps"),
+        "pm_remaps is missing",
+    ),
+    damage(By::Any, "the fragments unpinned", |_| unpin("pm_fragments"), "pm_fragments is missing"),
+    damage(By::Any, "the sockets unpinned", |_| unpin("pm_sockets"), "pm_sockets is missing"),
+    damage(By::Any, "the reasons unpinned", |_| unpin("pm_reasons"), "pm_reasons is missing"),
+    damage(By::Any, "a program unpinned", |_| unpin("pm_out"), "program pm_out is missing"),
+    damage(
+        By::Any,
+        "a socket program unpinned",
+        |_| unpin("pm_recvmsg4"),
+        "pm_recvmsg4 is missing",
+    ),
+    damage(By::Any, "all maps unpinned", |_| remove("m"), "there are no eBPF maps"),
+    damage(By::Any, "all programs unpinned", |_| remove("p-"), "program pm_out is missing"),
+    damage(By::Any, "everything unpinned", |_| remove(""), "there are no eBPF maps"),
+    damage(
+        By::Own,
+        "a claim removed",
+        |_| assert!(ebpf::map("pm_claims").remove(any_claim().as_bytes()).unwrap()),
+        "tcp 0.0.0.0:8080 expected to lead to POD:80, found nothing",
+    ),
+    damage(
+        By::Own,
+        "a claim changed",
+        |_| {
+            let value = ClaimValue::new(SocketAddr::from((Ipv4Addr::new(10, 9, 9, 9), 80)), 7);
+            ebpf::map("pm_claims").put(any_claim().as_bytes(), value.as_bytes()).unwrap();
+        },
+        "tcp 0.0.0.0:8080 expected to lead to POD:80, found 10.9.9.9:80",
+    ),
+    damage(
+        By::Own,
+        "a claim of another owner",
+        |place| {
+            let value = ClaimValue::new(SocketAddr::new(place.pod, 80), 7);
+            ebpf::map("pm_claims").put(any_claim().as_bytes(), value.as_bytes()).unwrap();
+        },
+        "tcp 0.0.0.0:8080 has another owner",
+    ),
+    damage(
+        By::Own,
+        "the pod behind a claim removed",
+        |place| {
+            let key = ClaimKey::new(place.pod.into(), Protocol::Tcp, 80);
+            assert!(ebpf::map("pm_claims").remove(key.as_bytes()).unwrap());
+        },
+        "tcp POD:80 expected to lead to POD:80, found nothing",
+    ),
+    damage(By::Own, "a port's bit cleared", |_| clear_bit(8080), "programs skip port 8080"),
+    damage(
+        By::Own,
+        "a port's uses forgotten",
+        |_| assert!(ebpf::map("pm_port_uses").remove(8080_u16.as_bytes()).unwrap()),
+        "port 8080 is not counted as used",
+    ),
+    damage(
+        By::Any,
+        "an address of the node removed",
+        |_| {
+            let addr = Addr::from(node_address());
+            assert!(ebpf::map("pm_addresses").remove(addr.as_bytes()).unwrap());
+        },
+        "NODE is not known as an address of the node",
+    ),
+    damage(
+        By::Any,
+        "the configuration cleared",
+        |_| ebpf::map("pm_config").put(&[0; 4], &[0; 24]).unwrap(),
+        "the programs at sockets act in the network namespace none",
+    ),
+    damage(
+        By::Any,
+        "a filter deleted",
+        |place| tc(&["filter", "del", "dev", &place.link, "ingress"]),
+        "LINK: program pm_pod_in expected as a filter of clsact ingress, found nothing",
+    ),
+    damage(
+        By::Any,
+        "a qdisc deleted",
+        |place| tc(&["qdisc", "del", "dev", &place.link, "clsact"]),
+        "LINK: program pm_out expected as a filter of clsact egress, found nothing",
+    ),
+    damage(
+        By::Any,
+        "an uplink's program detached",
+        |_| detach(UPLINK, Direction::Ingress),
+        "eth0: program pm_uplink_in expected at the head of tcx ingress, found nothing",
+    ),
+    Damage {
+        after: |_| detach(UPLINK, Direction::Egress),
+        ..damage(
+            By::Any,
+            "a foreign program put before it",
+            |_| {
+                let device = ebpf::index_of(UPLINK);
+                tcx::attach_first(device, Direction::Egress, &foreign("foreign")).unwrap();
+            },
+            "eth0: program pm_out expected at the head of tcx egress, found it behind",
+        )
+    },
+    damage(
+        By::Any,
+        "another version's program in its place",
+        |_| {
+            let device = ebpf::index_of(UPLINK);
+            detach(UPLINK, Direction::Ingress);
+            tcx::attach_first(device, Direction::Ingress, &foreign("pm_uplink_in")).unwrap();
+        },
+        "eth0: program pm_uplink_in expected at the head of tcx ingress, found another version's",
+    ),
+    damage(
+        By::Any,
+        "socket programs detached",
+        |_| ebpf::detach_from_sockets(&[SocketHook::Connect4, SocketHook::Recvmsg6]),
+        "cgroup /: program pm_connect4 expected, found",
+    ),
+];
+
+fn unpin(name: &str) {
+    std::fs::remove_file(&ebpf::pinned(Path::new(PINS))[name]).unwrap();
+}
+
+/// The directories whose names begin so; with "" the one that they are in.
+fn remove(prefix: &str) {
+    if prefix.is_empty() {
+        return std::fs::remove_dir_all(PINS).unwrap();
+    }
+    let entries = std::fs::read_dir(PINS).unwrap().map(|entry| entry.unwrap());
+    let named = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix));
+    let removed = named.map(|entry| std::fs::remove_dir_all(entry.path()).unwrap()).count();
+    assert_eq!(removed, 1);
+}
+
+fn any_claim() -> ClaimKey {
+    ClaimKey::new(Addr::any(Family::V4), Protocol::Tcp, 8080)
+}
+
+/// Addresses of the laboratory's node are the same in each.
+fn node_address() -> IpAddr {
+    let uplink = ebpf::index_of(UPLINK);
+    let mut reader = portmap::sys::netlink::route::RouteReader::open().unwrap();
+    let addresses = reader.addresses().unwrap();
+    addresses.iter().find(|one| one.index == uplink && one.ip.is_ipv4()).unwrap().ip
+}
+
+fn clear_bit(port: u16) {
+    let (index, bit) = port_bit(port);
+    let ports = ebpf::map("pm_ports");
+    let word = ports.get(index.as_bytes()).unwrap().unwrap();
+    let word = u64::from_ne_bytes(word.try_into().unwrap());
+    assert_ne!(word & bit, 0);
+    ports.put(index.as_bytes(), (word & !bit).as_bytes()).unwrap();
+}
+
+fn tc(arguments: &[&str]) {
+    let done = std::process::Command::new("tc").args(arguments).output().unwrap();
+    assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// The last program of the device.
+fn detach(device: &str, direction: Direction) {
+    let index = ebpf::index_of(device);
+    let id = *tcx::query(index, direction).unwrap().programs.last().unwrap();
+    let program = Program::from_id(id).unwrap().unwrap();
+    assert!(tcx::detach(index, direction, &program).unwrap());
+}
+
+/// A program that passes everything on, and is forgotten by us.
+fn foreign(name: &str) -> Program {
+    ebpf::classifier(name, PASS)
+}
+
+impl Scene<'_> {
+    fn place(&self) -> Place {
+        let pod = &self.lab.pods[0];
+        Place { link: pod.host_link.clone(), pod: pod.address(Family::V4).unwrap() }
+    }
+
+    fn inflict(&self, act: fn(&Place)) {
+        self.lab.node.run(|| act(&self.place())).unwrap();
+    }
+
+    fn bear(&self, damage: &Damage, whole: &[String]) {
+        let what = damage.name;
+        self.inflict(damage.act);
+        let (config, attachment) = &self.pods[0];
+        let (code, text) = self.node.fails("CHECK", config, attachment);
+        let named = self.filled(damage.named);
+        assert!(code == 102 && text.contains(&named), "{what}: no {named:?} in {code} {text}");
+        match damage.by {
+            By::Any => self.ok("ADD", 2),
+            By::Own => self.ok("ADD", 0),
+        }
+        self.ok("CHECK", 0);
+        self.ok("CHECK", 1);
+        self.assert_reached(0, what);
+        if damage.by == By::Any {
+            self.ok("CHECK", 2);
+            self.assert_reached(1, what);
+            self.ok("DEL", 2);
+        }
+        self.inflict(damage.after);
+        assert_eq!(ebpf::state(&self.lab.node), whole, "{what}");
+    }
+}
+
+fn lab() -> Lab {
+    let mut options = Options::new(Shape::Cilium);
+    options.pods = 3;
+    Lab::build(options).unwrap()
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn check_names_and_add_repairs_damage_to_ebpf() {
+    let lab = lab();
+    let scene = Scene::new(&lab, Variant::Ebpf);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    let whole = ebpf::state(&lab.node);
+    for damage in &DAMAGES {
+        scene.bear(damage, &whole);
+    }
+    scene.ok("DEL", 1);
+    scene.ok("DEL", 0);
+}
+
+/// Whether the outside client is answered.
+fn answers(lab: &Lab, port: u16) -> bool {
+    let call = Call::new(Transport::Tcp, lab.node_socket(Family::V4, port), TIMEOUT);
+    reach(&lab.client, call).is_ok()
+}
+
+/// A pod goes while things are broken: it is gone all the same, and the others are still there or
+/// come back.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn del_works_on_every_damage_and_nothing_is_left() {
+    let lab = lab();
+    for damage in &DAMAGES {
+        let scene = Scene::new(&lab, Variant::Ebpf);
+        let what = damage.name;
+        scene.ok("ADD", 0);
+        scene.inflict(damage.act);
+        scene.ok("DEL", 0);
+        assert!(!answers(&lab, 8080), "{what}");
+        scene.ok("ADD", 0);
+        scene.ok("ADD", 1);
+        scene.inflict(damage.after);
+        scene.inflict(damage.act);
+        scene.ok("DEL", 0);
+        assert!(!answers(&lab, 8080), "{what}");
+        scene.ok("ADD", 1);
+        scene.ok("CHECK", 1);
+        assert!(answers(&lab, 8081), "{what}");
+        scene.ok("DEL", 1);
+        scene.inflict(damage.after);
+        let flushed = scene.node.flush();
+        assert!(flushed.success(), "{what}: {}", flushed.stderr);
+        assert_eq!(ebpf::hooks(&lab.node), Vec::<String>::new(), "{what}");
+        assert_eq!(pins(&lab.node).unwrap(), Vec::<PathBuf>::new(), "{what}");
+    }
+}
+
+/// Pins vanish under a mount and come back when it goes, with programs and entries of long ago.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_bpffs_may_be_mounted_over_and_unmounted() {
+    let lab = lab();
+    let scene = Scene::new(&lab, Variant::Ebpf);
+    (0..3).for_each(|pod| scene.ok("ADD", pod));
+    let missing = |pod: usize| {
+        let (code, text) = scene.node.fails("CHECK", &scene.pods[pod].0, &scene.pods[pod].1);
+        assert!(code == 102 && text.contains("there are no eBPF maps"), "{code} {text}");
+    };
+    let in_node = |act: fn()| lab.node.run(act).unwrap();
+    in_node(|| {
+        let none = None::<&str>;
+        mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), none).unwrap();
+    });
+    missing(0);
+    scene.ok("ADD", 1);
+    (0..3).for_each(|pod| scene.ok("CHECK", pod));
+    scene.assert_reached(0, "mounted over");
+    scene.ok("DEL", 2);
+    // The first one's claims still have pod-c, and its programs are attached nowhere.
+    in_node(|| umount("/sys/fs/bpf").unwrap());
+    scene.node.fails("CHECK", &scene.pods[0].0, &scene.pods[0].1);
+    scene.ok("ADD", 1);
+    (0..2).for_each(|pod| scene.ok("CHECK", pod));
+    scene.assert_reached(0, "unmounted");
+    assert!(!answers(&lab, 8082));
+    // The machine's own may lie underneath.
+    in_node(|| while umount("/sys/fs/bpf").is_ok() {});
+    missing(0);
+    scene.ok("ADD", 1);
+    (0..2).for_each(|pod| scene.ok("CHECK", pod));
+    scene.assert_reached(0, "without any");
+    in_node(|| while umount("/sys/fs/bpf").is_ok() {});
+    scene.ok("DEL", 0);
+    assert!(!answers(&lab, 8080));
+    scene.ok("CHECK", 1);
+    scene.ok("DEL", 1);
+}
+
+/// Connections are remembered in maps that are made anew.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn open_connections_survive_repairs() {
+    let lab = lab();
+    let scene = Scene::new(&lab, Variant::Ebpf);
+    scene.ok("ADD", 0);
+    let open = |from: &Netns, target: SocketAddr, transport| {
+        let mut session = Session::open(from, Call::new(transport, target, TIMEOUT)).unwrap();
+        session.ask().unwrap();
+        session
+    };
+    let mut sessions: Vec<(String, Session)> = Vec::new();
+    for family in &lab.options.families {
+        let target = lab.node_socket(*family, 8080);
+        for transport in [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected] {
+            for from in [&lab.client, &lab.node, &lab.pods[1].netns, &lab.pods[0].netns] {
+                let what = format!("{} {transport} {target}", from.name());
+                sessions.push((what, open(from, target, transport)));
+            }
+        }
+    }
+    for act in [
+        (|_| unpin("pm_port_uses")) as fn(&Place),
+        |_| unpin("pm_claims"),
+        |_| unpin("pm_out"),
+        |_| remove("p-"),
+    ] {
+        scene.inflict(act);
+        scene.ok("ADD", 1);
+        for (what, session) in &mut sessions {
+            session.ask().unwrap_or_else(|failure| panic!("{what}: {failure}"));
+        }
+    }
+}
