@@ -13,9 +13,14 @@
     reason = "a part of the rig is for others; a test says by a panic that it failed"
 )]
 
+mod bypass;
+#[path = "../support/cgroups.rs"]
+mod cgroups;
+mod netfilter;
 mod order;
 #[path = "../matrix/rig.rs"]
 mod rig;
+mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]
 mod support;

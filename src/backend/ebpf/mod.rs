@@ -23,6 +23,7 @@ pub mod hooks;
 pub mod layout;
 pub mod loaded;
 pub mod objects;
+mod places;
 pub mod sockets;
 mod strangers;
 pub mod trial;
