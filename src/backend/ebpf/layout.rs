@@ -192,14 +192,18 @@ impl FlowKey {
             pad: [0; 3],
         }
     }
+
+    /// The pod, and its port.
+    #[must_use]
+    pub fn target(&self) -> SocketAddr {
+        SocketAddr::new(self.pod.ip(), self.pod_port.get())
+    }
 }
 
 /// Bits of `flags` in `struct flow`.
 pub mod flow_flags {
     /// The node itself uses a hostPort's number as its source port.
     pub const NODE: u32 = 4;
-    /// The claim is that of any address.
-    pub const ANY: u32 = 16;
 }
 
 /// `struct flow`.
@@ -331,6 +335,12 @@ pub struct Traffic {
 #[must_use]
 pub fn port_bit(port: u16) -> (u32, u64) {
     (u32::from(port >> 6), 1 << (port & 63))
+}
+
+/// The ports of a word in that map, lowest bit first.
+pub fn ports_of(index: u32) -> impl Iterator<Item = u16> {
+    let first = u16::try_from(index << 6).unwrap_or_default();
+    first..=first | 63
 }
 
 /// `enum reason`, in the order of its values: names for people.
