@@ -87,6 +87,9 @@ iptables-legacy iptables
 conntrack conntrack
 ip iproute2
 unshare util-linux
+setpriv util-linux
+bpftool bpftool
+strace strace
 cc gcc
 readelf binutils
 shellcheck shellcheck

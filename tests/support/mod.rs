@@ -11,6 +11,7 @@
 pub mod bare;
 pub mod ebpf;
 pub mod foreign;
+pub mod strace;
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
