@@ -97,11 +97,15 @@ impl NetConf {
     pub fn parse(envelope: &Envelope) -> Result<Self> {
         let backend = match text(envelope, "backend")?.as_deref() {
             None | Some("auto") => None,
-            Some(name) => {
-                Some(BackendKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(
-                    || wrong("backend", &name, "it must be \"auto\", \"iptables\" or \"nftables\""),
-                )?)
-            }
+            Some(name) => Some(
+                BackendKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+                    wrong(
+                        "backend",
+                        &name,
+                        "it must be \"auto\", \"iptables\", \"nftables\" or \"ebpf\"",
+                    )
+                })?,
+            ),
         };
         let options = Options {
             no_snat: !boolean(envelope, "snat")?.unwrap_or(true),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Serialize};
 
 use crate::model::Family;
@@ -17,6 +18,8 @@ pub struct NodeFacts {
     /// The node's own addresses, of both families. IPv6 link-local ones are left out: every pod's
     /// link has one, and none can be called from another link.
     pub addresses: BTreeSet<IpAddr>,
+    /// IPv4 broadcast addresses of the node's subnets.
+    pub broadcasts: BTreeSet<IpAddr>,
 }
 
 /// kube-proxy in IPVS mode binds the address of every Service to this device: they are no node
@@ -62,6 +65,7 @@ impl NodeFacts {
                 .filter(|address| !ignored.contains(&address.index) && !is_link_local(&address.ip))
                 .map(|address| address.ip)
                 .collect(),
+            broadcasts: addresses.iter().filter_map(broadcast).collect(),
         }
     }
 
@@ -70,6 +74,15 @@ impl NodeFacts {
     pub fn is_local(&self, ip: &IpAddr) -> bool {
         ip.is_loopback() || self.addresses.contains(ip)
     }
+}
+
+/// The highest address of a subnet. Links of two and host addresses have none (RFC 3021).
+fn broadcast(address: &Address) -> Option<IpAddr> {
+    let IpAddr::V4(ip) = address.ip else {
+        return None;
+    };
+    let network = Ipv4Network::new(ip, address.prefix).ok()?;
+    (address.prefix < 31 && !ip.is_loopback()).then(|| network.broadcast().into())
 }
 
 fn is_link_local(ip: &IpAddr) -> bool {
@@ -137,6 +150,8 @@ mod tests {
         assert!(facts.is_local(&"127.1.2.3".parse().unwrap()));
         assert!(!facts.is_local(&"10.96.0.1".parse().unwrap()));
         assert!(!facts.is_local(&"fe80::1".parse().unwrap()));
+        let broadcasts: Vec<String> = facts.broadcasts.iter().map(ToString::to_string).collect();
+        assert_eq!(broadcasts, ["10.88.0.255", "192.0.2.255", "198.51.100.255"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use portmap::cni::invocation::Invocation;
-use portmap::commands::{CommandError, Terminal, flush};
+use portmap::commands::{CommandError, Terminal, Verdict, flush};
 use portmap::demo::{self, DemoOptions};
 use portmap::sys::Host;
 use portmap::usage::{Cli, Command, introduction};
@@ -75,7 +75,7 @@ fn demonstrate(backend: Option<String>) -> ExitCode {
 
 fn on_terminal(
     name: &str,
-    run: impl FnOnce(&Host, &mut Terminal) -> Result<(), CommandError>,
+    run: impl FnOnce(&Host, &mut Terminal) -> Result<Verdict, CommandError>,
 ) -> ExitCode {
     let host = Host::new(std::env::var_os("PATH").as_deref());
     let mut terminal = Terminal {
@@ -84,7 +84,9 @@ fn on_terminal(
         interactive: std::io::stdin().is_terminal(),
     };
     match run(&host, &mut terminal) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Verdict::Fine) => ExitCode::SUCCESS,
+        Ok(Verdict::Warnings) => ExitCode::from(1),
+        Ok(Verdict::Broken) => ExitCode::from(2),
         Err(error) => {
             eprintln!("portmap {name}: {}", error.report());
             ExitCode::FAILURE

@@ -108,9 +108,8 @@ pub fn old_snat_chain(chain: &str) -> String {
 /// The first hex digits of a digest.
 #[must_use]
 pub fn hex(bytes: &[u8], digits: usize) -> String {
-    let mut text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    text.truncate(digits);
-    text
+    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 0xf]).take(digits);
+    nibbles.filter_map(|nibble| char::from_digit(u32::from(nibble), 16)).collect()
 }
 
 impl Record {
@@ -206,6 +205,12 @@ impl Record {
         self.backend != BackendKind::Ebpf
             && !self.options.no_snat
             && self.forwards(Family::V4).iter().any(|forward| forward.claim.covers_loopback())
+    }
+
+    /// Whether the pod never sees a caller's own address.
+    #[must_use]
+    pub fn masquerades_all(&self) -> bool {
+        self.options.masq_all && !self.options.no_snat
     }
 
     /// Who the rules belong to, for comments: network, start of the container ID and interface, cut

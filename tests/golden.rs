@@ -131,6 +131,7 @@ fn facts() -> NodeFacts {
             .iter()
             .map(|ip| ip.parse().unwrap())
             .collect(),
+        ..NodeFacts::default()
     }
 }
 

@@ -86,9 +86,10 @@ iptables iptables
 iptables-legacy iptables
 conntrack conntrack
 ip iproute2
+tc iproute2
+bpftool bpftool
 unshare util-linux
 setpriv util-linux
-bpftool bpftool
 strace strace
 cc gcc
 readelf binutils

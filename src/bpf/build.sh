@@ -3,6 +3,7 @@
 #   portmap.bpf.o                          what the plugin embeds
 #   portmap.bpf.o.revision                 the beginning of its SHA-256, which names its pins
 #   ../../testdata/bpf/{older,newer}.bpf.o the same with other numbers in layout.h, for tests
+#   ../../testdata/bpf/standins.bpf.o      programs that tests put in the place of others'
 #   CLANG                                  what they were built with
 #
 #   build.sh          build and replace them
@@ -41,37 +42,39 @@ describe() {
     printf 'libbpf-dev %s\n' "$(version libbpf-dev)"
 }
 
-# Usage: compile OBJECT [FLAG]...
+# Usage: compile SOURCE OBJECT [FLAG]...
 # Only .BTF is left of what -g makes: maps are defined there, the rest is for debuggers.
 compile() {
-    object=$1
-    shift
+    source=$1
+    object=$2
+    shift 2
     "$clang" -O2 -g -target bpf -mcpu=v2 -Wall -Wextra -Werror -Wno-missing-field-initializers \
-        -ffile-compilation-dir=. ${arch:+-idirafter "$arch"} "$@" -c portmap.bpf.c -o "$object"
+        -ffile-compilation-dir=. ${arch:+-idirafter "$arch"} "$@" -c "$source" -o "$object"
     "$strip" --strip-debug --remove-section=.BTF.ext --remove-section=.rel.BTF.ext \
         --remove-section=.llvm_addrsig "$object"
 }
 
-# Usage: build OBJECT OLDER NEWER
+# Usage: build OBJECT OLDER NEWER STANDINS
 build() {
-    compile "$1"
-    compile "$2" -DLAYOUT=0 -DREVISION=0
-    compile "$3" -DLAYOUT=2 -DREVISION=2
+    compile portmap.bpf.c "$1"
+    compile portmap.bpf.c "$2" -DLAYOUT=0 -DREVISION=0
+    compile portmap.bpf.c "$3" -DLAYOUT=2 -DREVISION=2
+    compile "$tests/standins.bpf.c" "$4"
 }
 
 case ${1:-} in
     '')
         mkdir -p "$tests"
-        build portmap.bpf.o "$tests/older.bpf.o" "$tests/newer.bpf.o"
+        build portmap.bpf.o "$tests/older.bpf.o" "$tests/newer.bpf.o" "$tests/standins.bpf.o"
         sha256sum portmap.bpf.o | cut -c 1-16 >portmap.bpf.o.revision
         describe >CLANG
         ;;
     --check)
         made=$(mktemp -d)
         trap 'rm -rf -- "$made"' EXIT
-        build "$made/portmap.bpf.o" "$made/older.bpf.o" "$made/newer.bpf.o"
+        build "$made/portmap.bpf.o" "$made/older.bpf.o" "$made/newer.bpf.o" "$made/standins.bpf.o"
         differ=
-        for object in portmap.bpf.o "$tests/older.bpf.o" "$tests/newer.bpf.o"; do
+        for object in portmap.bpf.o "$tests/older.bpf.o" "$tests/newer.bpf.o" "$tests/standins.bpf.o"; do
             cmp -- "$object" "$made/${object##*/}" || differ="$differ $object"
         done
         if [ -z "$differ" ]; then exit 0; fi

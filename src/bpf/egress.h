@@ -152,6 +152,7 @@ static __always_inline enum verdict masquerade(struct packet *p, struct tuple *t
 		stamp(&new);
 		if (choose_port(&key, &new, &from, !is_ephemeral(t->source_port)))
 			return DROP;
+		count_connection(&self);
 	}
 	to->source = key.peer;
 	to->source_port = key.peer_port;

@@ -72,7 +72,7 @@ static __always_inline int replaceable(const struct flow *flow, const struct pac
 /* Whether the flow is that of this original tuple. */
 static __always_inline int remapped_from(const struct flow *flow, const struct tuple *t)
 {
-	return !((flow->peer_port ^ t->source_port) | (flow->host_port ^ t->destination_port)) &&
+	return flow->peer_port == t->source_port && flow->host_port == t->destination_port &&
 	       same_addr(&flow->peer, &t->source) && same_addr(&flow->host, &t->destination);
 }
 
@@ -93,27 +93,31 @@ static __always_inline int is_ephemeral(__be16 port)
  * masqueraded flows) does not come upon them later.
  */
 static __always_inline int choose_port(struct flow_key *key, struct flow *flow,
-				       const struct remap_key *from, int own)
+				       const struct remap_key *from, __u32 own)
 {
+	struct remap to = {};
+	__u32 found = 0;
+
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < ATTEMPTS; i++) {
+	for (__u64 i = 0; i < ATTEMPTS; i++) {
 		__u32 number = bpf_get_prandom_u32();
 		struct flow *taken;
-		struct remap to = {};
 
 		number = i < ATTEMPTS / 2 ? 61000 + number % 4536 : 1024 + number % 31744;
 		key->peer_port = i == 0 && own ? from->peer_port : bpf_htons(number);
 		taken = bpf_map_lookup_elem(&pm_flows, key);
-		if (taken && !(taken->flags & FLOW_CLOSED) && !idle(taken, key->protocol))
-			continue;
-		if (bpf_map_update_elem(&pm_flows, key, flow, taken ? BPF_ANY : BPF_NOEXIST))
-			continue;
-		to.port = key->peer_port;
-		bpf_map_update_elem(&pm_remaps, from, &to, BPF_ANY);
-		return 0;
+		if (!taken || taken->flags & FLOW_CLOSED || idle(taken, key->protocol)) {
+			found = 1;
+			break;
+		}
 	}
-	count(REASON_DROP_NO_PORT);
-	return -1;
+	if (!found || bpf_map_update_elem(&pm_flows, key, flow, BPF_ANY)) {
+		count(REASON_DROP_NO_PORT);
+		return -1;
+	}
+	to.port = key->peer_port;
+	bpf_map_update_elem(&pm_remaps, from, &to, BPF_ANY);
+	return 0;
 }
 
 /*
@@ -134,14 +138,21 @@ static __always_inline struct flow *find_remapped(struct flow_key *key,
 	return flow && remapped_from(flow, original) ? flow : 0;
 }
 
-static __always_inline void count_in(const struct claim_key *key, const struct packet *p,
-				     __u32 connections)
+/* Also of a pod's own entry: the plugin looks for flows only where there were any. */
+static __always_inline void count_connection(const struct claim_key *key)
+{
+	struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, key);
+
+	if (traffic)
+		traffic->connections++;
+}
+
+static __always_inline void count_in(const struct claim_key *key, const struct packet *p)
 {
 	struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, key);
 
 	if (!traffic)
 		return;
-	traffic->connections += connections;
 	traffic->packets_in++;
 	traffic->bytes_in += p->end - p->network;
 }

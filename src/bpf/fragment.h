@@ -20,9 +20,8 @@ static __always_inline void set_fragment_key(struct __sk_buff *skb, const struct
 	key->pad = 0;
 }
 
-static __always_inline enum verdict later_fragment(struct __sk_buff *skb, const struct packet *p,
-						   struct tuple *to, int outgoing,
-						   __u64 *mac)
+static __always_inline __u32 later_fragment(struct __sk_buff *skb, const struct packet *p,
+					    struct tuple *to, int outgoing, __u64 *mac)
 {
 	struct fragment *fragment;
 	struct fragment_key key;
@@ -46,9 +45,9 @@ static __always_inline enum verdict later_fragment(struct __sk_buff *skb, const 
  * A first fragment: remembers what becomes of it, or that nothing does, since numbers of datagrams
  * are used again. `mac`: 0, or what goes into the frame.
  */
-static __always_inline enum verdict first_fragment(struct __sk_buff *skb, const struct packet *p,
-						   const struct tuple *to, enum verdict verdict,
-						   int outgoing, __u64 mac)
+static __always_inline __u32 first_fragment(struct __sk_buff *skb, const struct packet *p,
+					    const struct tuple *to, __u32 verdict, int outgoing,
+					    __u64 mac)
 {
 	struct fragment fragment = {
 		.source = to->source, .destination = to->destination,
@@ -62,9 +61,9 @@ static __always_inline enum verdict first_fragment(struct __sk_buff *skb, const 
 		count(REASON_SCTP_FRAGMENT);
 		verdict = PASS;
 	}
-	if (verdict == PASS) {
+	if (verdict == PASS || verdict == DROP || (same_addresses(&p->tuple, to) && !mac)) {
 		bpf_map_delete_elem(&pm_fragments, &key);
-		return PASS;
+		return verdict;
 	}
 	if (verdict == BOUNCE)
 		fragment.flags |= FRAGMENT_BOUNCE;

@@ -128,12 +128,14 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	to->destination = key.pod;
 	to->source_port = key.peer_port;
 	to->destination_port = key.pod_port;
+	if (made)
+		count_connection(&claim_key);
 	if (claim->flags & CLAIM_SELF)
 		return CHANGE;
 	if (p->icmp) {
 		count(REASON_ICMP_IN);
 	} else {
-		count_in(&claim_key, p, made);
+		count_in(&claim_key, p);
 		count(hairpin ? REASON_HAIRPIN : REASON_FORWARDED);
 		if (made)
 			count(REASON_NEW_FLOW);

@@ -61,6 +61,9 @@ MAP(pm_traffic, BPF_MAP_TYPE_PERCPU_HASH, struct claim_key, struct traffic, 6553
 		(number) = _number;				\
 	} while (0)
 
+/* Keeps the compiler from taking an expression apart into branches. */
+#define WHOLE(number) asm volatile("" : "+r"(number))
+
 static __always_inline void count(__u32 reason)
 {
 	__u64 *counter = bpf_map_lookup_elem(&pm_reasons, &reason);
@@ -81,8 +84,11 @@ static __always_inline __u64 port_known(__be16 port)
 
 static __always_inline int same_addr(const struct addr *a, const struct addr *b)
 {
-	return !((a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) |
-		 (a->w[3] ^ b->w[3]));
+	__u64 difference = (a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) |
+			   (a->w[3] ^ b->w[3]);
+
+	WHOLE(difference);
+	return !difference;
 }
 
 static __always_inline void set_v4(struct addr *to, __be32 address)
@@ -95,7 +101,10 @@ static __always_inline void set_v4(struct addr *to, __be32 address)
 
 static __always_inline int is_v4(const struct addr *a)
 {
-	return !(a->w[0] | a->w[1] | (a->w[2] ^ bpf_htonl(0xffff)));
+	__u64 difference = a->w[0] | a->w[1] | (a->w[2] ^ bpf_htonl(0xffff));
+
+	WHOLE(difference);
+	return !difference;
 }
 
 /* Any address of the same family: 0.0.0.0 or ::. */

@@ -239,6 +239,7 @@ static __always_inline int parse_quoted(struct __sk_buff *skb, struct packet *p)
 		return -1;
 	/* RFC 792: at least 8 bytes behind the header. Its own length says what it once had. */
 	p->end = end;
+	p->more = 0;
 	if (p->transport + 8 > end || bpf_skb_load_bytes(skb, p->transport, ports, sizeof(ports)))
 		return -1;
 	source = p->tuple.source;

@@ -22,7 +22,11 @@ static __always_inline int same_addresses(const struct tuple *a, const struct tu
 
 static __always_inline int same_ports(const struct tuple *a, const struct tuple *b)
 {
-	return !((a->source_port ^ b->source_port) | (a->destination_port ^ b->destination_port));
+	__u64 difference = (a->source_port ^ b->source_port) |
+			   (a->destination_port ^ b->destination_port);
+
+	WHOLE(difference);
+	return !difference;
 }
 
 /*
@@ -70,9 +74,6 @@ static __always_inline int rewrite_packet(struct __sk_buff *skb, const struct pa
 	__u32 checksum = p->transport + (p->protocol == IPPROTO_TCP ? 16 : 6);
 	__s64 change;
 
-	if (p->protocol == SCTP && !p->offset && !same_ports(t, to) &&
-	    write_sctp_checksum(skb, p, to))
-		return -1;
 	if (!same_addresses(t, to)) {
 		change = bpf_csum_diff((void *)&t->source, ADDRESSES, (void *)&to->source,
 				       ADDRESSES, 0);
@@ -151,7 +152,12 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, const struct pac
 static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p,
 				   const struct tuple *to)
 {
-	return p->icmp ? rewrite_error(skb, p, to) : rewrite_packet(skb, p, to);
+	if (p->icmp)
+		return rewrite_error(skb, p, to);
+	if (p->protocol == SCTP && !p->offset && !same_ports(&p->tuple, to) &&
+	    write_sctp_checksum(skb, p, to))
+		return -1;
+	return rewrite_packet(skb, p, to);
 }
 
 /* Back to the link that the frame came from. */

@@ -14,9 +14,6 @@
 /* Castagnoli's polynomial, bit 31 for x^0. */
 #define CRC32C 0x82f63b78
 
-/* Keeps the compiler from making a branch of a multiplication by 0 or 1. */
-#define NO_BRANCH(bit) asm volatile("" : "+r"(bit))
-
 /* x^0 in the upper half of a number. */
 #define ONE ((__u64)1 << 63)
 
@@ -25,11 +22,11 @@ static __always_inline __u64 multiply(__u64 power, __u64 change)
 {
 	__u64 product = 0;
 
-#pragma clang loop unroll_count(4)
+#pragma clang loop unroll_count(2)
 	for (__u64 i = 0; i < 32; i++) {
 		__u64 low = change & 1;
 
-		NO_BRANCH(low);
+		WHOLE(low);
 		product ^= change & ((__s64)power >> 63);
 		power <<= 1;
 		change = change >> 1 ^ low * CRC32C;
@@ -55,7 +52,7 @@ static __always_inline __u32 crc_change(__be32 ports, __be32 new_ports, __u32 le
 	for (int n = 0; n < 16; n++) {
 		__u64 power = (__u64)powers[n] << 32, bit = length >> n & 1;
 
-		NO_BRANCH(bit);
+		WHOLE(bit);
 		change = multiply(ONE ^ (power ^ ONE) * bit, change);
 	}
 	return change;

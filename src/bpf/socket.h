@@ -8,7 +8,7 @@
 
 #include <linux/in.h>
 
-#include "maps.h"
+#include "flow.h"
 
 static __always_inline void read_address(struct bpf_sock_addr *ctx, int ipv6, struct addr *to)
 {
@@ -73,20 +73,23 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 	read_address(ctx, ipv6, &called);
 	claim_key.addr = called;
 	claim = find_claim(&claim_key, &any);
-	if (!claim || claim->flags & CLAIM_SELF || !means_node(&called))
+	if (!claim)
 		return;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	key.addr = claim->pod;
 	key.port = claim->port;
+	if (claim->flags & CLAIM_SELF) {
+		/* The pod itself is called: its answers have its own address from now on. */
+		bpf_map_delete_elem(&pm_sockets, &key);
+		return;
+	}
+	if (!means_node(&called))
+		return;
 	remember(&key, &called, claim_key.port);
 	write_address(ctx, ipv6, &key.addr, key.port);
 	count(reason);
-	if (reason == REASON_CONNECT) {
-		struct traffic *traffic = bpf_map_lookup_elem(&pm_traffic, &claim_key);
-
-		if (traffic)
-			traffic->connections++;
-	}
+	if (reason == REASON_CONNECT)
+		count_connection(&claim_key);
 }
 
 static __always_inline int concerns_claims(struct bpf_sock_addr *ctx)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{CommandError, Terminal, notes};
+use super::{CommandError, Terminal, Verdict, notes};
 use crate::engine::Engine;
 use crate::record::Record;
 use crate::sys::Host;
@@ -21,7 +21,11 @@ pub struct Options<'a> {
 }
 
 /// Removes attachments; containers that still run lose their hostPorts.
-pub fn run(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<(), CommandError> {
+pub fn run(
+    host: &Host,
+    options: &Options,
+    terminal: &mut Terminal,
+) -> Result<Verdict, CommandError> {
     if !options.yes {
         ask(host, options, terminal)?;
     }
@@ -30,7 +34,7 @@ pub fn run(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<()
     if options.json {
         let list: Vec<_> = removed.iter().map(|record| json!(record.attachment)).collect();
         writeln!(terminal.output, "{}", json!({ "removed": list, "notes": host.take_warnings() }))?;
-        return Ok(());
+        return Ok(Verdict::Fine);
     }
     for record in &removed {
         writeln!(terminal.output, "removed {}", describe(record))?;
@@ -38,7 +42,7 @@ pub fn run(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<()
     let (what, whose) = (plural(removed.len()), options.network.unwrap_or("every network"));
     writeln!(terminal.output, "{what} of {whose} removed")?;
     notes(host, terminal)?;
-    Ok(())
+    Ok(Verdict::Fine)
 }
 
 fn ask(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<(), CommandError> {

@@ -27,6 +27,17 @@ impl Terminal<'_> {
     }
 }
 
+/// How a command ended, for the exit status: scripts can rely on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// Status 0.
+    Fine,
+    /// Status 1: done, and something deserves attention; or not done.
+    Warnings,
+    /// Status 2: hostPorts do not work.
+    Broken,
+}
+
 /// Why a command did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {

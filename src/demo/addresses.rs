@@ -75,8 +75,9 @@ pub(super) fn pod_net(shape: Shape, family: Family) -> PodNet {
     let (gateway, prefix) = match (shape, family) {
         (Shape::Cilium, Family::V4) => (Ipv4Addr::new(10, 0, 1, 254).into(), 24),
         (Shape::Cilium, Family::V6) => (v6(0x10, 1).into(), 64),
-        (Shape::Ptp, Family::V4) => (Ipv4Addr::new(10, 0, 2, 254).into(), 24),
-        (Shape::Ptp, Family::V6) => (v6(0x20, 0).into(), 64),
+        // Of the pods that have a link of their own.
+        (Shape::Ptp | Shape::Mixed, Family::V4) => (Ipv4Addr::new(10, 0, 2, 254).into(), 24),
+        (Shape::Ptp | Shape::Mixed, Family::V6) => (v6(0x20, 0).into(), 64),
         (Shape::Bridge, Family::V4) => (Ipv4Addr::new(10, 0, 3, 254).into(), 24),
         (Shape::Bridge, Family::V6) => (v6(0x30, 0).into(), 64),
     };
@@ -104,7 +105,7 @@ pub(super) fn pod_name(number: usize) -> String {
 pub(super) fn host_link(shape: Shape, number: usize) -> String {
     match shape {
         Shape::Cilium => format!("lxc{:012x}", 0x2d3a_4b5c_0000 + number),
-        Shape::Ptp | Shape::Bridge => format!("veth{:08x}", 0x2823_0000 + number),
+        Shape::Ptp | Shape::Bridge | Shape::Mixed => format!("veth{:08x}", 0x2823_0000 + number),
     }
 }
 

@@ -4,12 +4,10 @@ use std::io;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{
-    NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkDeserializable, NetlinkHeader,
-};
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkHeader, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -22,6 +20,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::LabError;
 use super::netns::Netns;
+use crate::sys::netlink::attributes::find;
 use crate::sys::netlink::socket::{Message, NetlinkSocket};
 
 /// A link as the kernel numbers and addresses it.
@@ -106,26 +105,14 @@ impl Links {
         let mut message = LinkMessage::default();
         message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
         let step = format!("{}: looking up link {name}", self.place);
-        let answers = self
-            .socket
+        self.socket
             .request(&Message::of(&RouteNetlinkMessage::GetLink(message)), 0, |kind, payload| {
-                let mut header = NetlinkHeader::default();
-                header.message_type = kind;
-                RouteNetlinkMessage::deserialize(&header, payload).ok()
+                (kind == libc::RTM_NEWLINK).then(|| found(payload)).flatten()
             })
-            .map_err(|source| LabError::Step { step: step.clone(), source })?;
-        let found = answers.into_iter().find_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(link) => Some(link),
-            _ => None,
-        });
-        let found = found.ok_or_else(|| LabError::Step {
-            step,
-            source: io::Error::from(io::ErrorKind::NotFound),
-        })?;
-        let mac = found.attributes.into_iter().find_map(|attribute| {
-            if let LinkAttribute::Address(mac) = attribute { Some(mac) } else { None }
-        });
-        Ok(Link { index: found.header.index, mac: mac.unwrap_or_default() })
+            .and_then(|found| {
+                found.into_iter().next().ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+            })
+            .map_err(|source| LabError::Step { step, source })
     }
 
     /// Sets a link up.
@@ -251,6 +238,14 @@ impl Links {
             .map(drop)
             .map_err(|source| LabError::Step { step: format!("{}: {step}", self.place), source })
     }
+}
+
+/// `payload`: `struct ifinfomsg` and attributes. Not by the crate's own parser: those of all kinds of
+/// messages, devices and filters would come with it, a twelfth of the binary.
+fn found(payload: &[u8]) -> Option<Link> {
+    let header = LinkHeader::parse(payload).ok()?;
+    let mac = find(payload.get(header.buffer_len()..)?, libc::IFLA_ADDRESS);
+    Some(Link { index: header.index, mac: mac.map(<[u8]>::to_vec).unwrap_or_default() })
 }
 
 fn family(ip: &IpAddr) -> AddressFamily {

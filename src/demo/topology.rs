@@ -10,7 +10,7 @@ use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 
 use super::LabError;
-use super::addresses::{self, Ends};
+use super::addresses::{self, Ends, PodNet};
 use super::links::{Link, Links, Subnet};
 use super::netns::Netns;
 use super::server::Servers;
@@ -38,6 +38,8 @@ pub enum Shape {
     Ptp,
     /// A bridge with the gateway's address, pods as its ports, hairpin off: CNI's `bridge` plugin.
     Bridge,
+    /// Pods with even numbers, from 0, as in [`Shape::Ptp`] and the others as in [`Shape::Bridge`].
+    Mixed,
 }
 
 /// What to build.
@@ -62,6 +64,15 @@ impl Options {
         }
         Self { shape, families, pods: 2, bypass: false }
     }
+
+    /// How one pod is attached; never [`Shape::Mixed`].
+    fn shape_of(&self, number: usize) -> Shape {
+        match self.shape {
+            Shape::Mixed if number.is_multiple_of(2) => Shape::Ptp,
+            Shape::Mixed => Shape::Bridge,
+            shape => shape,
+        }
+    }
 }
 
 /// Whether this kernel was built and started with IPv6.
@@ -80,6 +91,8 @@ pub struct Pod {
     pub host_link: String,
     /// The pod's addresses with the mask that its network plugin would report.
     pub addresses: Vec<IpNetwork>,
+    /// How it is attached; never [`Shape::Mixed`].
+    pub shape: Shape,
     host: Link,
     own: Link,
 }
@@ -155,18 +168,19 @@ impl Lab {
         addresses::UPLINK[family as usize].far
     }
 
-    /// Where the pods' default route points; an address of the node.
+    /// Where the pods' default route points, the first pod's in [`Shape::Mixed`]; an address of the
+    /// node.
     #[must_use]
     pub fn gateway(&self, family: Family) -> IpAddr {
-        self.pod_net(family).gateway
+        addresses::pod_net(self.options.shape, family).gateway
     }
 
     /// Every address of the node but the loopback link's.
     #[must_use]
     pub fn is_node_address(&self, ip: IpAddr) -> bool {
         let family = Family::of(&ip);
-        [self.node_address(family), self.second_node_address(family), self.gateway(family)]
-            .contains(&ip)
+        [self.node_address(family), self.second_node_address(family)].contains(&ip)
+            || self.pod_nets(family).iter().any(|net| net.gateway == ip)
     }
 
     /// The node's address and a port, to call.
@@ -183,7 +197,7 @@ impl Lab {
         let (mut ips, mut routes) = (Vec::new(), Vec::new());
         for network in pod.addresses.iter().rev() {
             let family = Family::of(&network.ip());
-            let gateway = self.gateway(family);
+            let gateway = addresses::pod_net(pod.shape, family).gateway;
             let host = IpNetwork::from(gateway);
             let mut ip =
                 json!({"address": network.to_string(), "gateway": gateway, "interface": 1});
@@ -191,7 +205,7 @@ impl Lab {
                 ip["version"] = json!(if family == Family::V4 { "4" } else { "6" });
             }
             ips.push(ip);
-            if self.options.shape == Shape::Cilium {
+            if pod.shape == Shape::Cilium {
                 routes.push(json!({"dst": host.to_string()}));
             }
             let default = match family {
@@ -212,8 +226,13 @@ impl Lab {
         })
     }
 
-    fn pod_net(&self, family: Family) -> addresses::PodNet {
-        addresses::pod_net(self.options.shape, family)
+    /// The pods' addresses, by shape.
+    fn pod_nets(&self, family: Family) -> Vec<PodNet> {
+        let shapes = match self.options.shape {
+            Shape::Mixed => vec![Shape::Ptp, Shape::Bridge],
+            shape => vec![shape],
+        };
+        shapes.into_iter().map(|shape| addresses::pod_net(shape, family)).collect()
     }
 
     fn wire_uplink(&self, node: &mut Links) -> Result<(), LabError> {
@@ -230,8 +249,9 @@ impl Lab {
             node.add_address(UPLINK, second.into(), Subnet::OnLink)?;
             client.add_address(UPLINK, network(far, prefix)?, Subnet::OnLink)?;
             client.add_route(second.into(), Some(near), UPLINK)?;
-            let pods = self.pod_net(*family).subnet()?;
-            client.add_route(pods, Some(near), UPLINK)?;
+            for pods in self.pod_nets(*family) {
+                client.add_route(pods.subnet()?, Some(near), UPLINK)?;
+            }
             // A node has a default route; programs look for it to find the uplink.
             node.add_route(addresses::default_of(*family)?, Some(far), UPLINK)?;
         }
@@ -240,21 +260,21 @@ impl Lab {
 
     /// The link that holds the pods' gateway address, where one link does so for all pods.
     fn wire_gateway(&self, node: &mut Links) -> Result<(), LabError> {
-        let (link, subnet) = match self.options.shape {
+        let (link, shape, subnet) = match self.options.shape {
             Shape::Cilium => {
                 node.add_veth("cilium_host", "cilium_net", &self.node)?;
                 node.set_up("cilium_net")?;
-                ("cilium_host", Subnet::NoRoute)
+                ("cilium_host", Shape::Cilium, Subnet::NoRoute)
             }
-            Shape::Bridge => {
+            Shape::Bridge | Shape::Mixed => {
                 node.add_bridge(BRIDGE)?;
-                (BRIDGE, Subnet::OnLink)
+                (BRIDGE, Shape::Bridge, Subnet::OnLink)
             }
             Shape::Ptp => return Ok(()),
         };
         node.set_up(link)?;
         for family in &self.options.families {
-            let pod_net = self.pod_net(*family);
+            let pod_net = addresses::pod_net(shape, *family);
             let prefix = match subnet {
                 Subnet::OnLink => pod_net.prefix,
                 Subnet::NoRoute => family.max_prefix(),
@@ -265,10 +285,11 @@ impl Lab {
     }
 
     fn add_pod(&self, node: &mut Links, number: usize) -> Result<Pod, LabError> {
+        let shape = self.options.shape_of(number);
         let name = addresses::pod_name(number);
         let netns = Netns::new(&name)?;
         prepare(&netns)?;
-        let host_link = addresses::host_link(self.options.shape, number);
+        let host_link = addresses::host_link(shape, number);
         node.add_veth(&host_link, POD_LINK, &netns)?;
         let mut inside = Links::open(&netns)?;
         inside.set_up("lo")?;
@@ -285,21 +306,22 @@ impl Lab {
             netns,
             host_link,
             addresses: Vec::new(),
+            shape,
         };
-        if self.options.shape == Shape::Bridge {
+        if shape == Shape::Bridge {
             node.set_bridge(&pod.host_link, BRIDGE)?;
         }
         for family in &self.options.families {
-            let pod_net = self.pod_net(*family);
+            let pod_net = addresses::pod_net(shape, *family);
             let ip = pod_net.pod(number);
-            let prefix = match self.options.shape {
+            let prefix = match shape {
                 Shape::Cilium => family.max_prefix(),
-                Shape::Ptp | Shape::Bridge => pod_net.prefix,
+                Shape::Ptp | Shape::Bridge | Shape::Mixed => pod_net.prefix,
             };
             let address = network(ip, prefix)?;
             pod.addresses.push(address);
             let gateway = pod_net.gateway;
-            if self.options.shape == Shape::Bridge {
+            if shape == Shape::Bridge {
                 inside.add_address(POD_LINK, address, Subnet::OnLink)?;
             } else {
                 inside.add_address(POD_LINK, address, Subnet::NoRoute)?;
@@ -307,7 +329,7 @@ impl Lab {
                 node.add_route(ip.into(), None, &pod.host_link)?;
             }
             inside.add_route(addresses::default_of(*family)?, Some(gateway), POD_LINK)?;
-            match self.options.shape {
+            match shape {
                 // Cilium's eBPF answers for the gateway; without it, IPv6 would not (the kernel
                 // only speaks for addresses of the link that it is asked on).
                 Shape::Cilium => {
@@ -318,7 +340,7 @@ impl Lab {
                     inside.add_route(pod_net.subnet()?, Some(gateway), POD_LINK)?;
                     node.add_address(&pod.host_link, gateway.into(), Subnet::NoRoute)?;
                 }
-                Shape::Bridge => {}
+                Shape::Bridge | Shape::Mixed => {}
             }
         }
         Ok(pod)

@@ -155,7 +155,7 @@ fn fit_to_backend(host: &Host, record: &mut Record) -> Result<()> {
             record.options.mark_masq_bit.get_or_insert(DEFAULT_MARK_MASQ_BIT);
         }
     }
-    if record.backend == BackendKind::Ebpf && record.options.masq_all {
+    if record.backend == BackendKind::Ebpf && record.masquerades_all() {
         for network in &record.addresses {
             match host.source_towards(network.ip())? {
                 Some(source) => record.masquerade_as.push(source),

@@ -14,6 +14,9 @@ use crate::cni::reply::{ErrorReply, VersionReply};
 use crate::error::{Error, Result};
 use crate::sys::Host;
 
+/// Bytes of a configuration with its prevResult, which one read(2) takes in.
+const USUAL_INPUT: usize = 16 * 1024;
+
 /// What a call leaves behind: at most one JSON object on stdout, notes on stderr, an exit status.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Outcome {
@@ -25,7 +28,7 @@ pub struct Outcome {
 /// Carries out a call of the CNI protocol. `invocation` is what the environment holds.
 #[must_use]
 pub fn run(invocation: Result<Invocation>, stdin: &mut dyn Read, host: &Host) -> Outcome {
-    let mut input = Vec::new();
+    let mut input = Vec::with_capacity(USUAL_INPUT);
     let verb = invocation.as_ref().map(|invocation| invocation.verb).ok();
     let read = invocation.and_then(|invocation| {
         stdin.read_to_end(&mut input).map_err(|error| Error::io("read stdin", error))?;

@@ -9,10 +9,13 @@
 )]
 
 mod cgroup;
+#[path = "../support/cgroups.rs"]
+mod cgroups;
 mod clsact;
 mod cookie;
 mod features;
 mod map;
+mod object;
 mod pins;
 mod program;
 mod refusal;

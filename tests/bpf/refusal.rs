@@ -2,7 +2,6 @@ use std::io;
 
 use nix::mount::umount;
 use portmap::sys::bpf::clsact::Clsact;
-use portmap::sys::bpf::explained;
 use portmap::sys::bpf::features::Features;
 use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::pins::Pins;
@@ -11,7 +10,7 @@ use portmap::sys::bpf::program::{Hook, Program};
 use crate::{INNER, isolated, once_more, returning};
 
 fn text<T>(result: io::Result<T>) -> String {
-    explained(result.map(drop).unwrap_err()).to_string()
+    result.map(drop).unwrap_err().to_string()
 }
 
 /// What is said without the capabilities in `without`, in a process that has all others.

@@ -153,6 +153,7 @@ fn facts() -> NodeFacts {
     NodeFacts {
         uplinks: BTreeSet::from(["eth0".to_owned()]),
         addresses: ["192.0.2.1", "fd00:51::1"].iter().map(|ip| ip.parse().unwrap()).collect(),
+        ..NodeFacts::default()
     }
 }
 

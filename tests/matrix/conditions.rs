@@ -68,7 +68,7 @@ fn assert_answers(what: &str, stage: &Stage, family: Family, expected: [Option<&
     }
 }
 
-on_each_variant! {
+on_each_variant_with_rules! {
     fn only_packets_that_meet_them_are_forwarded(variant: Variant) {
         let stage = Stage::new(Shape::Cilium);
         add_second_address(&stage);
@@ -188,7 +188,7 @@ on_each_variant! {
                 container = container.with(key, spare(family));
             }
             container.add();
-            let mut cases = every_path(lab, 0, PORT);
+            let mut cases = every_path(variant, lab, 0, PORT);
             let spared = Family::ALL.map(|family| lab.second_node_address(family));
             for case in cases.iter_mut().filter(|case| case.from == Place::Client) {
                 if spared.contains(&case.target.ip()) {
@@ -208,15 +208,18 @@ on_each_variant! {
     }
 }
 
-/// Conditions in the other backend's syntax are refused before anything is changed.
+/// Conditions in another backend's syntax are refused before anything is changed. eBPF has none.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn the_other_syntax_is_an_error() {
     let stage = Stage::new(Shape::Cilium);
     let caller = stage.lab.client_address(Family::V4);
-    for (variant, syntax) in
-        [(Variant::Nftables, Variant::IptablesNft), (Variant::IptablesNft, Variant::Nftables)]
-    {
+    for (variant, syntax) in [
+        (Variant::Nftables, Variant::IptablesNft),
+        (Variant::IptablesNft, Variant::Nftables),
+        (Variant::Ebpf, Variant::IptablesNft),
+        (Variant::Ebpf, Variant::Nftables),
+    ] {
         let node = Node::new(&stage.lab.node, variant);
         let before = node.snapshot();
         let container = Container::new(&node, &stage.lab, 0, mapped(PORT, INSIDE))

@@ -7,7 +7,7 @@ use portmap::model::Family;
 
 use crate::rig::{
     Container, INSIDE, PORT, Stage, assert_calls, assert_unmapped, client, mapped, mapped_at,
-    reaches, refused,
+    pod_seen, reaches, refused,
 };
 use crate::support::{Node, Variant};
 
@@ -15,14 +15,15 @@ const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const LOCALHOST_V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
 /// Calls to one address of the node from everywhere: the client, the node, both pods.
-fn answers(stage: &Stage, ip: IpAddr) -> Vec<Case> {
+fn answers(variant: Variant, stage: &Stage, ip: IpAddr) -> Vec<Case> {
     let lab = &stage.lab;
+    let family = Family::of(&ip);
     let to = |from, source| reaches(from, ip, PORT, "pod-a", source);
     [
-        to(Place::Client, client(lab, Family::of(&ip))),
+        to(Place::Client, client(lab, family)),
         to(Place::Node, Source::Node),
-        to(Place::Pod(0), Source::Node),
-        to(Place::Pod(1), Source::Node),
+        to(Place::Pod(0), pod_seen(variant, lab, 0, 0, family)),
+        to(Place::Pod(1), pod_seen(variant, lab, 1, 0, family)),
     ]
     .concat()
 }
@@ -59,7 +60,7 @@ on_each_variant! {
             };
             let own = lab.node_address(family);
             let cases = [
-                answers(&stage, own),
+                answers(variant, &stage, own),
                 silent(lab.second_node_address(family)),
                 silent(lab.node_address(other)),
                 refused(Place::Node, LOCALHOST, PORT),
@@ -75,16 +76,20 @@ on_each_variant! {
         let both = |family| [lab.node_address(family), lab.second_node_address(family)];
         let [v4, v6] = Family::ALL.map(both);
         let cases = [
-            v4.map(|ip| answers(&stage, ip)).concat(),
+            v4.map(|ip| answers(variant, &stage, ip)).concat(),
             v6.map(silent).concat(),
             reaches(Place::Node, LOCALHOST, PORT, "pod-a", Source::Node),
         ];
         life(variant, &stage, "0.0.0.0", cases.concat());
         let cases = [
-            v6.map(|ip| answers(&stage, ip)).concat(),
+            v6.map(|ip| answers(variant, &stage, ip)).concat(),
             v4.map(silent).concat(),
             refused(Place::Node, LOCALHOST, PORT),
-            refused(Place::Node, LOCALHOST_V6, PORT),
+            // IPv6 has no route_localnet that rules could use.
+            match variant {
+                Variant::Ebpf => reaches(Place::Node, LOCALHOST_V6, PORT, "pod-a", Source::Node),
+                _ => refused(Place::Node, LOCALHOST_V6, PORT),
+            },
         ];
         life(variant, &stage, "::", cases.concat());
     }
@@ -97,8 +102,19 @@ on_each_variant! {
             silent(lab.node_address(Family::V4)),
             silent(lab.second_node_address(Family::V4)),
             silent(lab.node_address(Family::V6)),
+            refused(Place::Node, LOCALHOST_V6, PORT),
         ];
         life(variant, &stage, "127.0.0.1", cases.concat());
+        if variant == Variant::Ebpf {
+            let cases = [
+                reaches(Place::Node, LOCALHOST_V6, PORT, "pod-a", Source::Node),
+                refused(Place::Node, LOCALHOST, PORT),
+                silent(lab.node_address(Family::V6)),
+                silent(lab.second_node_address(Family::V6)),
+                silent(lab.node_address(Family::V4)),
+            ];
+            life(variant, &stage, "::1", cases.concat());
+        }
     }
 
     /// A pod with IPv6 alone cannot serve an IPv4 hostIP: that mapping is left out, the others hold.

@@ -1,7 +1,7 @@
 //! What `route_localnet` opens, the guard keeps shut (CVE-2020-8558): packets to 127.0.0.1 from
 //! outside of the node reach neither a pod nor a service that the node keeps to itself.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use portmap::demo::netns::Netns;
 use portmap::demo::server::Servers;
@@ -13,6 +13,7 @@ use crate::rig::{Container, INSIDE, PORT, SILENCE, Stage, TIMEOUT, all, bound, m
 use crate::support::{Node, Variant};
 
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const LOCALHOST_V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 /// A service of the node for itself.
 const PRIVATE: u16 = 9999;
 
@@ -26,9 +27,9 @@ fn become_attacker(attacker: &Netns, gateway: IpAddr) {
     );
 }
 
-/// What an attacker gets from 127.0.0.1 of the node.
-fn attacks(attackers: &[(&Netns, IpAddr)], port: u16) -> Vec<Result<String, Failure>> {
-    let target = SocketAddr::new(LOCALHOST, port);
+/// What an attacker gets from a loopback address of the node.
+fn attacks(attackers: &[(&Netns, IpAddr)], ip: IpAddr, port: u16) -> Vec<Result<String, Failure>> {
+    let target = SocketAddr::new(ip, port);
     let calls: Vec<(&Netns, Call)> = attackers
         .iter()
         .flat_map(|(attacker, source)| {
@@ -39,7 +40,7 @@ fn attacks(attackers: &[(&Netns, IpAddr)], port: u16) -> Vec<Result<String, Fail
     all(&calls).into_iter().map(|result| result.map(|reply| reply.server)).collect()
 }
 
-on_each_variant! {
+on_each_variant_with_rules! {
     fn packets_from_outside_to_127_0_0_1_are_dropped(variant: Variant) {
         let stage = Stage::bypassing();
         let lab = &stage.lab;
@@ -61,7 +62,7 @@ on_each_variant! {
         lab.node.set_sysctl(&localnet(UPLINK), "1").unwrap();
         lab.node.set_sysctl(&localnet(&pod.host_link), "1").unwrap();
         let open = vec![Ok("node".to_owned()); 4];
-        assert_eq!(attacks(&[from_client, from_pod], PRIVATE), open);
+        assert_eq!(attacks(&[from_client, from_pod], LOCALHOST, PRIVATE), open);
         lab.node.set_sysctl(&localnet(&pod.host_link), "0").unwrap();
         let before = node.snapshot();
 
@@ -75,7 +76,7 @@ on_each_variant! {
             );
             for port in [PRIVATE, PORT] {
                 let dropped = vec![Err(Failure::TimedOut); 4];
-                assert_eq!(attacks(&[from_client, from_pod], port), dropped, "port {port}");
+                assert_eq!(attacks(&[from_client, from_pod], LOCALHOST, port), dropped, "port {port}");
             }
             // The node's own way to both is open.
             for (port, server) in [(PRIVATE, "node"), (PORT, "pod-a")] {
@@ -90,6 +91,60 @@ on_each_variant! {
             container.del();
             node.assert_clean(&before);
         }
-        assert_eq!(attacks(&[from_client], PRIVATE), open[..2], "the guard went with its user");
+        assert_eq!(attacks(&[from_client], LOCALHOST, PRIVATE), open[..2], "the guard went with its user");
+    }
+}
+
+/// eBPF opens nothing, so that there is nothing to guard: what the node has opened itself stays as open
+/// as it is, and a hostPort of 127.0.0.1 or ::1 is for the sockets of the node alone. That takes programs
+/// which look away from packets to these addresses.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ebpf_takes_no_packets_to_loopback_addresses() {
+    let stage = Stage::bypassing();
+    let lab = &stage.lab;
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let pod = &lab.pods[1];
+    let attackers = |family| {
+        [(&lab.client, lab.client_address(family)), (&pod.netns, pod.address(family).unwrap())]
+    };
+    become_attacker(&lab.client, lab.node_address(Family::V4));
+    become_attacker(&pod.netns, lab.gateway(Family::V4));
+    for (machine, gateway) in
+        [(&lab.client, lab.node_address(Family::V6)), (&pod.netns, lab.gateway(Family::V6))]
+    {
+        shell(
+            machine,
+            &format!("ip -6 address flush dev lo; ip route add ::1 via {gateway} dev eth0"),
+        );
+    }
+    let localnet = |link: &str| format!("ipv4/conf/{link}/route_localnet");
+    let closed = node.snapshot();
+    for host_ip in ["127.0.0.1", "::1", ""] {
+        let container = Container::new(&node, lab, 0, mapped_at(host_ip, PORT, INSIDE));
+        container.add();
+        node.snapshot().same_sysctls(&closed).unwrap();
+        for open in ["1", "0"] {
+            for link in [UPLINK, pod.host_link.as_str()] {
+                lab.node.set_sysctl(&localnet(link), open).unwrap();
+            }
+            // Martians are dropped where the link is closed; behind an open one nothing listens.
+            let v4 = if open == "1" { Failure::Refused } else { Failure::TimedOut };
+            assert_eq!(attacks(&attackers(Family::V4), LOCALHOST, PORT), vec![Err(v4); 4]);
+            let v6 = vec![Err(Failure::TimedOut); 4];
+            assert_eq!(attacks(&attackers(Family::V6), LOCALHOST_V6, PORT), v6);
+        }
+        for ip in [LOCALHOST, LOCALHOST_V6] {
+            let mapped = host_ip.is_empty() || host_ip == ip.to_string();
+            let target = SocketAddr::new(ip, PORT);
+            let calls = [Transport::Tcp, Transport::Udp]
+                .map(|transport| (&lab.node, Call::new(transport, target, TIMEOUT)));
+            let expected = if mapped { Ok("pod-a".to_owned()) } else { Err(Failure::Refused) };
+            for result in all(&calls) {
+                assert_eq!(result.map(|reply| reply.server), expected, "{host_ip:?}: {ip}");
+            }
+        }
+        container.check();
+        container.del();
     }
 }

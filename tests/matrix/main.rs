@@ -20,37 +20,50 @@ macro_rules! on_each_variant {
 
             fn holds($variant: Variant) $body
 
-            #[test]
-            #[ignore = "privileged: makes network namespaces"]
-            fn iptables_nft() {
-                holds(Variant::IptablesNft);
-            }
+            on_variants!(
+                iptables_nft: Variant::IptablesNft,
+                iptables_legacy: Variant::IptablesLegacy,
+                nftables: Variant::Nftables,
+                ebpf: Variant::Ebpf,
+            );
+        }
+    )*};
+}
 
-            #[test]
-            #[ignore = "privileged: makes network namespaces"]
-            fn iptables_legacy() {
-                holds(Variant::IptablesLegacy);
-            }
+/// The same for what only rules of netfilter can do.
+macro_rules! on_each_variant_with_rules {
+    ($($(#[$meta:meta])* fn $name:ident($variant:ident: Variant) $body:block)*) => {$(
+        $(#[$meta])*
+        mod $name {
+            use super::*;
 
-            #[test]
-            #[ignore = "privileged: makes network namespaces"]
-            fn nftables() {
-                holds(Variant::Nftables);
-            }
+            fn holds($variant: Variant) $body
 
-            #[test]
-            #[ignore = "privileged: makes network namespaces"]
-            fn ebpf() {
-                holds(Variant::Ebpf);
-            }
+            on_variants!(
+                iptables_nft: Variant::IptablesNft,
+                iptables_legacy: Variant::IptablesLegacy,
+                nftables: Variant::Nftables,
+            );
+        }
+    )*};
+}
+
+macro_rules! on_variants {
+    ($($name:ident: $variant:expr,)*) => {$(
+        #[test]
+        #[ignore = "privileged: makes network namespaces"]
+        fn $name() {
+            holds($variant);
         }
     )*};
 }
 
 mod conditions;
+mod counters;
 mod host_ip;
 mod localhost;
 mod masquerade;
+mod nodes;
 mod precedence;
 mod recordings;
 mod replay;
@@ -58,6 +71,7 @@ mod rig;
 mod sctp;
 mod services;
 mod shapes;
+mod sockets;
 #[path = "../support/mod.rs"]
 mod support;
 mod versions;

@@ -1,8 +1,10 @@
 //! Options that say whose source address is rewritten, and how: `snat`, `masqAll`, `markMasqBit`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use portmap::demo::matrix::{Expect, Place, Source};
+use portmap::demo::snapshot::pins;
 use portmap::demo::topology::Shape;
 use portmap::demo::traffic::{Call, Failure, Transport};
 use portmap::model::Family;
@@ -21,7 +23,7 @@ fn to_itself(stage: &Stage) -> Result<IpAddr, Failure> {
     all(&[(&stage.lab.pods[0].netns, call)]).remove(0).map(|reply| reply.seen.ip())
 }
 
-on_each_variant! {
+on_each_variant_with_rules! {
     /// `snat: false` leaves every source as it is, also where the answer is then lost.
     fn without_snat_nothing_is_rewritten(variant: Variant) {
         let stage = Stage::new(Shape::Ptp);
@@ -64,35 +66,6 @@ on_each_variant! {
         node.assert_clean(&before);
     }
 
-    /// `masqAll: true` rewrites every source of a hostPort's connections, and of no other ones.
-    fn masq_all_is_for_host_ports_alone(variant: Variant) {
-        let stage = Stage::bypassing();
-        let lab = &stage.lab;
-        let node = Node::new(&lab.node, variant);
-        let before = node.snapshot();
-        let container =
-            Container::new(&node, lab, 0, mapped(PORT, INSIDE)).with("masqAll", json!(true));
-        container.add();
-        let mut paths = every_path(lab, 0, PORT);
-        for case in &mut paths {
-            if case.from == Place::Client {
-                case.expect = Expect::Reached(Source::Node);
-            }
-        }
-        let mut cases = paths.clone();
-        for family in Family::ALL {
-            let ip = lab.pods[0].address(family).unwrap();
-            let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
-            cases.extend(reaches(Place::Client, ip, INSIDE, "pod-a", client(lab, family)));
-            cases.extend(reaches(Place::Pod(1), ip, INSIDE, "pod-a", neighbour));
-        }
-        assert_calls("masqAll: true", lab, cases);
-        container.check();
-        container.del();
-        assert_unmapped("after DEL", lab, &paths);
-        node.assert_clean(&before);
-    }
-
     /// The bit of the packet mark can be chosen; two attachments may choose differently.
     fn mark_bits_of_one_s_own(variant: Variant) {
         let stage = Stage::bypassing();
@@ -120,7 +93,7 @@ on_each_variant! {
                 "no mark {mark:#x} in:\n{listing}"
             );
         }
-        let paths = [every_path(lab, 0, PORT), every_path(lab, 1, PORT + 1)];
+        let paths = [every_path(variant, lab, 0, PORT), every_path(variant, lab, 1, PORT + 1)];
         assert_calls("markMasqBit", lab, paths.concat());
         containers.iter().for_each(Container::check);
         containers[0].del();
@@ -129,6 +102,59 @@ on_each_variant! {
         containers[1].check();
         containers[1].del();
         node.assert_clean(&before);
+    }
+}
+
+on_each_variant! {
+    /// `masqAll: true` rewrites every source of a hostPort's connections, and of no other ones.
+    fn masq_all_is_for_host_ports_alone(variant: Variant) {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let container =
+            Container::new(&node, lab, 0, mapped(PORT, INSIDE)).with("masqAll", json!(true));
+        container.add();
+        let mut paths = every_path(variant, lab, 0, PORT);
+        for case in &mut paths {
+            if case.expect != Expect::LeftAlone {
+                case.expect = Expect::Reached(Source::Node);
+            }
+        }
+        let mut cases = paths.clone();
+        for family in Family::ALL {
+            let ip = lab.pods[0].address(family).unwrap();
+            let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
+            cases.extend(reaches(Place::Client, ip, INSIDE, "pod-a", client(lab, family)));
+            cases.extend(reaches(Place::Pod(1), ip, INSIDE, "pod-a", neighbour));
+        }
+        assert_calls("masqAll: true", lab, cases);
+        container.check();
+        container.del();
+        assert_unmapped("after DEL", lab, &paths);
+        node.assert_clean(&before);
+    }
+
+    /// `snat: false` goes before `masqAll: true`.
+    fn without_snat_nothing_is_masqueraded(variant: Variant) {
+        let stage = Stage::new(Shape::Ptp);
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE))
+            .with("snat", json!(false))
+            .with("masqAll", json!(true));
+        container.add();
+        let mut cases = Vec::new();
+        for family in Family::ALL {
+            let neighbour = Source::Kept(lab.pods[1].address(family).unwrap());
+            let ip = lab.node_address(family);
+            cases.extend(reaches(Place::Client, ip, PORT, "pod-a", client(lab, family)));
+            cases.extend(reaches(Place::Pod(1), ip, PORT, "pod-a", neighbour));
+            cases.extend(reaches(Place::Node, ip, PORT, "pod-a", Source::Node));
+        }
+        assert_calls("snat: false, masqAll: true", lab, cases);
+        container.check();
+        container.del();
     }
 
     /// Direct traffic between pods, and to them, is none of the plugin's business.
@@ -148,6 +174,44 @@ on_each_variant! {
         assert_calls("direct traffic", lab, cases);
         container.del();
     }
+}
+
+/// eBPF rewrites no source that it could leave: without `snat` every path is what it was, and
+/// `markMasqBit` is the bit of a mark that no packet needs.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ebpf_does_without_marks_and_masquerading() {
+    let stage = Stage::bypassing();
+    let lab = &stage.lab;
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let before = node.snapshot();
+    for (key, value) in [("snat", json!(false)), ("markMasqBit", json!(5))] {
+        let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE)).with(key, value);
+        container.add();
+        node.snapshot().same_rules(&before).unwrap();
+        let paths = every_path(Variant::Ebpf, lab, 0, PORT);
+        assert_calls(key, lab, paths.clone());
+        container.check();
+        container.del();
+        assert_unmapped(key, lab, &paths);
+        node.assert_clean(&before);
+    }
+}
+
+/// What only netfilter can do is refused, before anything is changed.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ebpf_has_no_chains() {
+    let stage = Stage::new(Shape::Ptp);
+    let node = Node::new(&stage.lab.node, Variant::Ebpf);
+    let before = node.snapshot();
+    let container = Container::new(&node, &stage.lab, 0, mapped(PORT, INSIDE))
+        .with("externalSetMarkChain", json!("KUBE-MARK-MASQ"));
+    let (code, text) = node.fails("ADD", &container.config, &container.attachment);
+    assert_eq!(code, 7, "{text}");
+    assert!(text.contains("externalSetMarkChain"), "{text}");
+    node.assert_clean(&before);
+    assert_eq!(pins(&stage.lab.node).unwrap(), Vec::<PathBuf>::new());
 }
 
 /// `externalSetMarkChain`: somebody else's chain marks, and their rule masquerades.
@@ -170,7 +234,7 @@ fn a_chain_of_others_marks() {
         container.add();
         let own = node.shell("iptables -t nat -S");
         assert!(!own.contains("CNI-HOSTPORT-SETMARK"), "no mark of its own:\n{own}");
-        let paths = every_path(lab, 0, PORT);
+        let paths = every_path(variant, lab, 0, PORT);
         assert_calls("externalSetMarkChain", lab, paths.clone());
         container.check();
         container.del();

@@ -10,7 +10,9 @@ use portmap::model::Family;
 use serde_json::{Value, json};
 
 use crate::recordings::{addresses, recordings, results};
-use crate::rig::{Container, INSIDE, PORT, Stage, assert_calls, client, mapped, reaches, refused};
+use crate::rig::{
+    Container, INSIDE, PORT, Stage, assert_calls, client, mapped, pod_seen, reaches, refused,
+};
 use crate::support::{Node, Variant};
 
 /// The wiring that a result comes from: host prefixes have a route each, Flannel a bridge.
@@ -47,14 +49,20 @@ fn resettled(lab: &Lab, pod: &Pod, recorded: &Value) -> Value {
 }
 
 /// From outside, and from the node by 127.0.0.1; families that the result lacks are left alone.
-fn calls(lab: &Lab, networks: &[IpNetwork]) -> Vec<Case> {
+fn calls(variant: Variant, lab: &Lab, networks: &[IpNetwork]) -> Vec<Case> {
     let has = |family| networks.iter().any(|network| Family::of(&network.ip()) == family);
     let mut cases = Vec::new();
     for family in Family::ALL {
         let ip = lab.node_address(family);
         if has(family) {
             cases.extend(reaches(Place::Client, ip, PORT, "pod-a", client(lab, family)));
-            cases.extend(reaches(Place::Pod(1), ip, PORT, "pod-a", Source::Node));
+            cases.extend(reaches(
+                Place::Pod(1),
+                ip,
+                PORT,
+                "pod-a",
+                pod_seen(variant, lab, 1, 0, family),
+            ));
         } else {
             cases.extend(refused(Place::Client, ip, PORT));
         }
@@ -75,7 +83,7 @@ fn life(name: &str, node: &Node, lab: &Lab, recorded: &Value) {
         .with("cniVersion", json!(version))
         .with("prevResult", resettled(lab, &lab.pods[0], recorded));
     container.add();
-    assert_calls(name, lab, calls(lab, &networks));
+    assert_calls(name, lab, calls(node.variant, lab, &networks));
     if version == "0.3.1" {
         container.del_by_key_alone();
     } else {

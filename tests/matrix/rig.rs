@@ -1,6 +1,6 @@
 //! Containers with hostPorts as a runtime handles them, and calls with what should come of them.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use portmap::demo::traffic::{Call, Failure, Reply, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
 
-use crate::support::{Node, attachment, prev_result};
+use crate::support::{Node, Variant, attachment, prev_result};
 
 /// How long a call may take that should succeed, or be refused.
 pub const TIMEOUT: Duration = Duration::from_millis(1500);
@@ -123,15 +123,17 @@ pub fn mapped_at(host_ip: &str, host_port: u16, container_port: u16) -> Vec<Valu
     vec![one("tcp"), one("udp")]
 }
 
-/// Every path to a pod's hostPort, by TCP and UDP. More is known than the demonstration asks for: a
-/// caller in a pod is always seen with an address of the node. What is left alone is asked for by
-/// connected sockets only; others are not told, and would wait.
-pub fn every_path(lab: &Lab, pod: usize, host_port: u16) -> Vec<Case> {
+/// Every path to a pod's hostPort, by TCP and UDP. More is known than the demonstration asks for: who
+/// the pod sees. What is left alone is asked for by connected sockets only; others are not told, and
+/// would wait.
+pub fn every_path(variant: Variant, lab: &Lab, pod: usize, host_port: u16) -> Vec<Case> {
     let services = TRANSPORTS.map(|transport| Service { pod, transport, host_port });
-    let mut cases = matrix::cases(lab, &services, Capabilities { localhost_v6: Some(false) });
+    let localhost_v6 = Some(variant == Variant::Ebpf);
+    let mut cases = matrix::cases(lab, &services, Capabilities { localhost_v6 });
     for case in &mut cases {
-        if matches!(case.from, Place::Pod(_)) {
-            case.expect = Expect::Reached(Source::Node);
+        if let Place::Pod(caller) = case.from {
+            let family = Family::of(&case.target.ip());
+            case.expect = Expect::Reached(pod_seen(variant, lab, caller, pod, family));
         }
     }
     cases.retain(|case| {
@@ -168,6 +170,33 @@ fn case(
         target: target.into(),
         server: server.to_owned(),
         expect,
+    }
+}
+
+/// A caller in a pod as the called one sees it. Rules have to masquerade those of its subnet, or the
+/// answer would go past the node's connection tracking. eBPF translates answers at the pods' links, whichever way they
+/// take; but for the pod itself, which would not send its own address an answer.
+pub fn pod_seen(
+    variant: Variant,
+    lab: &Lab,
+    caller: usize,
+    called: usize,
+    family: Family,
+) -> Source {
+    let [caller, called] = [caller, called].map(|pod| &lab.pods[pod]);
+    match variant {
+        Variant::Ebpf if caller.name == called.name => Source::Kept(itself(family)),
+        _ if variant != Variant::Ebpf && caller.shape == called.shape => Source::Node,
+        _ => Source::Kept(caller.address(family).unwrap()),
+    }
+}
+
+/// Who a pod that calls itself sees by eBPF: the dummy address of RFC 7600, or one of the prefix that
+/// is to be discarded (RFC 6666).
+pub fn itself(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(192, 0, 0, 8).into(),
+        Family::V6 => Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 8).into(),
     }
 }
 

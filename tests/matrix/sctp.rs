@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::rig::{Container, Stage};
 use crate::support::{Node, Variant};
 
-on_each_variant! {
+on_each_variant_with_rules! {
     fn rules_are_there_and_go(variant: Variant) {
         let stage = Stage::new(Shape::Cilium);
         let lab = &stage.lab;

@@ -119,14 +119,41 @@ fn a_service_of_nftables_wins_over_nftables() {
     service_wins(Variant::Nftables, |stage, _| nftables_proxy(stage));
 }
 
-on_each_variant! {
+/// Packets meet eBPF's hooks before netfilter's, and the node's own sockets call the pod before there is
+/// a packet: of a Service and a hostPort of one number on one address the hostPort is reached, until it
+/// goes. On an address that is not the node's the Service has its port.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_host_port_of_ebpf_goes_before_a_service() {
+    let stage = Stage::new(Shape::Ptp);
+    let lab = &stage.lab;
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+    let before = node.snapshot();
+    for proxy in [nftables_proxy(&stage), iptables_proxy(&stage, "-I")] {
+        node.shell(&proxy.make);
+        container.add();
+        assert_calls("both", lab, calls(&stage, "pod-a"));
+        container.check();
+        container.del();
+        let mut cases = calls(&stage, "pod-b");
+        cases.retain(|case| case.server == "pod-b");
+        assert_calls("the Service alone", lab, cases);
+        node.shell(&proxy.remove);
+        node.assert_clean(&before);
+    }
+}
+
+on_each_variant_with_rules! {
     fn a_service_of_iptables_wins(variant: Variant) {
         // A proxy that starts later puts itself first; one that was there is not overtaken.
         service_wins(variant, |stage, first| {
             iptables_proxy(stage, if first { "-A" } else { "-I" })
         });
     }
+}
 
+on_each_variant! {
     fn passing_traffic_is_left_alone(variant: Variant) {
         let stage = Stage::new(Shape::Ptp);
         let lab = &stage.lab;

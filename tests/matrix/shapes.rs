@@ -16,7 +16,7 @@ fn whole_life(variant: Variant, stage: &Stage) {
     let before = node.snapshot();
     let ports = [PORT, PORT + 1];
     let containers = [0, 1].map(|pod| Container::new(&node, lab, pod, mapped(ports[pod], INSIDE)));
-    let paths = [0, 1].map(|pod| every_path(lab, pod, ports[pod]));
+    let paths = [0, 1].map(|pod| every_path(variant, lab, pod, ports[pod]));
     containers.iter().for_each(Container::add);
     assert_calls("after ADD", lab, paths.concat());
     containers.iter().for_each(Container::check);
@@ -81,6 +81,15 @@ on_each_variant! {
         whole_life(variant, &stage);
     }
 
+    /// Pods of both kinds on one node, and every way between them.
+    fn ptp_and_bridge(variant: Variant) {
+        let mut options = Options::new(Shape::Mixed);
+        options.pods = 4;
+        let stage = Stage::with(options);
+        bridge_calls_iptables(&stage, "0");
+        whole_life(variant, &stage);
+    }
+
     fn ipv4_only(variant: Variant) {
         one_family(variant, Shape::Cilium, Family::V4);
     }
@@ -97,5 +106,7 @@ fn one_family_on_the_other_shapes() {
     for family in Family::ALL {
         one_family(Variant::IptablesNft, Shape::Ptp, family);
         one_family(Variant::Nftables, Shape::Bridge, family);
+        one_family(Variant::Ebpf, Shape::Ptp, family);
+        one_family(Variant::Ebpf, Shape::Bridge, family);
     }
 }

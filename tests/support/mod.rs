@@ -10,6 +10,7 @@
 
 pub mod bare;
 pub mod ebpf;
+pub mod entries;
 pub mod foreign;
 pub mod strace;
 
@@ -217,6 +218,11 @@ impl<'a> Node<'a> {
             .unwrap_or_else(|lines| panic!("{:?}: sysctls differ:\n{lines}", self.variant));
         now.no_records()
             .unwrap_or_else(|lines| panic!("{:?}: records are left:\n{lines}", self.variant));
+        assert_eq!(
+            entries::entries(self.netns),
+            entries::Entries::default(),
+            "map entries are left"
+        );
     }
 }
 

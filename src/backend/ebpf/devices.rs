@@ -9,9 +9,9 @@ use super::loaded::Loaded;
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::sys::Host;
+use crate::sys::bpf::Direction;
 use crate::sys::bpf::program::Program;
 use crate::sys::bpf::tcx;
-use crate::sys::bpf::{Direction, explained};
 use crate::sys::netlink::route::Link;
 
 /// Names of all programs for devices, by which this plugin's are known, whichever object they are from.
@@ -140,7 +140,7 @@ pub fn problems(
         };
         let place = match hook.mechanism {
             Mechanism::Tcx => "at the head of tcx",
-            Mechanism::Clsact => "as a filter of clsact",
+            Mechanism::Clsact => "as the first filter of clsact",
         };
         problems.push(format!(
             "{}: program {} expected {place} {}, found {found}",
@@ -354,7 +354,7 @@ fn direction(direction: Direction) -> &'static str {
 fn failed(hook: &Hook, action: &str, error: io::Error) -> Error {
     let way = direction(hook.direction);
     let what = format!("{action}: program {} at {} {way}", hook.program, hook.device);
-    Error::io(what, explained(error))
+    Error::io(what, error)
 }
 
 fn netlink(error: io::Error) -> Error {

@@ -9,12 +9,12 @@ use std::io;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, port_bit};
+use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, claim_flags, port_bit};
 use super::loaded::Maps;
 use super::objects::{self, Claims};
 use crate::sys::bpf::map::Map;
 
-/// What had a claim before: its flows are not those of the claim's new owner.
+/// Who had a claim before: its flows are not those of the claim's new owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Former {
     pub key: ClaimKey,
@@ -30,20 +30,16 @@ pub fn get(maps: &Maps, key: &ClaimKey) -> io::Result<Option<ClaimValue>> {
 /// claim half-made. Returns who lost claims that had connections.
 pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Vec<Former>> {
     let mut former = Vec::new();
+    for key in keys {
+        former.extend(loser(maps, key, keys, after)?);
+    }
     let mut todo: Vec<&ClaimKey> = keys.iter().collect();
     // The pods behind claims first: a flow that begins must find both.
     todo.sort_by_key(|key| after.get(key).is_none_or(|value| value.pod != key.addr));
     for key in todo {
         let before = get(maps, key)?;
         let wanted = after.get(key);
-        let same_owner = before.zip(wanted.copied()).is_some_and(|(before, wanted)| {
-            (before.owner, before.target()) == (wanted.owner, wanted.target())
-        });
-        if let Some(value) = before.filter(|_| !same_owner)
-            && connections(maps, key)? > 0
-        {
-            former.push(Former { key: *key, value });
-        }
+        let same_owner = same_owner(before, wanted.copied());
         match wanted {
             Some(wanted) => {
                 if before.is_none() {
@@ -65,6 +61,44 @@ pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Res
         }
     }
     Ok(former)
+}
+
+/// Who had the claim at a key and will not have it, if there were connections. The claim of an address
+/// takes the place of one of any address, and leaves its place to it.
+fn loser(
+    maps: &Maps,
+    key: &ClaimKey,
+    keys: &BTreeSet<ClaimKey>,
+    after: &Claims,
+) -> io::Result<Option<Former>> {
+    let at = |key: &ClaimKey| match keys.contains(key) {
+        true => Ok(after.get(key).copied()),
+        false => get(maps, key),
+    };
+    let any = key.of_any();
+    let (found, before) = match get(maps, key)? {
+        None => (any, get(maps, &any)?),
+        own => (*key, own),
+    };
+    let now = match at(key)? {
+        None => at(&any)?,
+        own => own,
+    };
+    let Some(value) = before.filter(|_| !same_owner(before, now)) else {
+        return Ok(None);
+    };
+    // A pod's own entry takes no claim's place.
+    if found != *key && now.is_some_and(|now| now.flags & claim_flags::SELF != 0) {
+        return Ok(None);
+    }
+    Ok((connections(maps, &found)? > 0).then_some(Former { key: *key, value }))
+}
+
+fn same_owner(one: Option<ClaimValue>, other: Option<ClaimValue>) -> bool {
+    one.zip(other).is_some_and(|(one, other)| {
+        (one.owner, one.target(), one.flags & claim_flags::SELF)
+            == (other.owner, other.target(), other.flags & claim_flags::SELF)
+    })
 }
 
 /// Brings all entries to what is wanted, and counts ports anew.
@@ -135,23 +169,25 @@ pub fn problems(
     Ok(problems)
 }
 
-/// Brings the map of the node's addresses to `wanted`.
-pub fn addresses(maps: &Maps, wanted: &BTreeSet<Addr>) -> io::Result<()> {
-    let present: BTreeSet<Addr> = keys_of(&maps.addresses)?;
-    for addr in wanted.difference(&present) {
-        maps.addresses.put(addr.as_bytes(), 1_u32.as_bytes())?;
+/// Brings the map of addresses to what is wanted.
+pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<()> {
+    for (addr, value) in wanted {
+        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
+            maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
+        }
     }
-    for addr in present.difference(wanted) {
+    let present: BTreeSet<Addr> = keys_of(&maps.addresses)?;
+    for addr in present.iter().filter(|addr| !wanted.contains_key(addr)) {
         maps.addresses.remove(addr.as_bytes())?;
     }
     Ok(())
 }
 
-/// The node's addresses that the map does not have.
-pub fn missing_addresses(maps: &Maps, expected: &BTreeSet<Addr>) -> io::Result<Vec<Addr>> {
+/// What the map of addresses does not have as it should.
+pub fn missing_addresses(maps: &Maps, expected: &BTreeMap<Addr, u32>) -> io::Result<Vec<Addr>> {
     let mut missing = Vec::new();
-    for addr in expected {
-        if maps.addresses.get(addr.as_bytes())?.is_none() {
+    for (addr, value) in expected {
+        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
             missing.push(*addr);
         }
     }

@@ -6,8 +6,9 @@ use crate::sys::bpf::Direction;
 use crate::sys::bpf::clsact::{Clsact, Filter, Slot};
 use crate::sys::bpf::program::Program;
 
-/// Tells the filter from others of its priority.
-const HANDLE: u32 = 0x504d;
+/// Tell the filter from others of its priority. The second one is for moving it before others, while
+/// the first one still has it.
+const HANDLES: [u32; 2] = [0x504d, 0x504e];
 /// What tc shows of the filter.
 const NAME: &str = "portmap";
 /// The same on a device that had no clsact qdisc before: it goes with the filter. The name is the one
@@ -24,13 +25,15 @@ impl Filters {
         Ok(Self { clsact: Clsact::open()? })
     }
 
-    /// The program of this plugin's filter.
+    /// The program of this plugin's filter, unless others' programs run before it: they may end a
+    /// packet's way, as Cilium's do.
     pub fn program(&mut self, device: u32, direction: Direction) -> io::Result<Option<u32>> {
         let filters = self.clsact.filters(device, direction)?;
-        Ok(filters.into_iter().find(is_own).and_then(|filter| filter.program))
+        Ok(first(&filters).and_then(|filter| filter.program))
     }
 
-    /// Attaches a program, in the place of another version of it if there is one.
+    /// Attaches a program before others', in the place of another version of it if there is one. No
+    /// packet is without one of the two.
     pub fn attach(
         &mut self,
         device: u32,
@@ -38,14 +41,18 @@ impl Filters {
         program: &Program,
     ) -> io::Result<()> {
         let filters = self.clsact.filters(device, direction)?;
-        if let Some(own) = filters.iter().find(|filter| is_own(filter)) {
+        if let Some(own) = first(&filters) {
             let name = own.name.as_deref().unwrap_or(NAME);
             return self.clsact.put(device, direction, own.slot, name, program);
         }
         let made = self.clsact.ensure(device)?;
         // The second direction follows the first one, which made the qdisc.
         let name = if made || self.made_qdisc(device)? { NAME_WITH_QDISC } else { NAME };
-        self.clsact.put(device, direction, free_slot(&filters), name, program)
+        self.clsact.put(device, direction, free_slot(&filters), name, program)?;
+        for behind in filters.iter().filter(|filter| is_own(filter)) {
+            self.clsact.remove(device, direction, behind.slot)?;
+        }
+        Ok(())
     }
 
     /// Detaches this plugin's filters, and with them the qdisc if it came with them and nobody else has
@@ -73,11 +80,12 @@ impl Filters {
     /// Detaches this plugin's filter of one direction, where another program has taken over.
     pub fn detach_from(&mut self, device: u32, direction: Direction) -> io::Result<()> {
         let filters = self.clsact.filters(device, direction)?;
-        let Some(own) = filters.iter().find(|filter| is_own(filter)) else {
-            return Ok(());
-        };
-        self.clsact.remove(device, direction, own.slot)?;
-        if own.name.as_deref() == Some(NAME_WITH_QDISC) {
+        let mut with_qdisc = false;
+        for own in filters.iter().filter(|filter| is_own(filter)) {
+            self.clsact.remove(device, direction, own.slot)?;
+            with_qdisc |= own.name.as_deref() == Some(NAME_WITH_QDISC);
+        }
+        if with_qdisc {
             self.clsact.remove_unused(device)?;
         }
         Ok(())
@@ -95,20 +103,31 @@ impl Filters {
 }
 
 fn is_own(filter: &Filter) -> bool {
-    filter.slot.handle == HANDLE && matches!(filter.name.as_deref(), Some(NAME | NAME_WITH_QDISC))
+    HANDLES.contains(&filter.slot.handle)
+        && matches!(filter.name.as_deref(), Some(NAME | NAME_WITH_QDISC))
+}
+
+/// Whether it is a program for packets of every protocol, which can share a priority with another.
+fn is_alike(filter: &Filter) -> bool {
+    filter.kind == "bpf" && i32::from(filter.protocol) == libc::ETH_P_ALL
+}
+
+/// This plugin's filter, if it runs before all others that it could run before.
+fn first(filters: &[Filter]) -> Option<&Filter> {
+    filters.iter().find(|filter| is_alike(filter)).filter(|filter| is_own(filter))
 }
 
 /// The first priority that takes a program for packets of every protocol: a priority has one kind and
 /// one protocol. Of several in one priority the newest runs first.
 fn free_slot(filters: &[Filter]) -> Slot {
-    let fits = |priority: &u16| {
-        filters.iter().filter(|filter| filter.slot.priority == *priority).all(|filter| {
-            filter.kind == "bpf"
-                && i32::from(filter.protocol) == libc::ETH_P_ALL
-                && filter.slot.handle != HANDLE
-        })
+    let handle = |priority: u16| {
+        let mut others = filters.iter().filter(|filter| filter.slot.priority == priority);
+        let taken: Vec<u32> = others.clone().map(|filter| filter.slot.handle).collect();
+        let free = HANDLES.into_iter().find(|handle| !taken.contains(handle));
+        free.filter(|_| others.all(is_alike))
     };
-    Slot { priority: (1..u16::MAX).find(fits).unwrap_or(u16::MAX), handle: HANDLE }
+    let slot = |priority| Some(Slot { priority, handle: handle(priority)? });
+    (1..u16::MAX).find_map(slot).unwrap_or(Slot { priority: u16::MAX, handle: HANDLES[0] })
 }
 
 #[cfg(test)]
@@ -127,15 +146,37 @@ mod tests {
 
     #[test]
     fn a_program_shares_a_priority_with_its_like_only() {
-        let priority = |filters: &[Filter]| free_slot(filters).priority;
-        assert_eq!(priority(&[]), 1);
-        assert_eq!(priority(&[filter(1, 1, libc::ETH_P_ALL, "bpf")]), 1);
-        assert_eq!(priority(&[filter(1, 1, libc::ETH_P_IP, "bpf")]), 2);
+        let slot = |filters: &[Filter]| {
+            let Slot { priority, handle } = free_slot(filters);
+            (priority, handle)
+        };
+        let [one, two] = HANDLES;
+        assert_eq!(slot(&[]), (1, one));
+        assert_eq!(slot(&[filter(1, 1, libc::ETH_P_ALL, "bpf")]), (1, one));
+        assert_eq!(slot(&[filter(1, 1, libc::ETH_P_IP, "bpf")]), (2, one));
+        assert_eq!(slot(&[filter(1, one, libc::ETH_P_ALL, "bpf")]), (1, two));
         let others = [
             filter(1, 1, libc::ETH_P_ALL, "u32"),
-            filter(2, HANDLE, libc::ETH_P_ALL, "bpf"),
+            filter(2, one, libc::ETH_P_ALL, "bpf"),
+            filter(2, two, libc::ETH_P_ALL, "bpf"),
             filter(9, 1, libc::ETH_P_IP, "u32"),
         ];
-        assert_eq!(priority(&others), 3);
+        assert_eq!(slot(&others), (3, one));
+    }
+
+    #[test]
+    fn ours_is_in_place_before_all_that_it_could_precede() {
+        let ours = |priority| Filter {
+            name: Some(NAME.into()),
+            ..filter(priority, HANDLES[0], libc::ETH_P_ALL, "bpf")
+        };
+        let theirs = |priority| filter(priority, 1, libc::ETH_P_ALL, "bpf");
+        let other = filter(1, 1, libc::ETH_P_IP, "u32");
+        assert!(first(&[]).is_none());
+        assert!(first(&[theirs(1)]).is_none());
+        assert!(first(&[ours(1), theirs(1), theirs(2)]).is_some());
+        assert!(first(&[other.clone(), ours(2), theirs(2)]).is_some());
+        assert!(first(&[theirs(1), ours(1)]).is_none());
+        assert!(first(&[other, theirs(2), ours(3)]).is_none());
     }
 }

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::entries::Former;
-use super::layout::{FlowKey, FlowValue, SocketKey, claim_flags};
+use super::layout::{FlowKey, FlowValue, SocketKey, SocketValue, claim_flags, flow_flags};
 use super::loaded::Flows;
 use crate::model::Protocol;
 use crate::record::Record;
@@ -22,44 +22,44 @@ pub type Callers = BTreeMap<SocketAddr, BTreeSet<u64>>;
 /// Returns the node's own UDP sockets that called a former pod, by pod and the socket's cookie. Packets
 /// of connected sockets pass no hook of a claim, so that their owners have to be told.
 pub fn forget(flows: &Flows, former: &[Former]) -> io::Result<Callers> {
-    let is_lost = |value: &FlowValue| {
-        former.iter().any(|former| {
-            former.value.owner == value.owner
-                && (former.value.flags & claim_flags::SELF != 0
-                    || former.key.port() == value.host_port())
-        })
+    flows.flows.remove_where(|key, value| {
+        let entry = FlowKey::read_from_bytes(key).ok().zip(FlowValue::read_from_bytes(value).ok());
+        entry.is_some_and(|(key, value)| former.iter().any(|one| had_flow(one, &key, &value)))
+    })?;
+    let udp = |former: &&Former| {
+        former.key.protocol == Protocol::Udp.number() && former.value.flags & claim_flags::SELF == 0
     };
-    let lost: Vec<Vec<u8>> = flows
-        .flows
-        .entries()?
-        .into_iter()
-        .filter(|(_, value)| FlowValue::read_from_bytes(value).is_ok_and(|value| is_lost(&value)))
-        .map(|(key, _)| key)
-        .collect();
-    flows.flows.remove_all(&lost)?;
-    let udp = Protocol::Udp.number();
-    let pods: BTreeSet<SocketAddr> = former
-        .iter()
-        .filter(|former| former.key.protocol == udp && former.value.flags & claim_flags::SELF == 0)
-        .map(|former| former.value.target())
-        .collect();
+    let former: Vec<&Former> = former.iter().filter(udp).collect();
     let mut callers = Callers::new();
-    if pods.is_empty() {
+    if former.is_empty() {
         return Ok(callers);
     }
-    let mut gone = Vec::new();
-    for (key, _) in flows.sockets.entries()? {
-        let Ok(socket) = SocketKey::read_from_bytes(&key) else {
-            continue;
+    flows.sockets.remove_where(|key, value| {
+        let entry =
+            SocketKey::read_from_bytes(key).ok().zip(SocketValue::read_from_bytes(value).ok());
+        let Some((socket, called)) = entry else {
+            return false;
         };
-        let pod = SocketAddr::new(socket.addr.ip(), socket.port());
-        if socket.protocol == udp && pods.contains(&pod) {
-            callers.entry(pod).or_default().insert(socket.cookie);
-            gone.push(key);
+        let lost = former.iter().any(|former| was_called(former, &socket, &called));
+        if lost {
+            callers.entry(socket.pod()).or_default().insert(socket.cookie);
         }
-    }
-    flows.sockets.remove_all(&gone)?;
+        lost
+    })?;
     Ok(callers)
+}
+
+/// Direct connections to a pod are those of its own entry.
+fn had_flow(former: &Former, key: &FlowKey, value: &FlowValue) -> bool {
+    let called = value.called(key);
+    let any = value.flags & flow_flags::ANY != 0;
+    value.owner == former.value.owner
+        && (called == former.key || (any && called.of_any() == former.key))
+}
+
+fn was_called(former: &Former, socket: &SocketKey, called: &SocketValue) -> bool {
+    let called = called.called(socket);
+    socket.pod() == former.value.target() && (called == former.key || called.of_any() == former.key)
 }
 
 /// Remembers connections that the node has open from ports that became hostPorts: their answers are

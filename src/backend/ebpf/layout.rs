@@ -102,6 +102,13 @@ impl ClaimKey {
     pub fn port(&self) -> u16 {
         self.port.get()
     }
+
+    /// The key of the claim that has the port where no claim has it of this very address.
+    #[must_use]
+    pub fn of_any(&self) -> Self {
+        let family = Family::of(&self.addr.ip());
+        ClaimKey { addr: Addr::any(family), ..*self }
+    }
 }
 
 /// Bits of `flags` in `struct claim`.
@@ -191,6 +198,8 @@ impl FlowKey {
 pub mod flow_flags {
     /// The node itself uses a hostPort's number as its source port.
     pub const NODE: u32 = 4;
+    /// The claim is that of any address.
+    pub const ANY: u32 = 16;
 }
 
 /// `struct flow`.
@@ -222,10 +231,10 @@ impl FlowValue {
         }
     }
 
-    /// The hostPort that was called; host byte order.
+    /// What was called; `key` is the flow's.
     #[must_use]
-    pub fn host_port(&self) -> u16 {
-        self.host_port.get()
+    pub fn called(&self, key: &FlowKey) -> ClaimKey {
+        ClaimKey { addr: self.host, port: self.host_port, protocol: key.protocol, pad: 0 }
     }
 }
 
@@ -242,10 +251,10 @@ pub struct SocketKey {
 }
 
 impl SocketKey {
-    /// The pod's port; host byte order.
+    /// Where the socket's packets go.
     #[must_use]
-    pub fn port(&self) -> u16 {
-        self.port.get()
+    pub fn pod(&self) -> SocketAddr {
+        SocketAddr::new(self.addr.ip(), self.port.get())
     }
 }
 
@@ -261,9 +270,10 @@ pub struct SocketValue {
 }
 
 impl SocketValue {
+    /// What was called; `key` is the entry's.
     #[must_use]
-    pub fn port(&self) -> u16 {
-        self.port.get()
+    pub fn called(&self, key: &SocketKey) -> ClaimKey {
+        ClaimKey { addr: self.addr, port: self.port, protocol: key.protocol, pad: 0 }
     }
 }
 

@@ -13,9 +13,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::layout::{Config, LAYOUT, REVISION, config_flags};
 use crate::error::{Error, Result};
-use crate::sys::bpf::explained;
 use crate::sys::bpf::map::{Definition, Map};
-use crate::sys::bpf::object::{self, Object};
+use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::bpf::program::Program;
 
@@ -32,11 +31,12 @@ pub struct Build {
 
 /// All programs, as `src/bpf/build.sh` made them.
 pub static OWN: Build = Build {
-    object: include_bytes!("../../bpf/portmap.bpf.o"),
+    object: &ALIGNED.0,
     digest: include_str!("../../bpf/portmap.bpf.o.revision").trim_ascii(),
     layout: LAYOUT,
     revision: REVISION,
 };
+static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!("../../bpf/portmap.bpf.o"));
 
 /// Maps that every call works on.
 const WORKED_ON: [&str; 6] =
@@ -369,7 +369,7 @@ fn config(maps: &Maps) -> Result<Config> {
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> Error {
-    move |error| Error::io(action, explained(error))
+    move |error| Error::io(action, error)
 }
 
 fn missing(name: &str) -> Error {

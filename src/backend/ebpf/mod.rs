@@ -23,6 +23,7 @@ pub mod hooks;
 pub mod layout;
 pub mod loaded;
 pub mod objects;
+mod places;
 pub mod sockets;
 mod strangers;
 pub mod trial;
@@ -42,7 +43,6 @@ use crate::facts::NodeFacts;
 use crate::model::Protocol;
 use crate::record::{Part, Record};
 use crate::sys::Host;
-use crate::sys::bpf::explained;
 use crate::sys::netlink::socket_diag;
 
 /// The backend.
@@ -261,5 +261,5 @@ fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> Error {
-    move |error| Error::io(action, explained(error))
+    move |error| Error::io(action, error)
 }

@@ -51,7 +51,7 @@ fn entries(record: &Record) -> Vec<(ClaimKey, ClaimValue)> {
         let source = record
             .masquerade_as
             .iter()
-            .find(|ip| record.options.masq_all && Family::of(ip) == family)
+            .find(|ip| record.masquerades_all() && Family::of(ip) == family)
             .map(|ip| Addr::from(*ip));
         let value = |target: SocketAddr, flags: u16| {
             let mut value = ClaimValue::new(target, owner);
@@ -93,10 +93,13 @@ pub fn port_uses(claims: &Claims) -> BTreeMap<u16, u32> {
     uses
 }
 
-/// The node's addresses as keys of their map.
+/// The map of addresses: 1 for the node's own, 0 for broadcast addresses, which the kernel's route
+/// lookup does not tell from them (`bpf_fib_lookup` returns NOT_FWDED for both).
 #[must_use]
-pub fn addresses(facts: &NodeFacts) -> BTreeSet<Addr> {
-    facts.addresses.iter().filter(|ip| !ip.is_loopback()).map(|ip| Addr::from(*ip)).collect()
+pub fn addresses(facts: &NodeFacts) -> BTreeMap<Addr, u32> {
+    let own = facts.addresses.iter().filter(|ip| !ip.is_loopback()).map(|ip| (Addr::from(*ip), 1));
+    // An address that is both (a subnet's last one, given to a link) is the node's.
+    facts.broadcasts.iter().map(|ip| (Addr::from(*ip), 0)).chain(own).collect()
 }
 
 /// `tcp 192.0.2.1:80`, for messages.

@@ -31,6 +31,7 @@ impl Observe for Nftables {
         let facts = NodeFacts {
             uplinks: BTreeSet::from(["eth0".to_owned()]),
             addresses: sample.addresses.iter().map(ipnetwork::IpNetwork::ip).collect(),
+            ..NodeFacts::default()
         };
         let text = script::restore(&[&sample], &facts);
         let tried = in_scratch_netns(|| {

@@ -12,6 +12,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::Direction;
 use super::program::Program;
+use super::refusal::explained;
 use crate::sys::netlink::attributes::{attributes, find, text};
 use crate::sys::netlink::socket::{Message, NetlinkSocket};
 
@@ -164,7 +165,7 @@ impl Clsact {
     }
 
     fn send(&mut self, request: &Message, flags: u16) -> io::Result<()> {
-        self.socket.request(request, flags, |_, _| None::<()>).map(drop)
+        self.socket.request(request, flags, |_, _| None::<()>).map(drop).map_err(explained)
     }
 }
 

@@ -13,7 +13,7 @@ use super::clsact::{Clsact, Slot};
 use super::map::{Definition, Map};
 use super::program::{Hook, Program, SocketHook};
 use super::syscall::{self, Target};
-use super::{Direction, cgroup, cookie, explained, object, tcx};
+use super::{Direction, cgroup, cookie, object, tcx};
 use crate::sys::namespace;
 
 /// Index of the loopback device of every network namespace.
@@ -36,8 +36,8 @@ pub struct Features {
     pub cgroup_replace: bool,
     /// Programs on getpeername (5.8).
     pub getpeername: bool,
-    /// Why programs cannot be attached to the socket calls of the node's processes; `None` if they
-    /// can.
+    /// Why this kernel cannot have programs on socket calls; `None` if it can, as far as can be told.
+    /// Whether a process finds the cgroup to attach them to is its own affair, and not said here.
     pub no_socket_hooks: Option<String>,
 }
 
@@ -56,9 +56,8 @@ impl Features {
             value_size: 4,
             max_entries: 1,
             flags: 0,
-        })
-        .map_err(explained)?;
-        let classifier = load(Hook::Classifier, &[set_result(0), exit()]).map_err(explained)?;
+        })?;
+        let classifier = load(Hook::Classifier, &[set_result(0), exit()])?;
         let socket = |hook, instructions: &[bpf_insn]| load(Hook::Socket(hook), instructions);
         let connect = socket(SocketHook::Connect4, &[set_result(1), exit()]);
         let cookie = [call(bpf_func_id::BPF_FUNC_get_netns_cookie), set_result(1), exit()];
@@ -71,22 +70,18 @@ impl Features {
             cgroup_replace: connect.as_ref().is_ok_and(replaces),
             getpeername: socket(SocketHook::Getpeername4, &[set_result(1), exit()]).is_ok(),
             no_socket_hooks: match connect {
-                Ok(_) => no_root(),
+                Ok(_) => not_at_cgroups(),
                 Err(error) => Some(format!("this kernel has no programs on socket calls: {error}")),
             },
         })
     }
 }
 
-/// Why there is no root to attach to.
-fn no_root() -> Option<String> {
-    let root = match cgroup::root() {
-        Ok(root) => root,
-        Err(error) => return Some(error.to_string()),
-    };
+/// Why programs cannot be attached to cgroups.
+fn not_at_cgroups() -> Option<String> {
     // EINVAL without CONFIG_CGROUP_BPF.
-    let error = root.query(SocketHook::Connect4).err()?;
-    Some(format!("programs of the root of cgroup v2 cannot be read: {}", explained(error)))
+    let error = cgroup::root().ok()?.query(SocketHook::Connect4).err()?;
+    Some(format!("programs of the root of cgroup v2 cannot be read: {error}"))
 }
 
 /// Modules that are missing answer with `ENOENT`. Whatever else fails will be reported when filters

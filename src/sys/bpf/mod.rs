@@ -5,8 +5,8 @@
 //! made by `BPF_PROG_ATTACH` and by filters, not by links, which would end with the process or,
 //! pinned, stay behind when their device is gone.
 //!
-//! Errors are those of the kernel, as [`std::io::Error`] with its `errno`; [`explained`] tells what a
-//! refusal comes from.
+//! Errors are those of the kernel, as [`std::io::Error`] with its `errno`. Those that say only that
+//! something is not permitted, or not there at all, have what explains them in their text instead.
 
 pub mod cgroup;
 pub mod clsact;
@@ -25,7 +25,6 @@ use std::io;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-pub use refusal::explained;
 pub use syscall::Attached;
 
 /// Which packets of a device.

@@ -18,16 +18,10 @@ use super::in_parallel;
 use super::map::{Definition, Map};
 use super::program::{Hook, Program, SocketHook};
 
-/// Hexadecimal digits of a revision.
-const REVISION: usize = 16;
-
-/// The beginning of an object's SHA-256, which names the directory of its programs.
+/// The first 16 hexadecimal digits of an object's SHA-256, which name the directory of its programs.
 #[must_use]
 pub fn revision(object: &[u8]) -> String {
-    let mut digits: String =
-        Sha256::digest(object).iter().map(|byte| format!("{byte:02x}")).collect();
-    digits.truncate(REVISION);
-    digits
+    Sha256::digest(object)[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Bytes at an address that is a multiple of 8: sections of an object are read in place.

@@ -44,7 +44,7 @@ pub struct Contents {
     /// Layouts of which there are maps, in ascending order. A plugin that finds a newer one than its
     /// own must leave everything as it is.
     pub layouts: Vec<u32>,
-    /// Revisions of which there are programs.
+    /// Revisions of the object of which there are programs.
     pub revisions: Vec<String>,
 }
 

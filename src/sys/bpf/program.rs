@@ -127,8 +127,8 @@ impl Program {
         Self::try_load(hook, name, instructions, license).map_err(|error| {
             match error.raw_os_error() {
                 // The verifier has not been reached.
-                Some(libc::EPERM | libc::ENOSYS) => error,
-                _ => rejected(&request(hook, name, instructions, license), error),
+                None => error,
+                Some(_) => rejected(&request(hook, name, instructions, license), error),
             }
         })
     }

@@ -15,14 +15,14 @@ const CAP_BPF: u32 = 39;
 /// A limit under which not all maps fit.
 const MEMORY: u64 = 64 << 20;
 
-/// The error with what explains it behind it, if it is one of those that need it.
-#[must_use]
-pub fn explained(error: io::Error) -> io::Error {
+/// The error with what explains it behind it, if it is one of those that need it; it has no number
+/// then.
+pub(super) fn explained(error: io::Error) -> io::Error {
     let reason = match error.raw_os_error() {
         Some(libc::ENOSYS) => {
             "this kernel has no bpf(2) (CONFIG_BPF_SYSCALL), or a seccomp filter hides it".into()
         }
-        Some(libc::EPERM | libc::EACCES) => Causes::read().describe(),
+        Some(libc::EPERM) => Causes::read().describe(),
         _ => return error,
     };
     io::Error::new(error.kind(), format!("{error}: {reason}"))
@@ -152,8 +152,11 @@ mod tests {
 
     #[test]
     fn only_refusals_are_explained() {
-        let full = explained(io::Error::from_raw_os_error(libc::E2BIG));
-        assert_eq!(full.raw_os_error(), Some(libc::E2BIG));
+        // EACCES is the verifier's.
+        for number in [libc::E2BIG, libc::EACCES] {
+            let other = explained(io::Error::from_raw_os_error(number));
+            assert_eq!(other.raw_os_error(), Some(number));
+        }
         let missing = explained(io::Error::from_raw_os_error(libc::ENOSYS));
         assert!(missing.to_string().contains("no bpf(2)"), "{missing}");
     }

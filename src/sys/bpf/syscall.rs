@@ -15,6 +15,8 @@ use std::path::Path;
 
 use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_insn, bpf_map_info, bpf_prog_info};
 
+use super::refusal::explained;
+
 /// asm-generic/socket.h
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
@@ -39,7 +41,7 @@ pub(super) unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i3
     };
     match i32::try_from(result) {
         Ok(value) if value >= 0 => Ok(value),
-        _ => Err(io::Error::last_os_error()),
+        _ => Err(explained(io::Error::last_os_error())),
     }
 }
 

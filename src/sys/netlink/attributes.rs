@@ -13,7 +13,7 @@ pub(in crate::sys) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u
 }
 
 /// The value of the first attribute with this number.
-pub(in crate::sys) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+pub(crate) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(found, _)| *found == kind).map(|(_, value)| value)
 }
 

@@ -7,7 +7,7 @@
 //! rule expression of a newer kernel that they do not know makes the message unreadable, and only
 //! a handful of attributes is of interest here.
 
-pub(super) mod attributes;
+pub(crate) mod attributes;
 pub mod conntrack;
 pub mod nftables;
 pub mod nftkey;

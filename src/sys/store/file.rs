@@ -5,6 +5,9 @@ use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::sys::stat::{Mode, SFlag, mknod};
+
 use crate::error::{Error, Result};
 
 /// Names in a directory, without those that begin with a dot; none if there is no directory.
@@ -24,8 +27,25 @@ pub(super) fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>
     Ok(names.filter(|name| name.as_ref().map_or(true, |name| !name.starts_with('.'))))
 }
 
-pub(super) fn create_parent(path: &Path) -> io::Result<()> {
-    path.parent().map_or(Ok(()), fs::create_dir_all)
+/// Makes an empty file if there is none, and its directory. mknod(2), because there is nothing to be
+/// done with a descriptor.
+pub(super) fn touch(path: &Path) -> io::Result<()> {
+    let mode = Mode::from_bits_truncate(0o644);
+    with_parent(path, || match mknod(path, SFlag::S_IFREG, mode, 0) {
+        Err(Errno::EEXIST) => Ok(()),
+        other => other.map_err(io::Error::from),
+    })
+}
+
+/// Makes a file in a directory, which is made first if it turns out to be missing.
+fn with_parent<T>(path: &Path, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    match (make(), path.parent()) {
+        (Err(error), Some(parent)) if error.kind() == ErrorKind::NotFound => {
+            fs::create_dir_all(parent)?;
+            make()
+        }
+        (made, _) => made,
+    }
 }
 
 pub(super) fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
@@ -47,8 +67,9 @@ pub(super) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
+/// Makes or overwrites a file, and its directory.
 pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
+    let mut file = with_parent(path, || File::create(path))?;
     file.write_all(content)?;
     Ok(nix::unistd::fsync(file.as_fd())?)
 }

@@ -1,11 +1,11 @@
 //! Finding records by what they have, without reading all.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::file::{entries, ignore_absent};
+use super::file::{entries, ignore_absent, touch};
 use super::{Store, record_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
@@ -38,18 +38,17 @@ impl Store {
         Ok(records)
     }
 
-    /// Whether a record other than `id` has the key. Looks no further than the first, so that the
-    /// answer costs the same whatever their number.
+    /// Whether a record other than `id` has the key. Looks no further than the first, and reads no
+    /// directory if one that was looked up has it: those of shared keys are as long as the node is busy.
     pub fn has_other(&self, key: &IndexKey, id: &str) -> Result<bool> {
+        let has_key = |record: &Record| record.index_keys().contains(key);
+        if self.looked_up.borrow().iter().any(|(other, record)| other != id && has_key(record)) {
+            return Ok(true);
+        }
         let dir = self.index_dir(key);
         for other in entries(&dir)? {
             let other = other?;
-            if other != id
-                && self
-                    .get(&other)?
-                    .record()
-                    .is_some_and(|record| record.index_keys().contains(key))
-            {
+            if other != id && self.get(&other)?.record().is_some_and(|record| has_key(&record)) {
                 return Ok(true);
             }
         }
@@ -96,10 +95,9 @@ impl Store {
     }
 
     pub(super) fn index_add(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let dir = self.index_dir(key);
-        fs::create_dir_all(&dir)
-            .and_then(|()| File::create(dir.join(id)).map(drop))
-            .map_err(|error| Error::io(format!("write the index entry {}", dir.display()), error))
+        let path = self.index_dir(key).join(id);
+        touch(&path)
+            .map_err(|error| Error::io(format!("write the index entry {}", path.display()), error))
     }
 
     pub(super) fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {

@@ -18,6 +18,8 @@ mod index;
 mod lock;
 mod notes;
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -28,7 +30,7 @@ use nix::fcntl::Flock;
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::{FORMAT, IndexKey, Record};
-use file::{create_parent, entries, ignore_absent, write_atomically, write_durably};
+use file::{entries, ignore_absent, write_atomically, write_durably};
 use lock::lock;
 
 /// Where state lives unless `stateDir` says otherwise.
@@ -40,6 +42,8 @@ const MOVING: [&str; 2] = ["in", "out"];
 /// The state directory, locked until dropped.
 pub struct Store {
     dir: PathBuf,
+    /// Records that were looked up, which the lock keeps from changing: one is asked for by many keys.
+    looked_up: RefCell<BTreeMap<String, Record>>,
     _lock: Flock<File>,
 }
 
@@ -91,7 +95,8 @@ impl Store {
     /// earlier boot is discarded: the rules it describes are gone.
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
         create_state_dir(dir)?;
-        let store = Store { dir: dir.to_owned(), _lock: lock(&dir.join("lock"))? };
+        let looked_up = RefCell::default();
+        let store = Store { dir: dir.to_owned(), looked_up, _lock: lock(&dir.join("lock"))? };
         let boot = store.dir.join("boot");
         match fs::read_to_string(&boot) {
             Ok(known) if known == boot_id => return Ok(store),
@@ -115,6 +120,17 @@ impl Store {
 
     /// The record called `id`.
     pub fn get(&self, id: &str) -> Result<Found> {
+        if let Some(record) = self.looked_up.borrow().get(id) {
+            return Ok(Found::Record(Box::new(record.clone())));
+        }
+        let found = self.read(id)?;
+        if let Found::Record(record) = &found {
+            self.looked_up.borrow_mut().insert(id.to_owned(), Record::clone(record));
+        }
+        Ok(found)
+    }
+
+    fn read(&self, id: &str) -> Result<Found> {
         let path = record_path(&self.dir, id);
         let text = match fs::read(&path) {
             Ok(text) => text,
@@ -134,26 +150,33 @@ impl Store {
         let failed = |error| Error::io(format!("write record {}", path.display()), error);
         let text = serde_json::to_vec(record)
             .map_err(|error| Error::Record { path: path.clone(), reason: error.to_string() })?;
-        create_parent(&path).and_then(|()| write_durably(&incoming, &text)).map_err(failed)?;
-        for key in record.index_keys() {
-            self.index_add(&key, &id)?;
+        write_durably(&incoming, &text).map_err(failed)?;
+        let keys = record.index_keys();
+        for key in &keys {
+            self.index_add(key, &id)?;
         }
-        if replaced.is_some() {
+        let former = if replaced.is_some() { self.get(&id)?.record() } else { None };
+        if former.is_some() {
             ignore_absent(fs::hard_link(&path, &outgoing)).map_err(failed)?;
         }
+        self.looked_up.borrow_mut().remove(&id);
         fs::rename(&incoming, &path).map_err(failed)?;
-        self.clear_moving(&id)
+        former.map_or(Ok(()), |former| self.finish_moving(&outgoing, &id, &former, &keys))
     }
 
     /// Removes a record and its index entries.
     pub fn remove(&self, record: &Record) -> Result<()> {
         let id = record.id();
         self.clear_moving(&id)?;
+        let Some(record) = self.get(&id)?.record() else {
+            return self.remove_file(&id);
+        };
         let path = record_path(&self.dir, &id);
         let [_, outgoing] = MOVING.map(|way| moving_path(&self.dir, &id, way));
+        self.looked_up.borrow_mut().remove(&id);
         ignore_absent(fs::rename(&path, &outgoing))
             .map_err(|error| Error::io(format!("remove record {}", path.display()), error))?;
-        self.clear_moving(&id)
+        self.finish_moving(&outgoing, &id, &record, &BTreeSet::new())
     }
 
     /// Removes a record that is on its way in or out, by now or since a kill, and those of its index
@@ -161,30 +184,41 @@ impl Store {
     pub fn clear_moving(&self, id: &str) -> Result<()> {
         for way in MOVING {
             let path = moving_path(&self.dir, id, way);
-            let failed = |error| Error::io(format!("remove {}", path.display()), error);
             let text = match fs::read(&path) {
                 Ok(text) => text,
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(failed(error)),
+                Err(error) => return Err(Error::io(format!("read {}", path.display()), error)),
             };
             // One that was cut off has no index entries yet.
-            if let Some(moving) = parse(&text).record() {
-                let present = self.get(id)?.record();
-                let kept = present.map(|record| record.index_keys()).unwrap_or_default();
-                for key in moving.index_keys().difference(&kept) {
-                    self.index_remove(key, id)?;
-                }
-            }
-            ignore_absent(fs::remove_file(&path)).map_err(failed)?;
+            let Some(moving) = parse(&text).record() else {
+                remove(&path)?;
+                continue;
+            };
+            let present = self.get(id)?.record();
+            let kept = present.map(|record| record.index_keys()).unwrap_or_default();
+            self.finish_moving(&path, id, &moving, &kept)?;
         }
         Ok(())
     }
 
+    /// Removes the file of a moving record, after its index entries but those `kept`.
+    fn finish_moving(
+        &self,
+        path: &Path,
+        id: &str,
+        moving: &Record,
+        kept: &BTreeSet<IndexKey>,
+    ) -> Result<()> {
+        for key in moving.index_keys().difference(kept) {
+            self.index_remove(key, id)?;
+        }
+        remove(path)
+    }
+
     /// Removes a record's file alone: for one that cannot be read.
     pub fn remove_file(&self, id: &str) -> Result<()> {
-        let path = record_path(&self.dir, id);
-        ignore_absent(fs::remove_file(&path))
-            .map_err(|error| Error::io(format!("remove record {}", path.display()), error))
+        self.looked_up.borrow_mut().remove(id);
+        remove(&record_path(&self.dir, id))
     }
 
     /// Every record, oldest first, and what is wrong with the files that are none.
@@ -200,7 +234,7 @@ impl Store {
                 }
                 continue;
             };
-            match self.get(id)? {
+            match self.read(id)? {
                 Found::Record(record) => records.push(*record),
                 Found::None => {}
                 Found::Damaged(reason) => {
@@ -236,7 +270,7 @@ fn create_state_dir(dir: &Path) -> Result<()> {
         }?;
         fs::metadata(dir)
     };
-    let meta = create().map_err(|error| {
+    let meta = fs::metadata(dir).or_else(|_| create()).map_err(|error| {
         Error::io(format!("create the state directory {}", dir.display()), error)
     })?;
     if meta.mode() & 0o022 != 0 || meta.uid() != nix::unistd::geteuid().as_raw() {
@@ -249,6 +283,11 @@ fn create_state_dir(dir: &Path) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    ignore_absent(fs::remove_file(path))
+        .map_err(|error| Error::io(format!("remove {}", path.display()), error))
 }
 
 fn record_path(dir: &Path, id: &str) -> PathBuf {
@@ -264,28 +303,25 @@ fn parse(text: &[u8]) -> Found {
     struct Format {
         format: u32,
     }
-    match serde_json::from_slice::<Format>(text) {
-        Ok(Format { format }) if format > FORMAT => return Found::Newer(format),
-        Ok(_) => {}
-        Err(error) => return Found::Damaged(error.to_string()),
-    }
-    match serde_json::from_slice(text) {
-        Ok(record) => Found::Record(Box::new(record)),
-        Err(error) => Found::Damaged(error.to_string()),
+    match serde_json::from_slice::<Record>(text) {
+        Ok(record) if record.format <= FORMAT => Found::Record(Box::new(record)),
+        Ok(record) => Found::Newer(record.format),
+        Err(error) => match serde_json::from_slice(text) {
+            Ok(Format { format }) if format > FORMAT => Found::Newer(format),
+            _ => Found::Damaged(error.to_string()),
+        },
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
-    use std::collections::BTreeSet;
     use std::sync::mpsc;
     use std::time::Duration;
 
     use super::*;
-    use crate::model::BackendKind;
+    use crate::record::Part;
     use crate::record::samples::record;
-    use crate::record::{IndexKey, Part};
 
     struct Dir(PathBuf);
 
@@ -345,6 +381,9 @@ mod tests {
         let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
         store.put(&moved, Some(&new)).unwrap();
         assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
+        let port = IndexKey::Port("tcp-80".into());
+        assert!(store.has_other(&port, "").unwrap());
+        assert!(!store.has_other(&port, &old.id()).unwrap());
         store.remove(&old).unwrap();
         store.remove(&moved).unwrap();
         store.remove(&moved).unwrap();

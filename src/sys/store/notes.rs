@@ -4,7 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 
 use super::Store;
-use super::file::{create_parent, entries, ignore_absent, write_atomically};
+use super::file::{entries, ignore_absent, write_atomically};
 use crate::error::{Error, Result};
 
 impl Store {
@@ -29,9 +29,7 @@ impl Store {
     pub fn set_note(&self, name: &str, text: Option<&str>) -> Result<()> {
         let path = self.dir.join("notes").join(name);
         let result = match text {
-            Some(text) => {
-                create_parent(&path).and_then(|()| write_atomically(&path, text.as_bytes()))
-            }
+            Some(text) => write_atomically(&path, text.as_bytes()),
             None => ignore_absent(fs::remove_file(&path)),
         };
         result.map_err(|error| Error::io(format!("write {}", path.display()), error))

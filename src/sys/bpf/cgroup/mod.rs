@@ -82,11 +82,18 @@ impl Cgroup {
         Ok(syscall::query(self.target(hook), BPF_F_QUERY_EFFECTIVE)?.programs)
     }
 
+    /// Whether a program is attached to this very cgroup that allows no others beside it. Where
+    /// programs are attached to a cgroup below, it does not run for that one's processes.
+    pub fn is_reserved(&self, hook: SocketHook) -> io::Result<bool> {
+        let attached = self.query(hook)?;
+        Ok(!attached.programs.is_empty() && attached.flags & BPF_F_ALLOW_MULTI == 0)
+    }
+
     /// Attaches a program beside others. It is an error, which says so, if one that is attached
     /// here or above does not allow others.
     pub fn attach(&self, hook: SocketHook, program: &Program) -> io::Result<()> {
         syscall::attach(self.target(hook), program.fd(), BPF_F_ALLOW_MULTI, None, 0)
-            .map_err(|error| self.explained(hook, error))
+            .map_err(|error| self.refused(hook, error))
     }
 
     /// Puts `new` in the place of `old`; no call is without one of the two. Before Linux 5.6 `new`
@@ -98,7 +105,7 @@ impl Cgroup {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 self.replace_in_two_steps(hook, old, new)
             }
-            result => result.map_err(|error| self.explained(hook, error)),
+            result => result.map_err(|error| self.refused(hook, error)),
         }
     }
 
@@ -122,8 +129,8 @@ impl Cgroup {
     }
 
     /// The kernel refuses with `EPERM` also where another program leaves no room.
-    fn explained(&self, hook: SocketHook, error: io::Error) -> io::Error {
-        if error.raw_os_error() != Some(libc::EPERM) {
+    fn refused(&self, hook: SocketHook, error: io::Error) -> io::Error {
+        if error.kind() != io::ErrorKind::PermissionDenied {
             return error;
         }
         let place = match (self.query(hook), self.effective(hook)) {

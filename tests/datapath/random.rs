@@ -1,0 +1,208 @@
+//! Random packets: nothing is dropped, and nothing changed, but what has a claim or a flow.
+
+use std::net::SocketAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, claim_flags};
+use portmap::model::{Family, Protocol};
+use zerocopy::IntoBytes;
+
+use crate::packet::{Kind, Packet, error, error_kinds};
+use crate::rig::{At, LEAST, NEXT, REDIRECT, Rig, SHOT, hex, on_node};
+use crate::seen::Seen;
+
+/// For each family.
+const PACKETS: usize = 60_000;
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.0;
+        value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ value >> 31
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % u64::try_from(limit).unwrap()).unwrap()
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.next().to_le_bytes()[0]
+    }
+
+    fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+}
+
+fn end(rig: &Rig, random: &mut Random) -> SocketAddr {
+    let ports = [80, 443, 8080, 8081, 40000, 40001, 61000, 1];
+    let port = random.one_of(&ports);
+    match random.below(9) {
+        0 => rig.node(port),
+        1 => rig.second(port),
+        2 => rig.gateway(port),
+        3 | 4 => rig.client(port),
+        5 => rig.pod(port),
+        6 => rig.other_pod(port),
+        7 => rig.dummy(port),
+        _ => rig.elsewhere(port),
+    }
+}
+
+fn valid(rig: &Rig, random: &mut Random) -> Vec<u8> {
+    let kinds = [
+        Kind::Tcp(random.byte()),
+        Kind::Udp,
+        Kind::UdpWithout,
+        Kind::Sctp(random.byte() & 15),
+        Kind::SctpWithout,
+    ];
+    let kind = random.one_of(&kinds);
+    let (source, destination) = (end(rig, random), end(rig, random));
+    let mut packet = Packet::new(kind, source, destination).sized(random.below(200));
+    packet.id = u32::from(random.byte() & 7);
+    if rig.is_v4() {
+        packet.options = vec![1; random.below(11) * 4];
+    } else {
+        for _ in 0..random.below(4) {
+            let number = random.one_of(&[0, 43, 51, 60]);
+            let mut bytes = vec![0; if number == 51 { 8 } else { 16 }];
+            bytes[1] = if number == 51 { 0 } else { 1 };
+            packet.extensions.push((number, bytes));
+        }
+    }
+    match random.below(8) {
+        0 => {
+            let mut frames = packet.fragments(8 * (1 + random.below(6)));
+            frames.swap_remove(random.below(frames.len()))
+        }
+        1 => {
+            let kind = random.one_of(error_kinds(rig.is_v4()));
+            let length = random.below(packet.transport().len());
+            let (from, to) = match random.below(3) {
+                0 => (packet.destination, packet.source),
+                1 => (end(rig, random), packet.source),
+                _ => (end(rig, random), end(rig, random)),
+            };
+            error(from.ip(), to.ip(), kind, &packet.quoted(length))
+        }
+        _ => packet.frame(),
+    }
+}
+
+fn packet(rig: &Rig, random: &mut Random) -> Vec<u8> {
+    if random.below(8) == 0 {
+        let mut frame: Vec<u8> = (0..LEAST + random.below(200)).map(|_| random.byte()).collect();
+        if random.below(2) == 0 {
+            frame[0] &= 0xfe;
+            let (ether_type, first) =
+                if rig.is_v4() { ([8, 0], 0x45) } else { ([0x86, 0xdd], 0x60) };
+            frame[12..14].copy_from_slice(&ether_type);
+            frame[14] = first;
+        }
+        return frame;
+    }
+    let mut frame = valid(rig, random);
+    if random.below(2) == 0 {
+        return frame;
+    }
+    for _ in 0..1 + random.below(4) {
+        // Mostly in the headers.
+        let limit = if random.below(4) == 0 { frame.len() } else { frame.len().min(100) };
+        let at = 12 + random.below(limit - 12);
+        frame[at] = match random.below(3) {
+            0 => random.byte(),
+            1 => frame[at] ^ 1 << random.below(8),
+            _ => random.one_of(&[0, 1, 0x7f, 0x80, 0xff]),
+        };
+    }
+    match random.below(6) {
+        0 => frame.truncate(LEAST.max(random.below(frame.len()))),
+        1 => frame.extend((0..random.below(30)).map(|_| 0)),
+        _ => {}
+    }
+    frame
+}
+
+fn has_claim(rig: &Rig, to: SocketAddr, protocol: Protocol) -> bool {
+    [Addr::from(to.ip()), Addr::any(Family::of(&to.ip()))].into_iter().any(|addr| {
+        let key = ClaimKey::new(addr, protocol, to.port());
+        rig.maps["pm_claims"].get(key.as_bytes()).unwrap().is_some()
+    })
+}
+
+/// Whether there is a claim, a flow or a first fragment that the packet could belong to.
+fn may_be_touched(rig: &Rig, at: At, seen: &Seen) -> bool {
+    let Some((source, destination)) = seen.ends else {
+        let key = seen.fragment_key(at == At::Out);
+        return rig.maps["pm_fragments"].get(&key).unwrap().is_some();
+    };
+    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    let protocol = protocols.into_iter().find(|known| known.number() == seen.protocol).unwrap();
+    let is_answer = rig.flow_of(seen.protocol, source, destination).is_some();
+    match at {
+        // Back to an address that stands for the peer's, or to a claim.
+        At::PodIn => is_answer || has_claim(rig, destination, protocol),
+        At::UplinkIn => has_claim(rig, destination, protocol),
+        // Answers; and what is masqueraded, which has a flow the other way round.
+        _ => is_answer || rig.flow_of(seen.protocol, destination, source).is_some(),
+    }
+}
+
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn only_what_has_a_claim_or_a_flow_is_touched() {
+    let seed = match std::env::var("DATAPATH_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos(),
+    };
+    println!("DATAPATH_SEED={seed}");
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        rig.claim(rig.second(8080), rig.other_pod(80));
+        let source = rig.gateway(0).ip();
+        rig.claim_with(rig.any(8081), rig.other_pod(443), |claim| {
+            claim.flags |= claim_flags::MASQUERADE;
+            claim.source = source.into();
+        });
+        rig.claim_any(40000, rig.pod(40001));
+        let mut random = Random(u64::from(seed));
+        let (mut passed, mut changed, mut bounced) = (0, 0, 0);
+        for number in 0..PACKETS {
+            let frame = packet(rig, &mut random);
+            let at = random.one_of(&[At::UplinkIn, At::PodIn, At::Out]);
+            let seen = Seen::read(&frame);
+            let may_be_touched = seen.as_ref().is_some_and(|seen| may_be_touched(rig, at, seen));
+            let no_port = rig.count("dropNoPort");
+            let trial = rig.trial(at, &frame);
+            let context = || format!("packet {number} at {at:?}: {} of {seen:?}", hex(&frame));
+            match trial.verdict {
+                SHOT => assert!(rig.count("dropNoPort") > no_port, "{}", context()),
+                REDIRECT => bounced += 1,
+                verdict => assert_eq!(verdict, NEXT, "{}", context()),
+            }
+            if trial.verdict == NEXT && trial.packet == frame {
+                passed += 1;
+                continue;
+            }
+            assert!(may_be_touched, "{}", context());
+            changed += 1;
+            if let Some(seen) = &seen {
+                seen.check(&frame, &trial.packet);
+            }
+        }
+        println!("{passed} passed, {changed} changed, {bounced} of them bounced");
+        assert!(passed > PACKETS / 4 && changed > PACKETS / 50 && bounced > 100);
+        let counts = rig.counts();
+        println!("{counts:?}");
+        assert_eq!(rig.count("dropRewrite"), 0);
+        for reason in ["masqueraded", "remapped", "fragmentIn", "icmpIn", "icmpOut", "nodeFlow"] {
+            assert!(counts.contains_key(reason), "{reason}");
+        }
+    });
+}

@@ -1,0 +1,385 @@
+//! A node, the programs of one object, and its maps.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use nix::net::if_::if_nametoindex;
+use portmap::backend::ebpf::layout::{
+    Addr, ClaimKey, ClaimValue, FlowKey, REASONS, claim_flags, port_bit,
+};
+use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
+use portmap::model::{Family, Protocol};
+use portmap::sys::bpf::map::Map;
+use portmap::sys::bpf::object::{Object, load};
+use portmap::sys::bpf::program::{Program, Trial};
+use zerocopy::IntoBytes;
+
+use crate::packet::Packet;
+
+/// `TC_ACT_UNSPEC`: passed on.
+pub const NEXT: u32 = u32::MAX;
+/// `TC_ACT_SHOT`: dropped.
+pub const SHOT: u32 = 2;
+/// `TC_ACT_REDIRECT`: here, back to the link that it came from.
+pub const REDIRECT: u32 = 7;
+
+/// Bytes of the shortest frame that every kernel tries: newer ones want all of an IP header.
+pub const LEAST: usize = 14 + 40;
+
+/// Flags in `struct flow`.
+pub const REMAPPED: u32 = 1;
+pub const HAIRPIN: u32 = 2;
+pub const NODE: u32 = 4;
+pub const CLOSED: u32 = 8;
+pub const ANY: u32 = 16;
+pub const MASQUERADED: u32 = 32;
+
+/// Owner of all claims here.
+pub const OWNER: u32 = 0x0bad_cafe;
+
+/// A program at its device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    UplinkIn,
+    PodIn,
+    Out,
+    UplinkInLayer3,
+    OutLayer3,
+}
+
+impl At {
+    fn program(self) -> &'static str {
+        match self {
+            At::UplinkIn => "pm_uplink_in",
+            At::PodIn => "pm_pod_in",
+            At::Out => "pm_out",
+            At::UplinkInLayer3 => "pm_uplink_in_l3",
+            At::OutLayer3 => "pm_out_l3",
+        }
+    }
+}
+
+/// `struct flow`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flow {
+    pub host: SocketAddr,
+    pub peer: SocketAddr,
+    pub flags: u32,
+    pub owner: u32,
+    pub last: Option<u32>,
+}
+
+/// What `struct traffic` has: connections, packets and bytes in, packets and bytes out.
+pub type Traffic = [u64; 5];
+
+pub struct Rig {
+    pub maps: BTreeMap<String, Map>,
+    programs: BTreeMap<String, Program>,
+    pub uplink: u32,
+    pub pod_link: u32,
+    family: Family,
+    node: IpAddr,
+    second: IpAddr,
+    client: IpAddr,
+    gateway: IpAddr,
+    pods: Vec<IpAddr>,
+}
+
+/// Loads the object's programs on a node with two pods, for each family: `test` runs inside.
+pub fn on_node(test: impl Fn(&Rig) + Sync) {
+    on_node_with(portmap::backend::ebpf::loaded::OWN.object, test);
+}
+
+/// As [`on_node`], with another object.
+pub fn on_node_with(object: &[u8], test: impl Fn(&Rig) + Sync) {
+    let lab = Lab::build(Options::new(Shape::Ptp)).expect("root is needed");
+    lab.node
+        .run(|| {
+            for family in Family::ALL {
+                test(&Rig::new(&lab, family, object));
+            }
+        })
+        .unwrap();
+}
+
+impl Rig {
+    fn new(lab: &Lab, family: Family, object: &[u8]) -> Self {
+        let object = Object::parse(object).unwrap();
+        let definitions = object.maps();
+        let maps: BTreeMap<String, Map> = definitions
+            .values()
+            .map(|definition| (definition.name.clone(), Map::create(definition).unwrap()))
+            .collect();
+        let names = ["pm_uplink_in", "pm_pod_in", "pm_out", "pm_uplink_in_l3", "pm_out_l3"];
+        let programs = load(&object.link(&maps, &names).unwrap()).unwrap();
+        let programs = programs.into_iter().map(|program| (program.name().to_owned(), program));
+        let rig = Rig {
+            maps,
+            programs: programs.collect(),
+            uplink: if_nametoindex(UPLINK).unwrap(),
+            pod_link: if_nametoindex(lab.pods[0].host_link.as_str()).unwrap(),
+            family,
+            node: lab.node_address(family),
+            second: lab.second_node_address(family),
+            client: lab.client_address(family),
+            gateway: lab.gateway(family),
+            pods: lab.pods.iter().map(|pod| pod.address(family).unwrap()).collect(),
+        };
+        for address in [rig.node, rig.second, rig.gateway] {
+            rig.list_address(address, 1);
+        }
+        rig
+    }
+
+    pub fn is_v4(&self) -> bool {
+        self.family == Family::V4
+    }
+
+    /// The address that clients call.
+    pub fn node(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.node, port)
+    }
+
+    /// Another address of the node.
+    pub fn second(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.second, port)
+    }
+
+    /// Behind the uplink.
+    pub fn client(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.client, port)
+    }
+
+    /// Where the pods' default routes lead.
+    pub fn gateway(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.gateway, port)
+    }
+
+    /// Behind the default route.
+    pub fn elsewhere(&self, port: u16) -> SocketAddr {
+        let address = if self.is_v4() { "203.0.113.9" } else { "fd00:203::9" };
+        SocketAddr::new(address.parse().unwrap(), port)
+    }
+
+    pub fn pod(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.pods[0], port)
+    }
+
+    pub fn other_pod(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.pods[1], port)
+    }
+
+    /// What stands for a pod that calls itself.
+    pub fn dummy(&self, port: u16) -> SocketAddr {
+        let address = if self.is_v4() { "192.0.0.8" } else { "100::8" };
+        SocketAddr::new(address.parse().unwrap(), port)
+    }
+
+    fn map(&self, name: &str) -> &Map {
+        &self.maps[name]
+    }
+
+    /// As the plugin does for an address of the node (1) or a broadcast address (0).
+    pub fn list_address(&self, address: IpAddr, kind: u32) {
+        self.map("pm_addresses").put(Addr::from(address).as_bytes(), kind.as_bytes()).unwrap();
+    }
+
+    pub fn mark_port(&self, port: u16) {
+        let (word, bit) = port_bit(port);
+        let ports = self.map("pm_ports");
+        let before = ports.get(word.as_bytes()).unwrap().unwrap();
+        let after = u64::from_ne_bytes(before.try_into().unwrap()) | bit;
+        ports.put(word.as_bytes(), after.as_bytes()).unwrap();
+    }
+
+    /// hostPort `host` (with an unspecified address: any) to a pod, and the pod's own entry; for all
+    /// protocols. `change` is for options of both.
+    pub fn claim_with(&self, host: SocketAddr, pod: SocketAddr, change: impl Fn(&mut ClaimValue)) {
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            let addr = match host.ip() {
+                ip if ip.is_unspecified() => Addr::any(self.family),
+                ip => Addr::from(ip),
+            };
+            let mut value = ClaimValue::new(pod, OWNER);
+            change(&mut value);
+            let key = ClaimKey::new(addr, protocol, host.port());
+            self.map("pm_claims").put(key.as_bytes(), value.as_bytes()).unwrap();
+            let zero = vec![0; self.map("pm_traffic").value_bytes()];
+            self.map("pm_traffic").put(key.as_bytes(), &zero).unwrap();
+            value.flags |= claim_flags::SELF;
+            let key = ClaimKey::new(pod.ip().into(), protocol, pod.port());
+            self.map("pm_claims").put(key.as_bytes(), value.as_bytes()).unwrap();
+        }
+        self.mark_port(host.port());
+        self.mark_port(pod.port());
+    }
+
+    pub fn claim(&self, host: SocketAddr, pod: SocketAddr) {
+        self.claim_with(host, pod, |_| {});
+    }
+
+    /// hostPort of any address.
+    pub fn claim_any(&self, port: u16, pod: SocketAddr) {
+        self.claim(self.any(port), pod);
+    }
+
+    pub fn any(&self, port: u16) -> SocketAddr {
+        let address = if self.is_v4() { "0.0.0.0" } else { "::" };
+        SocketAddr::new(address.parse().unwrap(), port)
+    }
+
+    pub fn unclaim(&self, host: SocketAddr) {
+        let addr =
+            if host.ip().is_unspecified() { Addr::any(self.family) } else { host.ip().into() };
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            let key = ClaimKey::new(addr, protocol, host.port());
+            assert!(self.map("pm_claims").remove(key.as_bytes()).unwrap());
+        }
+    }
+
+    pub fn unclaim_protocol(&self, host: SocketAddr, protocol: Protocol) {
+        let key = ClaimKey::new(host.ip().into(), protocol, host.port());
+        assert!(self.map("pm_claims").remove(key.as_bytes()).unwrap());
+    }
+
+    /// Clears the bits of all ports.
+    pub fn clear_ports(&self) {
+        for word in 0..1024_u32 {
+            self.map("pm_ports").put(word.as_bytes(), 0_u64.as_bytes()).unwrap();
+        }
+    }
+
+    /// What becomes of a frame.
+    pub fn trial(&self, at: At, frame: &[u8]) -> Trial {
+        self.repeated(at, frame, 1)
+    }
+
+    pub fn repeated(&self, at: At, frame: &[u8], times: u32) -> Trial {
+        let device = if at == At::PodIn { self.pod_link } else { self.uplink };
+        self.programs[at.program()]
+            .test_run(frame, device, times)
+            .unwrap_or_else(|error| panic!("{error}: {}", hex(frame)))
+    }
+
+    #[track_caller]
+    pub fn passes(&self, at: At, frame: &[u8]) {
+        self.gives(at, frame, NEXT, frame);
+    }
+
+    #[track_caller]
+    pub fn gives(&self, at: At, frame: &[u8], verdict: u32, expected: &[u8]) {
+        let trial = self.trial(at, frame);
+        assert_eq!(
+            (trial.verdict, hex(&trial.packet)),
+            (verdict, hex(expected)),
+            "{at:?}, {:?}, of {}",
+            self.family,
+            hex(frame)
+        );
+    }
+
+    /// The packet becomes another one, and is passed on.
+    #[track_caller]
+    pub fn becomes(&self, at: At, packet: &Packet, expected: &Packet) {
+        self.gives(at, &packet.frame(), NEXT, &expected.frame());
+    }
+
+    /// The packet becomes another one, and goes back to where it came from.
+    #[track_caller]
+    pub fn bounces(&self, at: At, packet: &Packet, expected: &Packet) {
+        self.gives(at, &packet.frame(), REDIRECT, &expected.bounced().frame());
+    }
+
+    #[track_caller]
+    pub fn stays(&self, at: At, packet: &Packet) {
+        self.passes(at, &packet.frame());
+    }
+
+    /// A packet whose source port is not known before: what it has become.
+    #[track_caller]
+    pub fn with_new_port(&self, at: At, packet: &Packet, expected: &Packet) -> u16 {
+        let trial = self.trial(at, &packet.frame());
+        let ip = expected.ip().len() - expected.transport().len();
+        let port = u16::from_be_bytes([trial.packet[14 + ip], trial.packet[15 + ip]]);
+        let source = SocketAddr::new(expected.source.ip(), port);
+        assert_eq!(hex(&trial.packet), hex(&expected.from(source).frame()));
+        assert_eq!(trial.verdict, NEXT);
+        port
+    }
+
+    pub fn flow(&self, packet: &Packet) -> Option<Flow> {
+        self.flow_of(packet.kind.protocol(), packet.destination, packet.source)
+    }
+
+    /// The flow of answers from `pod` to `peer`.
+    pub fn flow_of(&self, protocol: u8, pod: SocketAddr, peer: SocketAddr) -> Option<Flow> {
+        let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            .into_iter()
+            .find(|known| known.number() == protocol)
+            .unwrap();
+        let key = FlowKey::new(pod, peer, protocol);
+        let value = self.map("pm_flows").get(key.as_bytes()).unwrap()?;
+        let number = |at: usize| u32::from_ne_bytes(value[at..at + 4].try_into().unwrap());
+        let end = |address: usize, port: usize| {
+            let address = Addr(value[address..address + 16].try_into().unwrap()).ip();
+            SocketAddr::new(address, u16::from_be_bytes([value[port], value[port + 1]]))
+        };
+        Some(Flow {
+            host: end(0, 32),
+            peer: end(16, 34),
+            flags: number(36),
+            owner: number(40),
+            last: (value.len() > 44).then(|| number(44)),
+        })
+    }
+
+    /// Lets a flow look as if its last packet had come `seconds` (of 2^30 ns) ago.
+    pub fn age_flow(&self, protocol: Protocol, pod: SocketAddr, peer: SocketAddr, seconds: u32) {
+        let flows = self.map("pm_flows");
+        let key = FlowKey::new(pod, peer, protocol);
+        let mut value = flows.get(key.as_bytes()).unwrap().unwrap();
+        let last = u32::from_ne_bytes(value[44..48].try_into().unwrap());
+        value[44..48].copy_from_slice(&last.wrapping_sub(seconds).to_ne_bytes());
+        flows.put(key.as_bytes(), &value).unwrap();
+    }
+
+    pub fn entries(&self, map: &str) -> Vec<(Vec<u8>, Vec<u8>)> {
+        self.map(map).entries().unwrap()
+    }
+
+    pub fn clear(&self, map: &str) {
+        self.map(map).remove_where(|_, _| true).unwrap();
+    }
+
+    /// How often something has happened, of all processors.
+    pub fn count(&self, reason: &str) -> u64 {
+        let index = REASONS.iter().position(|name| *name == reason).unwrap();
+        let index = u32::try_from(index).unwrap();
+        let values = self.map("pm_reasons").get(index.as_bytes()).unwrap().unwrap();
+        values.chunks_exact(8).map(|value| u64::from_ne_bytes(value.try_into().unwrap())).sum()
+    }
+
+    /// All counters that are not 0.
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        let counted = REASONS.iter().map(|reason| (*reason, self.count(reason)));
+        counted.filter(|(_, count)| *count != 0).collect()
+    }
+
+    pub fn traffic(&self, host: SocketAddr, protocol: Protocol) -> Traffic {
+        let addr =
+            if host.ip().is_unspecified() { Addr::any(self.family) } else { host.ip().into() };
+        let key = ClaimKey::new(addr, protocol, host.port());
+        let values = self.map("pm_traffic").get(key.as_bytes()).unwrap().unwrap();
+        let mut sum = [0; 5];
+        for value in values.chunks_exact(40) {
+            for (sum, number) in sum.iter_mut().zip(value.chunks_exact(8)) {
+                *sum += u64::from_ne_bytes(number.try_into().unwrap());
+            }
+        }
+        sum
+    }
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
