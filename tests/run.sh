@@ -90,6 +90,7 @@ tc iproute2
 bpftool bpftool
 unshare util-linux
 setpriv util-linux
+strace strace
 cc gcc
 readelf binutils
 shellcheck shellcheck

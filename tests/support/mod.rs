@@ -12,6 +12,7 @@ pub mod bare;
 pub mod ebpf;
 pub mod entries;
 pub mod foreign;
+pub mod strace;
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
