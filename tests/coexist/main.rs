@@ -14,10 +14,13 @@
 )]
 
 mod bypass;
+#[path = "../support/cgroups.rs"]
+mod cgroups;
 mod netfilter;
 mod order;
 #[path = "../matrix/rig.rs"]
 mod rig;
+mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]
 mod support;
