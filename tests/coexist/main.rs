@@ -16,10 +16,12 @@
 mod bypass;
 #[path = "../support/cgroups.rs"]
 mod cgroups;
+mod macvlan;
 mod netfilter;
 mod order;
 #[path = "../matrix/rig.rs"]
 mod rig;
+mod sidecar;
 mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]
