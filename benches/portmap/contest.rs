@@ -85,14 +85,17 @@ pub fn stand_in(contestants: &[Contestant], variant: Variant) -> Option<Variant>
 /// Why a binary does not have a backend. Asking is not enough: upstream before 1.6 ignores the
 /// key `backend` as it ignores every unknown one, and would be measured writing iptables rules.
 fn lack(contestant: &Contestant) -> Res<Option<String>> {
-    if contestant.variant.backend() == "iptables" {
-        return Ok(None);
+    let (side, variant) = (contestant.side, contestant.variant);
+    match (variant, side) {
+        (Variant::IptablesLegacy | Variant::IptablesNft, _) => return Ok(None),
+        (Variant::Ebpf, Side::Peer) => return Ok(Some("upstream has none".to_owned())),
+        _ => {}
     }
-    let rig = Rig::new(contestant.variant)?;
+    let rig = Rig::new(variant)?;
     rig.on(|| {
         let cost = contestant.call(Verb::Add, &Attachment::measured(1))?.run()?;
-        if let Some(text) = cost.failure {
-            return Ok(Some(text));
+        if cost.failure.is_some() || side == Side::Ours {
+            return Ok(cost.failure);
         }
         let rules = rig::shell("iptables-save -t nat")?;
         let ignored = rules.contains("CNI-HOSTPORT-DNAT");

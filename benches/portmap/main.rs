@@ -9,8 +9,14 @@
     reason = "a benchmark starts processes, reads the clock and prints its table"
 )]
 
+mod aims;
 mod contest;
+mod first;
+mod flow;
+mod interrupt;
 mod memory;
+mod packet;
+mod plan;
 mod plugin;
 mod preload;
 mod process;
@@ -18,6 +24,7 @@ mod rate;
 mod report;
 mod rig;
 mod stats;
+mod traffic;
 mod udp;
 
 use std::error::Error;
@@ -25,10 +32,11 @@ use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use serde_json::json;
+
+use plan::Plan;
 
 type Res<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -42,9 +50,7 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// What stays inside a network namespace. eBPF does not: its socket hooks belong to the
-    /// machine's root cgroup, so they would outlive the run, and it is measured on request only.
-    const CONFINED: [Self; 3] = [Self::IptablesLegacy, Self::IptablesNft, Self::Nftables];
+    const ALL: [Self; 4] = [Self::IptablesLegacy, Self::IptablesNft, Self::Nftables, Self::Ebpf];
 
     /// The `backend` of the configuration.
     fn backend(self) -> &'static str {
@@ -56,10 +62,11 @@ impl Variant {
     }
 
     /// The program behind `iptables` and its kin on this variant's nodes.
-    fn multi(self) -> &'static str {
+    fn multi(self) -> Option<&'static str> {
         match self {
-            Variant::IptablesLegacy => "xtables-legacy-multi",
-            _ => "xtables-nft-multi",
+            Variant::IptablesLegacy => Some("xtables-legacy-multi"),
+            Variant::IptablesNft | Variant::Nftables => Some("xtables-nft-multi"),
+            Variant::Ebpf => None,
         }
     }
 }
@@ -79,10 +86,16 @@ impl fmt::Display for Variant {
 enum Section {
     /// Times of ADD, CHECK, DEL and VERSION, and peak memory
     Process,
+    /// The first ADD on a node, and ADD with a new pod link
+    First,
     /// ADD and DEL with a UDP port beside many tracked flows
     Udp,
     /// New TCP connections per second
     Rate,
+    /// Established connections, and connections of the node itself
+    Flow,
+    /// What the eBPF programs cost a packet
+    Packet,
 }
 
 #[derive(Debug, Parser)]
@@ -103,7 +116,7 @@ struct Options {
     /// Only these sections
     #[arg(long, value_delimiter = ',', value_name = "SECTION,...")]
     only: Vec<Section>,
-    /// These backends (default: all but ebpf)
+    /// These backends (default: all)
     #[arg(long, value_delimiter = ',', value_name = "BACKEND,...")]
     variant: Vec<Variant>,
     /// Also write every single measurement to this file
@@ -114,50 +127,15 @@ struct Options {
     bench: bool,
 }
 
-/// How much is measured.
-pub struct Plan {
-    /// Numbers of other mappings beside the measured calls, rising.
-    pub others: Vec<u16>,
-    pub rounds: usize,
-    /// Rounds that are measured however long they take.
-    pub min_rounds: usize,
-    pub patience: Duration,
-    /// Numbers of mappings for the connection rates, rising.
-    pub mappings: Vec<u16>,
-    pub rate_rounds: usize,
-    pub rate_time: Duration,
-    /// Conntrack entries beside the UDP calls.
-    pub entries: u32,
-}
-
-impl Plan {
-    fn full() -> Self {
-        Self {
-            others: vec![0, 1000, 5000],
-            rounds: 15,
-            min_rounds: 7,
-            patience: process::PATIENCE,
-            mappings: vec![1, 1000, 10_000],
-            // Many short turns: a burst of load elsewhere spoils some of everybody's, which the
-            // median forgives, and not one lane's whole share.
-            rate_rounds: 35,
-            rate_time: Duration::from_millis(140),
-            entries: 100_000,
-        }
-    }
-
-    fn quick() -> Self {
-        Self {
-            others: vec![0, 1000],
-            rounds: 5,
-            min_rounds: 3,
-            patience: Duration::from_secs(10),
-            mappings: vec![1, 1000],
-            rate_rounds: 11,
-            rate_time: Duration::from_millis(100),
-            entries: 100_000,
-        }
-    }
+/// What was measured; empty what was not wanted.
+#[derive(Default)]
+pub struct Results {
+    cells: Vec<process::Cell>,
+    starts: first::Starts,
+    udp: Vec<udp::Lane>,
+    lanes: Vec<rate::Lane>,
+    flows: Vec<flow::Lane>,
+    packets: packet::Costs,
 }
 
 /// Says on stderr what is being done, since some steps take a minute.
@@ -184,6 +162,7 @@ fn run(options: &Options) -> Res<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err("network namespaces need root; benches/README.md says how to run it".into());
     }
+    interrupt::watch()?;
     let plan = if options.quick { Plan::quick() } else { Plan::full() };
     // Threads that enter a mount namespace leave the working directory behind.
     let ours = fs::canonicalize(&options.ours)
@@ -201,7 +180,7 @@ fn run(options: &Options) -> Res<()> {
         rig::find_tool(tool, package)?;
     }
     let variants = match &options.variant[..] {
-        [] => &Variant::CONFINED,
+        [] => &Variant::ALL,
         some => some,
     };
     let wanted = |section| options.only.is_empty() || options.only.contains(&section);
@@ -212,32 +191,49 @@ fn run(options: &Options) -> Res<()> {
     for note in &notes {
         println!("* {note}");
     }
-    let mut cells = Vec::new();
+    let mut results = Results::default();
     if wanted(Section::Process) {
-        cells = process::measure(&contestants, &plan)?;
-        println!("\n## Whole process\n\n{}", process::table(&cells, &contestants));
-        println!("{}", report::memory(&cells));
+        results.cells = process::measure(&contestants, &plan)?;
+        println!("\n## Whole process\n\n{}", process::table(&results.cells, &contestants));
+        println!("{}", report::memory(&results.cells));
     }
-    let mut flows = Vec::new();
+    if wanted(Section::First) {
+        results.starts = first::measure(&contestants, &plan)?;
+        println!("## First ADD, and new pod links\n\n{}", first::table(&results.starts));
+    }
     if wanted(Section::Udp) {
-        flows = udp::measure(&contestants, &plan)?;
-        println!("## UDP port, many tracked flows\n\n{}", udp::table(&flows, &contestants));
+        results.udp = udp::measure(&contestants, &plan)?;
+        println!("## UDP port, many tracked flows\n\n{}", udp::table(&results.udp, &contestants));
     }
-    let mut lanes = Vec::new();
     if wanted(Section::Rate) {
-        lanes = rate::measure(&contestants, &plan)?;
-        let table = rate::table(&lanes, &contestants, &plan);
+        results.lanes = rate::measure(&contestants, &plan)?;
+        let table = rate::table(&results.lanes, &contestants, &plan);
         println!("## New TCP connections per second\n\n{table}");
     }
-    let aims = report::aims(&cells, &lanes, &contestants, &plan);
-    println!("## Aims\n\n{aims}\nLoad at the end: {}.", report::load());
+    if wanted(Section::Flow) {
+        results.flows = flow::measure(&contestants, &plan)?;
+        println!(
+            "## Established connections, and the node's own\n\n{}",
+            flow::table(&results.flows)
+        );
+    }
+    if wanted(Section::Packet) {
+        results.packets = packet::measure(&contestants, &plan)?;
+        println!("## What a packet costs\n\n{}", packet::table(&results.packets));
+    }
+    let aims = aims::aims(&results, &contestants, &plan);
+    println!("## Aims\n\n{}\nLoad at the end: {}.", aims::table(&aims), report::load());
     if let Some(path) = &options.json {
         let all = json!({
             "machine": machine,
             "notes": notes,
-            "process": process::json(&cells),
-            "udp": udp::json(&flows),
-            "rate": rate::json(&lanes),
+            "process": process::json(&results.cells),
+            "first": first::json(&results.starts),
+            "udp": udp::json(&results.udp),
+            "rate": rate::json(&results.lanes),
+            "flow": flow::json(&results.flows),
+            "packet": packet::json(&results.packets),
+            "aims": aims::json(&aims),
         });
         fs::write(path, format!("{all:#}\n"))
             .map_err(|e| format!("--json {}: {e}", path.display()))?;

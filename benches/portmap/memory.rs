@@ -1,9 +1,10 @@
-//! Peak memory of the plugin and of the tools it starts.
+//! Peak memory of the plugin and of the tools it starts, and how many these are.
 //!
 //! `wait4` would count what a new process shares with its parent until it becomes another program,
 //! which is the benchmark's memory and not the plugin's. So every process of the call is stopped
 //! at its exit and asked (`VmHWM`) while its memory is still there.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 
@@ -17,12 +18,14 @@ use crate::Res;
 use crate::plugin::Call;
 
 /// Peaks in KiB; zero is unknown.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Peak {
     /// The plugin alone.
     pub own: u64,
     /// The largest of the plugin and its tools.
     pub largest: u64,
+    /// Processes that the plugin started, by number.
+    pub tools: BTreeSet<u64>,
 }
 
 /// Runs the call. It is slowed down a lot, so nothing is timed.
@@ -81,8 +84,11 @@ impl Peak {
         let high = field("VmHWM:").unwrap_or(0);
         self.largest = self.largest.max(high);
         // Any thread of the plugin may be the one that is seen to exit.
-        if field("Tgid:") == u64::try_from(plugin.as_raw()).ok() {
-            self.own = self.own.max(high);
+        match field("Tgid:") {
+            Some(process) if process != u64::try_from(plugin.as_raw()).unwrap_or(0) => {
+                self.tools.insert(process);
+            }
+            _ => self.own = self.own.max(high),
         }
     }
 }

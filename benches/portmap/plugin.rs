@@ -11,7 +11,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::rig::{self, DIR, POD_NETNS};
-use crate::{Res, Variant};
+use crate::{Res, Variant, interrupt};
 
 pub const NETWORK: &str = "bench";
 
@@ -38,6 +38,8 @@ impl Verb {
 #[derive(Debug, Clone)]
 pub struct Attachment {
     pub id: String,
+    /// The host's end of the pod's link.
+    pub link: &'static str,
     pub address: Ipv4Addr,
     pub protocol: &'static str,
     /// (hostPort, containerPort)
@@ -49,6 +51,7 @@ impl Attachment {
     pub fn measured(count: u16) -> Self {
         Self {
             id: "5c1d6b2f8a3e4d7090b1c2d3e4f5a697".to_owned(),
+            link: "pod-a",
             address: Ipv4Addr::new(10, 88, 0, 2),
             protocol: "tcp",
             ports: (0..count).map(|i| (8080 + i, 80 + i)).collect(),
@@ -60,6 +63,7 @@ impl Attachment {
         let [high, low] = (index / 250 * 256 + index % 250 + 258).to_be_bytes();
         Self {
             id: format!("0the{index:06}"),
+            link: "pod-a",
             address: Ipv4Addr::new(10, 88, high, low),
             protocol: "tcp",
             ports: vec![(20_000 + index, 80)],
@@ -84,7 +88,7 @@ impl Attachment {
             "prevResult": {
                 "cniVersion": "1.0.0",
                 "interfaces": [
-                    {"name": "pod-a", "mac": "02:00:00:00:00:01"},
+                    {"name": self.link, "mac": "02:00:00:00:00:01"},
                     {"name": "eth0", "mac": "02:00:00:00:00:02", "sandbox": POD_NETNS},
                 ],
                 "ips": [{
@@ -125,7 +129,7 @@ impl Call {
         let mut command = Command::new(binary);
         command
             .env_clear()
-            .env("PATH", rig::search_path())
+            .env("PATH", rig::search_path(variant))
             .env("CNI_COMMAND", verb.name())
             .env("CNI_CONTAINERID", &about.id)
             .env("CNI_NETNS", POD_NETNS)
@@ -137,6 +141,7 @@ impl Call {
 
     /// Runs it and measures from before the process is made until it has been reaped.
     pub fn run(&mut self) -> Res<Cost> {
+        interrupt::check()?;
         // Files, not pipes: reading from a pipe would be the benchmark's work, in the measured time.
         let output = File::create(&self.output)?;
         self.command.stdin(File::open(&self.input)?).stdout(output.try_clone()?).stderr(output);

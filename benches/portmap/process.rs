@@ -1,14 +1,15 @@
 //! Whole-process times of ADD, CHECK, DEL and VERSION.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use crate::contest::{Contestant, Side, stand_in};
+use crate::plan::Plan;
 use crate::plugin::{Attachment, Call, Verb};
 use crate::rig::Rig;
 use crate::stats::{Series, median, min};
-use crate::{Plan, Res, Variant, memory, preload, progress};
+use crate::{Res, Variant, memory, preload, progress};
 
 pub struct Cell {
     pub side: Side,
@@ -253,6 +254,3 @@ pub fn json(cells: &[Cell]) -> Value {
         })
         .collect()
 }
-
-/// How long a group may go on beyond its least number of rounds.
-pub const PATIENCE: Duration = Duration::from_secs(45);

@@ -1,24 +1,24 @@
 //! New TCP connections per second, through a hostPort and past it.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
-use nix::sys::socket::{Backlog, listen, setsockopt, sockopt::Linger};
 use serde_json::{Value, json};
 
 use crate::contest::{Contestant, Side, stand_in};
+use crate::plan::Plan;
 use crate::plugin::{Attachment, Verb};
 use crate::preload::{self, How};
 use crate::process::number;
-use crate::rig::{Netns, Rig, on_new_thread, shell};
+use crate::rig::{Rig, on_new_thread, shell};
 use crate::stats::{max, median, min};
-use crate::{Plan, Res, Variant, progress};
+use crate::traffic::{connections, serve_connections};
+use crate::{Res, Variant, progress};
 
 /// The node's address and the hostPort that was added last.
-const HOSTPORT: (Ipv4Addr, u16) = (Ipv4Addr::new(198, 51, 100, 1), 8080);
+pub const HOSTPORT: (Ipv4Addr, u16) = (Ipv4Addr::new(198, 51, 100, 1), 8080);
 /// A pod that has no hostPort, behind the same node.
-const DIRECT: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 88, 0, 3), 80);
+pub const DIRECT: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 88, 0, 3), 80);
 
 /// What is on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,19 +34,18 @@ pub struct Lane {
     pub rules: Rules,
     pub hostport: Vec<f64>,
     pub direct: Vec<f64>,
-    rig: Rig,
 }
 
 /// As for the processes, all nodes exist at the same time and take turns, the ones with one mapping
 /// beside the ones with 10,000.
 pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
-    let mut lanes = Vec::new();
+    let mut nodes = Vec::new();
     for rules in [Rules::None, Rules::EmptyNat] {
         let rig = Rig::new(Variant::IptablesNft)?;
         if rules == Rules::EmptyNat {
             rig.on(|| shell("iptables -t nat -A POSTROUTING -s 192.0.2.1 -j MASQUERADE"))?;
         }
-        lanes.push(Lane::new(rules, rig)?);
+        nodes.push(Node::new(rules, rig)?);
     }
     for contestant in contestants {
         for &mappings in &plan.mappings {
@@ -60,24 +59,29 @@ pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
             preload::raise(contestant, &rig, how, 0, mappings - 1)?;
             rig.on(|| contestant.call(Verb::Add, &Attachment::measured(1))?.must())?;
             let rules = Rules::Of(contestant.side, contestant.variant, mappings);
-            lanes.push(Lane::new(rules, rig)?);
+            nodes.push(Node::new(rules, rig)?);
         }
     }
     progress("connections");
     for round in 0..plan.rate_rounds {
-        let count = lanes.len();
+        let count = nodes.len();
         for turn in 0..count {
             let turn = if round % 2 == 0 { turn } else { count - 1 - turn };
-            lanes[(turn + round) % count].round(plan.rate_time)?;
+            nodes[(turn + round) % count].round(plan.rate_time)?;
         }
     }
-    Ok(lanes)
+    Ok(nodes.into_iter().map(|node| node.lane).collect())
 }
 
-impl Lane {
+struct Node {
+    rig: Rig,
+    lane: Lane,
+}
+
+impl Node {
     fn new(rules: Rules, rig: Rig) -> Res<Self> {
-        serve(&rig.pod_a)?;
-        serve(&rig.pod_b)?;
+        serve_connections(&rig.pod_a, 80)?;
+        serve_connections(&rig.pod_b, 80)?;
         // Ports come back at once, because every connection ends with a reset. A lost SYN shows
         // as a slow round, not as minutes of silence.
         on_new_thread(|| {
@@ -87,63 +91,30 @@ impl Lane {
                  echo 2 >/proc/sys/net/ipv4/tcp_syn_retries",
             )
         })?;
-        let lane = Self { rules, hostport: Vec::new(), direct: Vec::new(), rig };
+        let node = Self { rig, lane: Lane { rules, hostport: Vec::new(), direct: Vec::new() } };
         let warm_up = Duration::from_millis(50);
         if matches!(rules, Rules::Of(..)) {
-            lane.connections(HOSTPORT, warm_up)?;
+            node.connections(HOSTPORT, warm_up)?;
         }
-        lane.connections(DIRECT, warm_up)?;
-        Ok(lane)
+        node.connections(DIRECT, warm_up)?;
+        Ok(node)
     }
 
     fn round(&mut self, time: Duration) -> Res<()> {
-        if matches!(self.rules, Rules::Of(..)) {
-            self.hostport.push(self.connections(HOSTPORT, time)?);
+        if matches!(self.lane.rules, Rules::Of(..)) {
+            self.lane.hostport.push(self.connections(HOSTPORT, time)?);
         }
-        self.direct.push(self.connections(DIRECT, time)?);
+        self.lane.direct.push(self.connections(DIRECT, time)?);
         Ok(())
     }
 
     fn connections(&self, to: (Ipv4Addr, u16), time: Duration) -> Res<f64> {
         on_new_thread(|| {
             self.rig.client.enter()?;
-            connect_for(SocketAddr::from(to), time).map_err(|e| {
-                format!("{:?}: connecting to {}:{}: {e}", self.rules, to.0, to.1).into()
-            })
+            connections(SocketAddr::from(to), time)
+                .map_err(|e| format!("{:?}: {e}", self.lane.rules).into())
         })
     }
-}
-
-/// Opens and resets connections, one after the other, and returns how many per second.
-fn connect_for(to: SocketAddr, time: Duration) -> Res<f64> {
-    let reset = libc::linger { l_onoff: 1, l_linger: 0 };
-    let start = Instant::now();
-    let mut count = 0_u32;
-    while start.elapsed() < time {
-        let stream = TcpStream::connect(to)?;
-        setsockopt(&stream, Linger, &reset)?;
-        drop(stream);
-        count += 1;
-    }
-    Ok(f64::from(count) / start.elapsed().as_secs_f64())
-}
-
-/// Accepts connections in a pod until the process ends.
-fn serve(pod: &Netns) -> Res<()> {
-    let pod = pod.handle()?;
-    let listener = on_new_thread(move || {
-        pod.enter()?;
-        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 80))?;
-        // A full queue would cost the client a second per connection.
-        listen(&listener, Backlog::new(4096)?)?;
-        Ok(listener)
-    })?;
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            drop(stream);
-        }
-    });
-    Ok(())
 }
 
 pub fn find(lanes: &[Lane], side: Side, variant: Variant, mappings: u16) -> Option<&Lane> {
@@ -160,9 +131,10 @@ pub fn table(lanes: &[Lane], contestants: &[Contestant], plan: &Plan) -> String 
         };
         text += &format!("Direct, {name}: {}/s. ", rate(&lane.direct));
     }
-    text += "\n\n| backend | mappings | side | hostPort/s (min-max) | of that with 1 | direct/s (min-max) \
-             | of that with 1 | hostPort ours/peer | direct ours/peer |\n\
-             |---|--:|---|--:|--:|--:|--:|--:|--:|\n";
+    text += "\n\n| backend | mappings | side | hostPort/s (min-max) | of that with 1 | of direct without rules \
+             | direct/s (min-max) | of that with 1 | hostPort ours/peer | direct ours/peer |\n\
+             |---|--:|---|--:|--:|--:|--:|--:|--:|--:|\n";
+    let bare = lanes.iter().find(|lane| lane.rules == Rules::None);
     for contestant in contestants {
         let (side, variant) = (contestant.side, contestant.variant);
         let one = plan.mappings.first().and_then(|n| find(lanes, side, variant, *n));
@@ -184,10 +156,11 @@ pub fn table(lanes: &[Lane], contestants: &[Contestant], plan: &Plan) -> String 
                 false => format!("{value:.2}{mark}"),
             };
             text += &format!(
-                "| {variant} | {mappings} | {} | {} | {} | {} | {} | {} | {} |\n",
+                "| {variant} | {mappings} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
                 if side == Side::Ours { "ours" } else { "peer" },
                 rate(&lane.hostport),
                 number(of(&lane.hostport, one.map(|l| &l.hostport[..])), 2),
+                number(of(&lane.hostport, bare.map(|l| &l.direct[..])), 2),
                 rate(&lane.direct),
                 number(of(&lane.direct, one.map(|l| &l.direct[..])), 2),
                 against(of(&lane.hostport, peer.map(|l| &l.hostport[..]))),
@@ -198,7 +171,8 @@ pub fn table(lanes: &[Lane], contestants: &[Contestant], plan: &Plan) -> String 
     text
 }
 
-fn rate(rates: &[f64]) -> String {
+/// Median, least and greatest.
+pub fn rate(rates: &[f64]) -> String {
     format!("{:.0} ({:.0}-{:.0})", median(rates), min(rates), max(rates))
 }
 

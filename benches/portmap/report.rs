@@ -1,15 +1,11 @@
-//! What the tables need around them: the machine, the sizes, and how the aims fared.
+//! What the tables need around them: the machine and the sizes.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::contest::{Contestant, Side, stand_in};
-use crate::plugin::Verb;
-use crate::process::{self, Cell, mebibytes, number, ratio};
-use crate::rate::{self, Lane};
-use crate::stats::median;
-use crate::{Plan, Variant};
+use crate::contest::Side;
+use crate::process::{Cell, mebibytes};
 
 pub fn machine(ours: &Path, peer: Option<&Path>) -> String {
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
@@ -83,79 +79,4 @@ pub fn memory(cells: &[Cell]) -> String {
         mebibytes(own),
         mebibytes(largest),
     )
-}
-
-/// What is aimed for, what was measured, and whether that is enough.
-pub fn aims(cells: &[Cell], lanes: &[Lane], contestants: &[Contestant], plan: &Plan) -> String {
-    let mut rows = Vec::new();
-    let most = plan.others.last().copied().unwrap_or(0);
-    let times = |variant, others, ports, verb| {
-        let peer = stand_in(contestants, variant)
-            .and_then(|v| process::find(cells, Side::Peer, v, others, ports, verb));
-        let ours = process::find(cells, Side::Ours, variant, others, ports, verb);
-        ratio(peer, ours)
-    };
-    let mark = |variant| match stand_in(contestants, variant) {
-        Some(peer) if peer != variant => "†",
-        _ => "",
-    };
-    for variant in [Variant::IptablesLegacy, Variant::IptablesNft] {
-        for (ports, aim) in [(1, 5.0), (10, 10.0)] {
-            for verb in [Verb::Add, Verb::Del] {
-                // The worst of them: an aim that only a crowded node meets is not met.
-                let worst = plan
-                    .others
-                    .iter()
-                    .map(|n| times(variant, *n, ports, verb))
-                    .fold(f64::NAN, f64::min);
-                let what = format!("{variant} {} with {ports} port(s), times faster", verb.name());
-                rows.push((what, aim, worst, worst >= aim));
-            }
-        }
-    }
-    for (verb, aim) in [(Verb::Add, 1.0), (Verb::Check, 10.0), (Verb::Del, 10.0)] {
-        let value = [1, 10]
-            .map(|ports| times(Variant::Nftables, most, ports, verb))
-            .into_iter()
-            .fold(f64::NAN, f64::min);
-        let what = format!(
-            "nftables {} with {most} others, times faster{}",
-            verb.name(),
-            mark(Variant::Nftables)
-        );
-        rows.push((what, aim, value, value >= aim));
-    }
-    for verb in [Verb::Add, Verb::Del] {
-        let value = cells
-            .iter()
-            .filter(|c| c.side == Side::Ours && c.ports == 0 && c.verb == verb)
-            .map(|c| median(&c.series.wall))
-            .fold(f64::NAN, f64::max);
-        let what = format!("{} without mappings, ms at most", verb.name());
-        rows.push((what, 1.0, value, value < 1.0));
-    }
-    let lane =
-        |n: Option<&u16>| n.and_then(|n| rate::find(lanes, Side::Ours, Variant::Nftables, *n));
-    if let (Some(one), Some(many)) = (lane(plan.mappings.first()), lane(plan.mappings.last())) {
-        let parts = [
-            ("through a hostPort", &many.hostport, &one.hostport),
-            ("direct", &many.direct, &one.direct),
-        ];
-        for (what, many, one) in parts {
-            let value = median(many) / median(one);
-            let most = plan.mappings.last().copied().unwrap_or(0);
-            let what = format!("nftables connections {what}, {most} mappings to 1");
-            rows.push((what, 0.9, value, value >= 0.9));
-        }
-    }
-    let mut text = String::from("| aim | wanted | measured | |\n|---|--:|--:|---|\n");
-    for (what, wanted, value, met) in rows {
-        let verdict = match (value.is_nan(), met) {
-            (true, _) => "not measured",
-            (false, true) => "met",
-            (false, false) => "**missed**",
-        };
-        text += &format!("| {what} | {wanted} | {} | {verdict} |\n", number(value, 2));
-    }
-    text
 }

@@ -5,6 +5,9 @@
 //! on a tmpfs inside the mount namespace. Whatever ends the benchmark (an error, Ctrl-C, SIGKILL)
 //! thereby removes everything, and the host's `/run/xtables.lock`, records and rules are neither
 //! seen nor touched.
+//!
+//! Except for programs of the eBPF backend at sockets: they are attached to the machine's root cgroup,
+//! and a rig takes its own away when it is dropped.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -16,14 +19,15 @@ use std::thread;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::{Res, Variant};
+use crate::{Res, Variant, interrupt};
 
 /// Files of the benchmark, on the tmpfs of the rig.
 pub const DIR: &str = "/run/portmap-bench";
 /// Where the mount namespace of a rig shows the namespace of the pod that gets the hostPorts.
 pub const POD_NETNS: &str = "/run/netns/pod-a";
-/// A nested or restricted machine may refuse this mount; only the eBPF backend misses it.
 const BPFFS: &str = "/sys/fs/bpf";
+/// The plugin that clears eBPF nodes, whichever is measured.
+const PORTMAP: &str = env!("CARGO_BIN_EXE_portmap");
 
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 const TOOLS: [&str; 6] = [
@@ -60,6 +64,7 @@ impl Netns {
 
 /// A node with two pods and a client outside.
 pub struct Rig {
+    variant: Variant,
     node: Netns,
     mounts: File,
     pub pod_a: Netns,
@@ -81,7 +86,7 @@ impl Rig {
             let node = Netns(File::open("/proc/thread-self/ns/net")?);
             Ok((node, File::open("/proc/thread-self/ns/mnt")?))
         })?;
-        Ok(Self { node, mounts, pod_a, pod_b, client })
+        Ok(Self { variant, node, mounts, pod_a, pod_b, client })
     }
 
     /// Another `/run` and other tools on the same node.
@@ -96,6 +101,7 @@ impl Rig {
             Ok(File::open("/proc/thread-self/ns/mnt")?)
         })?;
         Ok(Self {
+            variant,
             node: self.node.handle()?,
             mounts,
             pod_a: self.pod_a.handle()?,
@@ -111,17 +117,38 @@ impl Rig {
     /// Runs `work` on a thread that is on this node.
     pub fn on<T: Send>(&self, work: impl FnOnce() -> Res<T> + Send) -> Res<T> {
         on_new_thread(|| {
-            // A thread that shares its root directory with others may not change mounts.
-            unshare(CloneFlags::CLONE_FS)?;
-            setns(self.mounts.as_fd(), CloneFlags::CLONE_NEWNS)?;
-            self.node.enter()?;
+            self.enter()?;
             work()
         })
+    }
+
+    fn enter(&self) -> Res<()> {
+        // A thread that shares its root directory with others may not change mounts.
+        unshare(CloneFlags::CLONE_FS)?;
+        setns(self.mounts.as_fd(), CloneFlags::CLONE_NEWNS)?;
+        self.node.enter()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if self.variant != Variant::Ebpf {
+            return;
+        }
+        // Also after an interruption.
+        let flushed = in_thread(|| {
+            self.enter()?;
+            run(Command::new(PORTMAP).args(["flush", "--all", "--yes"]))
+        });
+        if let Err(error) = flushed {
+            eprintln!("portmap benchmark: see \"What is left\" in benches/README.md: {error}");
+        }
     }
 }
 
 /// Pods hang on point-to-point links with routes of /32, as the `ptp` plugin makes them. The
-/// route to 10.88.0.0/16 is for the other mappings: plugins look up the device of each pod.
+/// route to 10.88.0.0/16 is for the other mappings: plugins look up the device of each pod. The
+/// uplink is known by the default route.
 const TOPOLOGY: &str = "
 ip link set lo up
 for pod in a:2 b:3; do
@@ -142,6 +169,7 @@ ip link set uplink up
 ip -n client address add 198.51.100.2/24 dev eth0
 ip -n client link set eth0 up
 ip -n client route add default via 198.51.100.1
+ip route add default via 198.51.100.2
 echo 1 >/proc/sys/net/ipv4/ip_forward
 ";
 
@@ -150,14 +178,20 @@ fn private_run(variant: Variant) -> Res<()> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none)?;
-    // Pins of one rig must not be seen by another.
-    let _ = mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none);
+    // Pins of one rig must not be seen by another. A nested or restricted machine may refuse this,
+    // which only the eBPF backend minds.
+    let mounted = mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none);
+    if variant == Variant::Ebpf {
+        mounted.map_err(|e| format!("mounting a bpffs: {e}"))?;
+    }
     let bin = Path::new(DIR).join("bin");
     fs::create_dir_all(&bin)?;
     fs::create_dir_all("/run/netns")?;
-    let multi = find_tool(variant.multi(), "iptables")?;
-    for tool in TOOLS {
-        symlink(&multi, bin.join(tool))?;
+    if let Some(multi) = variant.multi() {
+        let multi = find_tool(multi, "iptables")?;
+        for tool in TOOLS {
+            symlink(&multi, bin.join(tool))?;
+        }
     }
     Ok(())
 }
@@ -172,9 +206,12 @@ fn show(netns: &Netns, path: &Path) -> Res<()> {
     Ok(())
 }
 
-/// The `PATH` of everything that runs on a rig.
-pub fn search_path() -> String {
-    format!("{DIR}/bin:{SYSTEM_PATH}")
+/// The `PATH` of plugins on a rig. With eBPF there is no tool in it.
+pub fn search_path(variant: Variant) -> String {
+    match variant {
+        Variant::Ebpf => format!("{DIR}/bin"),
+        _ => format!("{DIR}/bin:{SYSTEM_PATH}"),
+    }
 }
 
 /// Finds a tool, or says which Debian package has it.
@@ -204,7 +241,7 @@ pub fn feed(program: &str, args: &[&str], input: &str) -> Res<String> {
 
 fn run(command: &mut Command) -> Res<String> {
     let output = command
-        .env("PATH", search_path())
+        .env("PATH", format!("{DIR}/bin:{SYSTEM_PATH}"))
         .env("LC_ALL", "C")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -221,6 +258,11 @@ fn run(command: &mut Command) -> Res<String> {
 
 /// Namespaces belong to a thread: a thread of its own keeps the rest of the process where it is.
 pub fn on_new_thread<T: Send>(work: impl FnOnce() -> Res<T> + Send) -> Res<T> {
+    interrupt::check()?;
+    in_thread(work)
+}
+
+fn in_thread<T: Send>(work: impl FnOnce() -> Res<T> + Send) -> Res<T> {
     thread::scope(|scope| scope.spawn(work).join())
         .unwrap_or_else(|_| Err("a thread of the benchmark panicked".into()))
 }

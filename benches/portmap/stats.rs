@@ -54,6 +54,7 @@ impl Series {
             "median_cpu_ms": median(&self.cpu),
             "peak_own_kib": self.peak.own,
             "peak_largest_kib": self.peak.largest,
+            "tools": self.peak.tools.len(),
             "failed": self.failed,
             "failure": self.failure,
         })

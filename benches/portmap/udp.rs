@@ -7,11 +7,12 @@ use std::net::{Ipv4Addr, UdpSocket};
 use serde_json::{Value, json};
 
 use crate::contest::{Contestant, Side, stand_in};
+use crate::plan::Plan;
 use crate::plugin::{Attachment, Call, Verb};
 use crate::process::{number, ratio, times};
 use crate::rig::{Rig, shell};
 use crate::stats::Series;
-use crate::{Plan, Res, Variant, progress};
+use crate::{Res, Variant, progress};
 
 const SYSCTL: &str = "/proc/sys/net/netfilter";
 
