@@ -14,8 +14,10 @@
 )]
 
 mod bypass;
+mod capture;
 #[path = "../support/cgroups.rs"]
 mod cgroups;
+mod frames;
 mod macvlan;
 mod netfilter;
 mod order;
