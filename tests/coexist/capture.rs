@@ -128,7 +128,7 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
                 lab.client_address(family)
             ),
         );
-        shell(&lab.client, &format!("ip route del {ip}; ip address add {ip} dev lo"));
+        shell(&lab.client, &format!("ip route del {ip}; ip address add {ip} dev lo nodad"));
         let mut servers = Servers::default();
         for transport in [Transport::Tcp, Transport::Udp] {
             servers.add(&lab.client, "client", transport, SocketAddr::new(ip, PORT)).unwrap();
