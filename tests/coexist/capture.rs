@@ -128,7 +128,12 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
                 lab.client_address(family)
             ),
         );
-        shell(&lab.client, &format!("ip route del {ip}; ip address add {ip} dev lo nodad"));
+        // Its route comes a moment after an IPv6 address.
+        let script = format!(
+            "ip route del {ip}; ip address add {ip} dev lo nodad
+             until ip route get {ip} | grep -q ^local; do sleep 0.01; done"
+        );
+        shell(&lab.client, &script);
         let mut servers = Servers::default();
         for transport in [Transport::Tcp, Transport::Udp] {
             servers.add(&lab.client, "client", transport, SocketAddr::new(ip, PORT)).unwrap();
