@@ -168,7 +168,7 @@ if readelf --dynamic --program-headers --wide "$installed/portmap" | grep -E 'NE
 fi
 readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the release build is not position-independent'
 "$installed/portmap" --version
-./install.sh --uninstall --dest "$installed"
+./install.sh --uninstall --force --dest "$installed"
 rmdir "$installed"
 installed=
 
