@@ -8,7 +8,7 @@ use nix::net::if_::if_nametoindex;
 use portmap::backend::ebpf::layout::{
     Addr, ClaimKey, ClaimValue, FlowKey, REASONS, claim_flags, port_bit,
 };
-use portmap::backend::ebpf::loaded::OWN.object;
+use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
 use portmap::model::{Family, Protocol};
 use portmap::sys::bpf::map::Map;
@@ -150,7 +150,7 @@ impl Deref for Rig {
 /// Loads the programs for devices with frames on a node with two pods, for each family: `test` runs
 /// inside.
 pub fn on_node(test: impl Fn(&Rig) + Sync) {
-    on_node_with(OBJECT, &[At::UplinkIn, At::PodIn, At::Out], test);
+    on_node_with(OWN.object, &[At::UplinkIn, At::PodIn, At::Out], test);
 }
 
 /// As [`on_node`], with another object or other programs.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use portmap::backend::ebpf::layout::{
     Addr, ClaimKey, ClaimValue, Config, claim_flags, config_flags,
 };
-use portmap::backend::ebpf::loaded::OBJECT;
+use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::model::{Family, Protocol};
 use portmap::sys::bpf::cgroup::Cgroup;
@@ -62,7 +62,7 @@ impl Drop for Group {
 fn in_a_process(test: &str, run: impl Fn(&Inside, Object)) {
     if let Some(inside) = std::env::var_os(INSIDE) {
         let inside = serde_json::from_slice(inside.as_encoded_bytes()).unwrap();
-        return run(&inside, Object::load(OBJECT, |_, hook| hook != Hook::Classifier));
+        return run(&inside, Object::load(OWN.object, |_, hook| hook != Hook::Classifier));
     }
     let lab = Lab::build(Options::new(Shape::Ptp)).expect("root is needed");
     let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[80]).unwrap()).collect();
