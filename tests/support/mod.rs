@@ -239,6 +239,19 @@ impl Drop for Node<'_> {
     }
 }
 
+/// Content of every file below a directory, by its path.
+pub fn files_of(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => files.extend(files_of(&path)),
+            false => drop(files.insert(path.clone(), std::fs::read(&path).unwrap())),
+        }
+    }
+    files
+}
+
 /// An attachment of a laboratory pod by another container ID than its name.
 pub fn attachment(pod: &Pod, container_id: &str) -> Attachment {
     Attachment::of(pod, container_id)
