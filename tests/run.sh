@@ -90,6 +90,7 @@ tc iproute2
 bpftool bpftool
 unshare util-linux
 setpriv util-linux
+strace strace
 cc gcc
 readelf binutils
 shellcheck shellcheck
@@ -167,7 +168,7 @@ if readelf --dynamic --program-headers --wide "$installed/portmap" | grep -E 'NE
 fi
 readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the release build is not position-independent'
 "$installed/portmap" --version
-./install.sh --uninstall --dest "$installed"
+./install.sh --uninstall --force --dest "$installed"
 rmdir "$installed"
 installed=
 
