@@ -2,7 +2,7 @@
 //! them leave the uplink's ingress with the pod's MAC address, since what has the node's own never gets
 //! to them.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use portmap::demo::links::Links;
 use portmap::demo::netns::Netns;
@@ -97,6 +97,16 @@ fn outside_clients_reach_a_pod_that_shares_the_uplink() {
         assert_eq!(reply.server, "macvlan");
         assert_eq!(reply.seen.ip(), lab.client_address(Family::of(&call.target.ip())));
     }
+    // In several fragments, each of which needs the MAC address.
+    for family in Family::ALL {
+        let socket = lab.client.run(|| UdpSocket::bind(any(family))).unwrap().unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        socket.send_to(&[7; 5000], lab.node_socket(family, PORT)).unwrap();
+        let mut answer = [0; 512];
+        let (length, from) = socket.recv_from(&mut answer).unwrap();
+        assert_eq!(from, lab.node_socket(family, PORT));
+        assert!(answer[..length].starts_with(b"macvlan "));
+    }
     node.ok("CHECK", &config, &pod.attachment());
 
     // Nor can the node itself, and other pods through it, reach such a pod directly: the kernel keeps
@@ -119,6 +129,12 @@ fn outside_clients_reach_a_pod_that_shares_the_uplink() {
     for result in all(&calls_from(&lab.client, lab)[..2]) {
         assert_eq!(result.unwrap_err(), Failure::Refused);
     }
+}
+
+/// Any address and port of a family.
+fn any(family: Family) -> SocketAddr {
+    let text = if family == Family::V4 { "0.0.0.0:0" } else { "[::]:0" };
+    text.parse().unwrap()
 }
 
 fn is_unreachable(failure: &Failure) -> bool {

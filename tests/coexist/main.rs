@@ -21,6 +21,7 @@ mod frames;
 mod macvlan;
 mod netfilter;
 mod order;
+mod pmtu;
 #[path = "../matrix/rig.rs"]
 mod rig;
 mod sidecar;
