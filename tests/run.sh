@@ -141,6 +141,14 @@ for version in 1.32 1.37; do
     kubernetes-validate --strict --quiet -k "$version" examples/kubernetes/*.yaml
 done
 
+heading 'JSON of the commands'
+# Tests compare the output with these files byte for byte. jsonschema came with kubernetes-validate.
+for golden in testdata/golden/commands/*.json; do
+    schema=testdata/schema/$(basename "$golden" .json | sed 's/-\(again\|bad\)$//').json
+    jsonschema=$(dirname "$(command -v kubernetes-validate)")/jsonschema
+    PYTHONWARNINGS=ignore "$jsonschema" --instance "$golden" "$schema"
+done
+
 heading 'eBPF objects'
 src/bpf/build.sh --check
 
