@@ -595,7 +595,59 @@ fn check_config_tells_by_its_status_what_is_wrong() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["plugins"], json!(["cilium-cni", "portmap"]));
     assert_eq!((&report["configuredBackend"], &report["findings"]), (&json!("auto"), &json!([])));
-    assert_eq!(report["options"]["snat"], "true");
+    assert_eq!(report["options"]["snat"], true);
     fails(&mut check(&["/nowhere"]), "/nowhere does not exist");
     fails(check(&["-"]).stdin(Stdio::null()), "standard input: line 1, column 1: this is not JSON");
+}
+
+/// Compares what a command says with `testdata/golden/commands`; `UPDATE_GOLDEN=1` writes it.
+#[track_caller]
+fn golden(node: &Node, name: &str, said: &str) {
+    let said = said
+        .replace(node.0.to_str().unwrap(), "NODE")
+        .replace(concat!("portmap ", env!("CARGO_PKG_VERSION")), "portmap VERSION");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/golden/commands").join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, &said).unwrap();
+    }
+    assert_eq!(said, fs::read_to_string(&path).unwrap(), "{}", path.display());
+}
+
+#[test]
+fn what_install_and_uninstall_say_is_golden() {
+    let node = Node::new("golden");
+    let list = node.write("05-cilium.conflist", CILIUM);
+    golden(&node, "install", &succeeds(node.install().arg("--conflist")));
+    golden(&node, "install-again", &succeeds(node.install().arg("--conflist")));
+    let refusal = fails(&mut node.uninstall(), "names it");
+    golden(&node, "uninstall-refused", &text(&refusal.stderr));
+    golden(&node, "uninstall", &succeeds(node.uninstall().arg("--conflist")));
+    golden(
+        &node,
+        "install.json",
+        &succeeds(node.install().arg("--json").arg("--conflist").arg(&list)),
+    );
+    golden(&node, "uninstall.json", &succeeds(node.uninstall().args(["--json", "--conflist"])));
+}
+
+#[test]
+#[ignore = "privileged: probes a backend in a network namespace"]
+fn what_check_config_says_is_golden() {
+    let node = Node::new("golden-check");
+    let check = |arguments: &[&str], list: &Path| {
+        let mut command = Command::new(PORTMAP);
+        command.arg("check-config").args(arguments).arg(list);
+        text(&command.output().unwrap().stdout)
+    };
+    let sound = CILIUM_WITH.replace("\"portmap\",", "\"portmap\", \"backend\": \"nftables\",");
+    let list = node.write("05-cilium.conflist", &sound);
+    golden(&node, "check-config", &check(&[], &list));
+    golden(&node, "check-config.json", &check(&["--json"], &list));
+    let bad = sound
+        .replace("\"backend\"", "\"snatt\": true, \"backend\"")
+        .replace("\"cniVersion\": \"0.3.1\",", "");
+    let list = node.write("05-cilium.conflist", &bad.replace("\"portMappings\": true", ""));
+    golden(&node, "check-config-bad", &check(&[], &list));
+    golden(&node, "check-config-bad.json", &check(&["--json"], &list));
 }

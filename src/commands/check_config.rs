@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{CommandError, Terminal, Verdict};
 use crate::backend::{self, Unusable};
@@ -90,33 +90,33 @@ fn choose(host: &Host, conf: &NetConf) -> Result<BackendKind, String> {
 }
 
 /// Every option as it will be, with its default where nothing is said.
-fn settings(conf: &NetConf) -> Vec<(&'static str, String)> {
+fn settings(conf: &NetConf) -> Vec<(&'static str, Value)> {
     let options = &conf.options;
     let mut settings =
-        vec![("snat", (!options.no_snat).to_string()), ("masqAll", options.masq_all.to_string())];
+        vec![("snat", (!options.no_snat).into()), ("masqAll", options.masq_all.into())];
     match &options.external_set_mark_chain {
-        Some(chain) => settings.push(("externalSetMarkChain", chain.clone())),
-        None => settings.push(("markMasqBit", options.mark().trailing_zeros().to_string())),
+        Some(chain) => settings.push(("externalSetMarkChain", chain.as_str().into())),
+        None => settings.push(("markMasqBit", options.mark().trailing_zeros().into())),
     }
     for (key, words) in
         [("conditionsV4", &options.conditions_v4), ("conditionsV6", &options.conditions_v6)]
     {
         if !words.is_empty() {
-            settings.push((key, words.join(" ")));
+            settings.push((key, words.as_slice().into()));
         }
     }
     let policy = match conf.conflict_policy {
         ConflictPolicy::Takeover => "takeover",
         ConflictPolicy::Deny => "deny",
     };
-    settings.push(("conflictPolicy", policy.to_owned()));
-    settings.push(("stateDir", request::state_dir(conf.state_dir.clone()).display().to_string()));
+    settings.push(("conflictPolicy", policy.into()));
+    settings.push(("stateDir", json!(request::state_dir(conf.state_dir.clone()))));
     settings
 }
 
-fn as_json(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> serde_json::Value {
+fn as_json(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> Value {
     let options: Option<serde_json::Map<_, _>> = analysis.conf.as_ref().map(|conf| {
-        settings(conf).into_iter().map(|(key, value)| (key.to_owned(), value.into())).collect()
+        settings(conf).into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     });
     json!({
         "file": shown,
@@ -152,6 +152,7 @@ fn as_text(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> St
         };
         let _ = writeln!(text, "  {:<21} {backend}", "backend");
         for (key, value) in settings(conf) {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             let _ = writeln!(text, "  {key:<21} {value}");
         }
     }
