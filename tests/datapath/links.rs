@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use portmap::backend::ebpf::layout::claim_flags;
-use portmap::backend::ebpf::loaded::OBJECT;
+use portmap::backend::ebpf::loaded::OWN;
 
 use crate::packet::{KINDS, Kind, Packet, SYN};
 use crate::rig::{At, NEXT, on_node, on_node_with};
@@ -69,7 +69,7 @@ fn frames_of_vlans_and_other_protocols_pass() {
 #[ignore = "privileged: loads BPF programs"]
 fn devices_without_frames_have_programs_of_their_own() {
     let programs = [At::UplinkInLayer3, At::OutLayer3, At::UplinkIn];
-    on_node_with(OBJECT, &programs, |rig| {
+    on_node_with(OWN.object, &programs, |rig| {
         rig.claim_with(rig.any(8080), rig.pod(80), |claim| {
             // There is no frame to put it in.
             claim.flags |= claim_flags::MAC;
