@@ -46,13 +46,20 @@ impl Group {
         let places = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(PathBuf::from);
         let root = places.into_iter().find(|dir| dir.join("cgroup.controllers").exists()).unwrap();
         let path = root.join(format!("portmap-datapath-{}-{number}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
+        // One below: where a plugin may not use the root, it attaches its programs to the root's
+        // children, and another test's plugin would take ours for its own.
+        std::fs::create_dir_all(path.join("inside")).unwrap();
         Group(path)
+    }
+
+    fn inside(&self) -> PathBuf {
+        self.0.join("inside")
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
+        std::fs::remove_dir(self.inside()).unwrap();
         std::fs::remove_dir(&self.0).unwrap();
     }
 }
@@ -69,12 +76,13 @@ fn in_a_process(test: &str, run: impl Fn(&Inside, Object)) {
     let group = Group::new();
     let of = |address: &dyn Fn(Family) -> IpAddr| Family::ALL.map(address);
     let inside = Inside {
-        group: group.0.clone(),
+        group: group.inside(),
         node: of(&|family| lab.node_address(family)),
         second: of(&|family| lab.second_node_address(family)),
         pods: [0, 1].map(|pod: usize| of(&|family| lab.pods[pod].address(family).unwrap())),
     };
-    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+    let enter =
+        format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.inside().display());
     let output = lab
         .node
         .run(|| {
