@@ -19,6 +19,7 @@ mod fragments;
 mod hairpin;
 mod links;
 mod masquerade;
+mod object;
 mod packet;
 mod random;
 mod rig;

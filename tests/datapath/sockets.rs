@@ -19,7 +19,7 @@ use portmap::sys::bpf::program::{Hook, SocketHook};
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::rig::Object;
+use crate::object::Object;
 
 /// What a process in the cgroup has to know.
 #[derive(Serialize, Deserialize)]
@@ -46,13 +46,20 @@ impl Group {
         let places = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(PathBuf::from);
         let root = places.into_iter().find(|dir| dir.join("cgroup.controllers").exists()).unwrap();
         let path = root.join(format!("portmap-datapath-{}-{number}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
+        // One below: where a plugin may not use the root, it attaches its programs to the root's
+        // children, and another test's plugin would take ours for its own.
+        std::fs::create_dir_all(path.join("inside")).unwrap();
         Group(path)
+    }
+
+    fn inside(&self) -> PathBuf {
+        self.0.join("inside")
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
+        std::fs::remove_dir(self.inside()).unwrap();
         std::fs::remove_dir(&self.0).unwrap();
     }
 }
@@ -69,12 +76,13 @@ fn in_a_process(test: &str, run: impl Fn(&Inside, Object)) {
     let group = Group::new();
     let of = |address: &dyn Fn(Family) -> IpAddr| Family::ALL.map(address);
     let inside = Inside {
-        group: group.0.clone(),
+        group: group.inside(),
         node: of(&|family| lab.node_address(family)),
         second: of(&|family| lab.second_node_address(family)),
         pods: [0, 1].map(|pod: usize| of(&|family| lab.pods[pod].address(family).unwrap())),
     };
-    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+    let enter =
+        format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.inside().display());
     let output = lab
         .node
         .run(|| {
@@ -205,34 +213,34 @@ fn is_refused(way: Way, to: SocketAddr) {
 fn addresses_of_the_node(inside: &Inside, object: &Object) {
     inside.listed(object);
     for family in Family::ALL {
-        inside.claim(object, family, Addr::any(family), 8080, 0);
+        inside.claim(object, family, Addr::any(family), 28080, 0);
         let (loopback, any) = match family {
             Family::V4 => (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv4Addr::UNSPECIFIED)),
             Family::V6 => (IpAddr::from(Ipv6Addr::LOCALHOST), IpAddr::from(Ipv6Addr::UNSPECIFIED)),
         };
         // For one address alone, and for the loopback address alone.
         let node = inside.node[family as usize];
-        inside.claim(object, family, node.into(), 8081, 1);
-        inside.claim(object, family, loopback.into(), 8082, 1);
+        inside.claim(object, family, node.into(), 28081, 1);
+        inside.claim(object, family, loopback.into(), 28082, 1);
         for way in WAYS {
-            reaches(way, SocketAddr::new(loopback, 8080), "pod-a");
-            reaches(way, SocketAddr::new(node, 8080), "pod-a");
-            reaches(way, SocketAddr::new(node, 8081), "pod-b");
-            reaches(way, SocketAddr::new(loopback, 8082), "pod-b");
-            is_refused(way, SocketAddr::new(loopback, 8081));
-            is_refused(way, SocketAddr::new(node, 8082));
-            is_refused(way, SocketAddr::new(node, 8083));
+            reaches(way, SocketAddr::new(loopback, 28080), "pod-a");
+            reaches(way, SocketAddr::new(node, 28080), "pod-a");
+            reaches(way, SocketAddr::new(node, 28081), "pod-b");
+            reaches(way, SocketAddr::new(loopback, 28082), "pod-b");
+            is_refused(way, SocketAddr::new(loopback, 28081));
+            is_refused(way, SocketAddr::new(node, 28082));
+            is_refused(way, SocketAddr::new(node, 28083));
             // Not in the list of addresses.
-            is_refused(way, SocketAddr::new(inside.second[family as usize], 8080));
+            is_refused(way, SocketAddr::new(inside.second[family as usize], 28080));
             // The pod itself is what it is.
             reaches(way, SocketAddr::new(inside.pods[0][family as usize], 80), "pod-a");
         }
         // What means the loopback address to connect(2).
-        let (name, _) = call(Way::Tcp, SocketAddr::new(any, 8080)).unwrap();
+        let (name, _) = call(Way::Tcp, SocketAddr::new(any, 28080)).unwrap();
         assert_eq!(name, "pod-a");
     }
     // IPv4 over sockets of IPv6.
-    for (address, port, pod) in [(Ipv4Addr::LOCALHOST, 8080, "pod-a")] {
+    for (address, port, pod) in [(Ipv4Addr::LOCALHOST, 28080, "pod-a")] {
         let mapped = SocketAddr::new(address.to_ipv6_mapped().into(), port);
         for way in WAYS {
             reaches(way, mapped, pod);
@@ -250,7 +258,7 @@ fn sockets_of_the_node_reach_pods() {
         for reason in ["connect", "sendmsg", "recvmsg", "peername"] {
             assert!(object.count(reason) > 0, "{reason}");
         }
-        let key = ClaimKey::new(Addr::any(Family::V4), Protocol::Tcp, 8080);
+        let key = ClaimKey::new(Addr::any(Family::V4), Protocol::Tcp, 28080);
         assert_eq!(object.traffic(&key)[0], 4);
     });
 }
@@ -270,8 +278,8 @@ fn sockets_of_other_network_namespaces_are_left_alone() {
     in_a_process("sockets_of_other_network_namespaces_are_left_alone", |inside, object| {
         inside.attach(&object, "");
         inside.listed(&object);
-        inside.claim(&object, Family::V4, Addr::any(Family::V4), 8080, 0);
-        let to = SocketAddr::new(inside.node[0], 8080);
+        inside.claim(&object, Family::V4, Addr::any(Family::V4), 28080, 0);
+        let to = SocketAddr::new(inside.node[0], 28080);
         // Before the plugin has said which one is the node's, and if it is another.
         is_refused(Way::Tcp, to);
         let own = cookie::own().unwrap().unwrap_or_else(|| learnt(&object));
