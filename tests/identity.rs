@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use portmap::demo::netns::Netns;
-use portmap::demo::snapshot::Snapshot;
+use portmap::demo::snapshot::{Snapshot, pins};
 use serde_json::{Value, json};
 use support::bare::{LINK, NODE_V4, attachment, mapping, netns, prev_result};
+use support::entries::{Entries, entries};
 use support::foreign;
-use support::{IPTABLES, Node, VARIANTS, Variant};
+use support::{IPTABLES, Node, RULES, VARIANTS, Variant};
 
 /// A node with rules of kube-proxy, Docker and an administrator.
 fn node(netns: &Netns, variant: Variant) -> Node<'_> {
@@ -39,12 +40,23 @@ fn rich(node: &Node, last: u8) -> Value {
     node.config(mappings, prev_result(&[&addresses[0], &addresses[1]]))
 }
 
-/// Rules and records must be those of `before`.
-fn assert_as_before(node: &Node, before: &Snapshot, what: &str) {
+/// Whatever a verb may change.
+struct State {
+    snapshot: Snapshot,
+    entries: Entries,
+}
+
+fn state(node: &Node) -> State {
+    State { snapshot: node.snapshot(), entries: entries(node.netns) }
+}
+
+/// Rules, map entries and records must be those of `before`.
+fn assert_as_before(node: &Node, before: &State, what: &str) {
     let now = node.snapshot();
-    let same = now.same_rules(before).and_then(|()| now.same_sysctls(before));
+    let same = now.same_rules(&before.snapshot).and_then(|()| now.same_sysctls(&before.snapshot));
     same.unwrap_or_else(|lines| panic!("{:?}, {what}:\n{lines}", node.variant));
-    assert_eq!(now.records, before.records, "{:?}, {what}", node.variant);
+    assert_eq!(now.records, before.snapshot.records, "{:?}, {what}", node.variant);
+    assert_eq!(entries(node.netns), before.entries, "{:?}, {what}", node.variant);
 }
 
 #[test]
@@ -54,7 +66,7 @@ fn add_and_del_leave_everything_as_it_was() {
         let netns = netns();
         let node = node(&netns, variant);
         let configs = variations(&node);
-        let before = node.snapshot();
+        let before = state(&node);
         let pod = attachment("one");
         for config in configs {
             // Twice: what the first round leaves behind in the state directory must not matter.
@@ -95,9 +107,11 @@ fn variations(node: &Node) -> Vec<Value> {
         with("snat", json!(false)),
         with("masqAll", json!(true)),
         with("markMasqBit", json!(5)),
-        with("conditionsV4", condition),
     ];
-    if node.variant != Variant::Nftables {
+    if node.variant != Variant::Ebpf {
+        all.push(with("conditionsV4", condition));
+    }
+    if IPTABLES.contains(&node.variant) {
         all.push(with("externalSetMarkChain", json!("EXTERNAL-MARK")));
         node.shell("iptables -t nat -N EXTERNAL-MARK; ip6tables -t nat -N EXTERNAL-MARK");
     }
@@ -110,7 +124,7 @@ fn two_attachments_may_leave_in_either_order() {
     for variant in VARIANTS {
         let netns = netns();
         let node = node(&netns, variant);
-        let before = node.snapshot();
+        let before = state(&node);
         let mut marked = rich(&node, 11);
         marked["markMasqBit"] = json!(5);
         let mut plain = rich(&node, 11);
@@ -133,7 +147,7 @@ fn two_attachments_may_leave_in_either_order() {
             }
             // The rules of the one that stays do not depend on who has come and gone.
             node.ok("ADD", &pods[0].0, &pods[0].1);
-            let alone = node.snapshot();
+            let alone = state(&node);
             node.ok("ADD", &pods[1].0, &pods[1].1);
             node.ok("DEL", &pods[1].0, &pods[1].1);
             assert_as_before(&node, &alone, "a guest has come and gone");
@@ -149,7 +163,7 @@ fn upstream_s_empty_scaffold_stays() {
         let netns = netns();
         let node = node(&netns, variant);
         foreign::install_upstream_scaffold(&node);
-        let before = node.snapshot();
+        let before = state(&node);
         let mut marked = rich(&node, 10);
         marked["markMasqBit"] = json!(5);
         for config in [rich(&node, 10), marked] {
@@ -171,7 +185,7 @@ fn del_needs_the_key_alone() {
     for variant in VARIANTS {
         let netns = netns();
         let node = node(&netns, variant);
-        let before = node.snapshot();
+        let before = state(&node);
         let key = json!({
             "cniVersion": "1.0.0", "name": "portmap", "type": "portmap", "stateDir": node.state_dir,
         });
@@ -229,16 +243,17 @@ fn a_failed_add_leaves_everything_as_it_was() {
         for neighbour in [false, true] {
             let netns = netns();
             let mut node = node(&netns, variant);
-            if variant != Variant::Nftables {
+            if IPTABLES.contains(&variant) {
                 foreign::install_upstream_scaffold(&node);
             }
             if neighbour {
                 node.ok("ADD", &rich(&node, 20), &attachment("neighbour"));
             }
-            let before = node.snapshot();
+            let before = state(&node);
             let whole = node.path.clone();
             let broken: &[&str] = match variant {
                 Variant::Nftables => &["nft"],
+                Variant::Ebpf => &[],
                 // IPv4 is done by the time that IPv6 fails.
                 _ if neighbour => &["ip6tables-restore", "iptables-restore"],
                 // The first ADD also reads.
@@ -251,7 +266,10 @@ fn a_failed_add_leaves_everything_as_it_was() {
                 assert!(code >= 100 && text.contains(tool), "{code} {text}");
                 assert_as_before(&node, &before, &format!("without {tool}"));
             }
-            if variant != Variant::Nftables {
+            if variant == Variant::Ebpf {
+                without_pins(&node, &before);
+            }
+            if IPTABLES.contains(&variant) {
                 let mut config = rich(&node, 10);
                 config["externalSetMarkChain"] = json!("NO-SUCH-CHAIN");
                 let (code, text) = node.fails("ADD", &config, &attachment("one"));
@@ -259,7 +277,7 @@ fn a_failed_add_leaves_everything_as_it_was() {
                 assert_as_before(&node, &before, "without externalSetMarkChain");
                 // There for IPv4 only.
                 node.shell("iptables -t nat -N NO-SUCH-CHAIN");
-                let before = node.snapshot();
+                let before = state(&node);
                 node.fails("ADD", &config, &attachment("one"));
                 assert_as_before(&node, &before, "externalSetMarkChain without IPv6");
             }
@@ -269,6 +287,17 @@ fn a_failed_add_leaves_everything_as_it_was() {
             node.ok("DEL", &rich(&node, 10), &attachment("one"));
         }
     }
+}
+
+/// What everybody may write to is not used: maps decide where packets go.
+fn without_pins(node: &Node, before: &State) {
+    let before_pins = pins(node.netns).unwrap();
+    node.shell("mkdir -p /sys/fs/bpf/portmap; chmod 0777 /sys/fs/bpf/portmap");
+    let (code, text) = node.fails("ADD", &rich(node, 10), &attachment("one"));
+    assert!(code == 5 && text.contains("/sys/fs/bpf/portmap"), "{code} {text}");
+    node.shell("chmod 0700 /sys/fs/bpf/portmap");
+    assert_as_before(node, before, "without pins");
+    assert_eq!(pins(node.netns).unwrap(), before_pins);
 }
 
 /// Every file below a directory as the node's mount namespace shows it, with its content.
@@ -299,13 +328,13 @@ fn a_full_state_directory_fails_add_and_leaves_everything_as_it_was() {
         let [first, second] =
             [0, 1].map(|pod| support::attachment(&lab.pods[pod], &format!("p{pod}")));
         node.ok("ADD", &config(0, 8080), &first);
-        let (before, state) = (node.snapshot(), files(&node, &dir));
+        let (before, held) = (state(&node), files(&node, &dir));
         let fill = dir.join("filler");
         node.shell(&format!("dd if=/dev/zero of={} bs=1k 2>/dev/null || true", fill.display()));
         let (code, text) = node.fails("ADD", &config(1, 8081), &second);
         assert!(code == 5 && text.contains("No space left"), "{code} {text}");
         assert_as_before(&node, &before, "with a full state directory");
-        assert_eq!(files(&node, &dir), state, "{variant:?}");
+        assert_eq!(files(&node, &dir), held, "{variant:?}");
         // DEL has to work: it is what makes room.
         node.ok("DEL", &config(1, 8081), &second);
         node.ok("DEL", &config(0, 8080), &first);
@@ -340,7 +369,7 @@ fn without_mappings_no_lock_is_taken_and_no_process_started() {
                 .unwrap();
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
         }
-        let before = node.snapshot();
+        let before = state(&node);
         node.path = stubs;
         std::fs::create_dir_all(&node.state_dir).unwrap();
         let lock = std::fs::File::create(node.state_dir.join("lock")).unwrap();
@@ -362,13 +391,13 @@ fn without_mappings_no_lock_is_taken_and_no_process_started() {
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn the_sysctl_of_a_link_goes_back_with_its_last_user() {
-    for variant in VARIANTS {
+    for variant in RULES {
         for former in ["0", "1"] {
             let netns = netns();
             let node = node(&netns, variant);
             let key = format!("ipv4/conf/{LINK}/route_localnet");
             netns.set_sysctl(&key, former).unwrap();
-            let before = node.snapshot();
+            let before = state(&node);
             node.ok("ADD", &rich(&node, 10), &attachment("one"));
             node.ok("ADD", &rich(&node, 11), &attachment("two"));
             assert_eq!(netns.sysctl(&key).unwrap(), "1");
@@ -378,4 +407,16 @@ fn the_sysctl_of_a_link_goes_back_with_its_last_user() {
             assert_as_before(&node, &before, &format!("route_localnet was {former}"));
         }
     }
+}
+
+/// 127.0.0.1 is no destination of packets there.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ebpf_leaves_the_sysctl_alone() {
+    let netns = netns();
+    let node = node(&netns, Variant::Ebpf);
+    let before = state(&node);
+    node.ok("ADD", &rich(&node, 10), &attachment("one"));
+    node.snapshot().same_sysctls(&before.snapshot).unwrap();
+    node.snapshot().same_rules(&before.snapshot).unwrap();
 }

@@ -21,7 +21,7 @@ use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
 use support::bare::mapping;
-use support::{Node, VARIANTS, attachment, prev_result};
+use support::{Node, VARIANTS, Variant, attachment, prev_result};
 
 /// Less than a second, after which Linux sends a lost SYN again: a lost one is a failure.
 const TIMEOUT: Duration = Duration::from_millis(900);
@@ -41,6 +41,9 @@ struct Seen {
 /// Clients that connect in a loop, one thread for each target.
 struct Callers<'a> {
     seen: Vec<&'a Mutex<Seen>>,
+    /// How many calls of each client a step may cost: the one that is under way. eBPF keeps no way to a
+    /// former pod, so that what has begun there ends when the port has a new owner.
+    lost: usize,
 }
 
 impl Callers<'_> {
@@ -56,8 +59,8 @@ impl Callers<'_> {
         }
     }
 
-    /// Does a step while all clients connect, after which `owner` alone must answer. No call failed,
-    /// and none was answered by another pod than the owner before or after.
+    /// Does a step while all clients connect, after which `owner` alone must answer. No call failed but
+    /// for `lost`, and none was answered by another pod than the owner before or after.
     fn step(&self, what: &str, owner: &str, step: impl FnOnce()) {
         self.wait_for(1);
         let before: Vec<(String, usize)> = self
@@ -65,6 +68,7 @@ impl Callers<'_> {
             .iter()
             .map(|seen| {
                 let seen = seen.lock().unwrap();
+                assert_eq!(seen.failures, [], "before {what}");
                 (seen.servers.last().unwrap().clone(), seen.servers.len())
             })
             .collect();
@@ -75,8 +79,9 @@ impl Callers<'_> {
             self.seen.iter().map(|seen| seen.lock().unwrap().servers.len()).collect();
         self.wait_for(CALLS);
         for ((seen, (former, start)), end) in self.seen.iter().zip(before).zip(after) {
-            let seen = seen.lock().unwrap();
-            assert!(seen.failures.is_empty(), "{what}: {:?}", seen.failures);
+            let mut seen = seen.lock().unwrap();
+            assert!(seen.failures.len() <= self.lost, "{what}: {:?}", seen.failures);
+            seen.failures.clear();
             let strange =
                 seen.servers[start..].iter().find(|name| **name != former && *name != owner);
             assert_eq!(strange, None, "{what}");
@@ -87,7 +92,7 @@ impl Callers<'_> {
 }
 
 /// Runs `steps` while clients call the targets in a loop.
-fn calling(lab: &Lab, targets: &[SocketAddr], steps: impl FnOnce(&Callers)) {
+fn calling(lab: &Lab, targets: &[SocketAddr], lost: usize, steps: impl FnOnce(&Callers)) {
     let stop = AtomicBool::new(false);
     let seen: Vec<Mutex<Seen>> = targets.iter().map(|_| Mutex::default()).collect();
     std::thread::scope(|scope| {
@@ -104,7 +109,7 @@ fn calling(lab: &Lab, targets: &[SocketAddr], steps: impl FnOnce(&Callers)) {
                 }
             });
         }
-        let callers = Callers { seen: seen.iter().collect() };
+        let callers = Callers { seen: seen.iter().collect(), lost };
         // The clients must end also if a step fails, or the scope would wait for ever.
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| steps(&callers)));
         stop.store(true, Ordering::Relaxed);
@@ -141,7 +146,8 @@ fn the_newest_owner_wins_and_somebody_always_answers() {
         verb("ADD", 0);
         let targets: Vec<SocketAddr> =
             lab.options.families.iter().map(|family| lab.node_socket(*family, PORT)).collect();
-        calling(&lab, &targets, |callers| {
+        let lost = usize::from(variant == Variant::Ebpf);
+        calling(&lab, &targets, lost, |callers| {
             callers.step("ADD of a second", "pod-b", || verb("ADD", 1));
             verb("CHECK", 1);
             callers.step("late DEL of the first", "pod-b", || verb("DEL", 0));
@@ -255,7 +261,8 @@ fn udp_follows_the_newest_owner_without_a_pause() {
                 let line = line.unwrap_or_else(|| panic!("{variant:?} {family}: no entry:\n{all}"));
                 line.split_whitespace().find(|word| word.starts_with("id=")).unwrap().to_owned()
             };
-            let id = entry();
+            // By eBPF nothing is translated that the kernel would have to track.
+            let id = (variant != Variant::Ebpf).then(entry);
             udp_steps(flow, |expect| {
                 expect("pod-a");
                 node.ok("ADD", &second.0, &second.1);
@@ -264,7 +271,45 @@ fn udp_follows_the_newest_owner_without_a_pause() {
                 expect("pod-a");
             });
             assert_eq!(foreign.ask().unwrap().server, "pod-c");
-            assert_eq!(entry(), id, "{variant:?} {family}: the foreign flow has a new entry");
+            if let Some(id) = id {
+                assert_eq!(entry(), id, "{variant:?} {family}: the foreign flow has a new entry");
+            }
+        }
+    }
+}
+
+/// The claim of one address takes flows to it from a claim of any address, and gives them back.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs conntrack"]
+fn udp_follows_a_claim_of_its_address() {
+    for variant in VARIANTS {
+        let lab = lab(2);
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[], &[53]).unwrap()).collect();
+        let [first, mut second] = [0, 1].map(|number| pod(&node, &lab, number));
+        for family in lab.options.families.clone() {
+            let mut specific = mapping(PORT, 53, "udp");
+            specific["hostIP"] = json!(lab.node_address(family));
+            second.0["runtimeConfig"]["portMappings"] = json!([specific]);
+            node.ok("ADD", &first.0, &first.1);
+            let open = |ip| {
+                let call = Call::new(Transport::Udp, SocketAddr::new(ip, PORT), TIMEOUT);
+                Session::open(&lab.client, call).unwrap()
+            };
+            let mut elsewhere = open(lab.second_node_address(family));
+            assert_eq!(elsewhere.ask().unwrap().server, "pod-a");
+            udp_steps(open(lab.node_address(family)), |expect| {
+                expect("pod-a");
+                node.ok("ADD", &second.0, &second.1);
+                expect("pod-b");
+                assert_eq!(elsewhere.ask().unwrap().server, "pod-a");
+                node.ok("DEL", &second.0, &second.1);
+                expect("pod-a");
+            });
+            assert_eq!(elsewhere.ask().unwrap().server, "pod-a");
+            node.ok("DEL", &first.0, &first.1);
+            node.assert_clean(&before);
         }
     }
 }

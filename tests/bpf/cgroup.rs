@@ -2,55 +2,15 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sched::{CloneFlags, setns};
 use portmap::sys::bpf::cgroup::{Cgroup, root, root_by};
 use portmap::sys::bpf::program::{Hook, Program, SocketHook};
 
+use crate::cgroups::{Group, mounted};
 use crate::{isolated, returning, run};
 
 const HOOK: SocketHook = SocketHook::Connect4;
-
-/// Where this machine has cgroup v2.
-fn mounted() -> &'static Path {
-    let places = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(Path::new);
-    places.into_iter().find(|dir| dir.join("cgroup.controllers").exists()).unwrap()
-}
-
-/// A cgroup without processes, which takes what is attached to it along.
-pub struct Group(pub PathBuf);
-
-impl Group {
-    pub fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        Self::at(mounted().join(format!("portmap-test-{}-{number}", std::process::id())))
-    }
-
-    fn at(path: PathBuf) -> Self {
-        fs::create_dir(&path).unwrap();
-        Group(path)
-    }
-
-    fn below(&self) -> Self {
-        Self::at(self.0.join("below"))
-    }
-
-    fn open(&self) -> Cgroup {
-        Cgroup::open(&self.0).unwrap()
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // Processes that were killed leave it in a while.
-        while let Err(error) = fs::remove_dir(&self.0) {
-            assert_eq!(error.raw_os_error(), Some(libc::EBUSY), "{error}");
-            std::thread::yield_now();
-        }
-    }
-}
 
 fn program(name: &str, hook: SocketHook) -> Program {
     Program::load(Hook::Socket(hook), name, &returning(1), c"GPL").unwrap()
@@ -61,7 +21,7 @@ fn program(name: &str, hook: SocketHook) -> Program {
 fn programs_stand_beside_others_and_keep_their_place() {
     isolated(|| {
         let group = Group::new();
-        let (cgroup, child) = (group.open(), group.below());
+        let (cgroup, child) = (group.open(), group.below("child"));
         for hook in SocketHook::ALL {
             let [foreign, ours, newer, last] =
                 ["foreign", "pm_old", "pm_new", "last"].map(|name| program(name, hook));
@@ -84,7 +44,7 @@ fn programs_stand_beside_others_and_keep_their_place() {
             cgroup.replace_in_two_steps(hook, &newer, &ours).unwrap();
             assert_eq!(ids(), [foreign.id(), last.id(), ours.id()]);
 
-            let child = child.open();
+            let child = Cgroup::open(&child).unwrap();
             assert!(child.query(hook).unwrap().programs.is_empty());
             let effective = child.effective(hook).unwrap();
             // Somebody else may have attached programs to the root.
@@ -114,21 +74,21 @@ fn attach_alone(group: &Group, program: &Program) {
 fn a_program_that_allows_no_others_is_reported() {
     isolated(|| {
         let group = Group::new();
-        let child = group.below();
+        let child = Cgroup::open(&group.below("below")).unwrap();
         let (foreign, ours) = (program("foreign", HOOK), program("pm_ours", HOOK));
         attach_alone(&group, &foreign);
-        let refused = |group: &Group| {
-            let error = group.open().attach(HOOK, &ours).unwrap_err();
+        let refused = |group: &Cgroup| {
+            let error = group.attach(HOOK, &ours).unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
             error.to_string()
         };
-        let here = refused(&group);
+        let here = refused(&group.open());
         assert!(here.contains("attached to it, without BPF_F_ALLOW_MULTI"), "{here}");
         let below = refused(&child);
         assert!(below.contains("hook Connect4 of the cgroup below"), "{below}");
         assert!(below.contains("attached to a cgroup above it"), "{below}");
         assert!(group.open().detach(HOOK, &foreign).unwrap());
-        child.open().attach(HOOK, &ours).unwrap();
+        child.attach(HOOK, &ours).unwrap();
     });
 }
 

@@ -10,7 +10,7 @@ use portmap::sys::bpf::cookie;
 use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::program::{Hook, Program, SocketHook};
 
-use crate::cgroup::Group;
+use crate::cgroups::Group;
 use crate::{INNER, definition, instruction, isolated, once_more};
 
 /// Puts the cookie of the network namespace of whoever connects to 127.255.0.0/16 into the only

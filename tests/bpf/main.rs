@@ -9,6 +9,8 @@
 )]
 
 mod cgroup;
+#[path = "../support/cgroups.rs"]
+mod cgroups;
 mod clsact;
 mod cookie;
 mod features;

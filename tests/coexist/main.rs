@@ -13,9 +13,19 @@
     reason = "a part of the rig is for others; a test says by a panic that it failed"
 )]
 
+mod bypass;
+mod capture;
+#[path = "../support/cgroups.rs"]
+mod cgroups;
+mod frames;
+mod macvlan;
+mod netfilter;
 mod order;
+mod pmtu;
 #[path = "../matrix/rig.rs"]
 mod rig;
+mod sidecar;
+mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]
 mod support;

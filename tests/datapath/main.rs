@@ -24,4 +24,5 @@ mod random;
 mod rig;
 mod sctp;
 mod seen;
+mod sockets;
 mod truncated;

@@ -4,7 +4,6 @@ use std::net::{IpAddr, SocketAddr};
 
 use portmap::backend::ebpf::entries;
 use portmap::backend::ebpf::layout::{ClaimKey, Traffic};
-use portmap::backend::ebpf::loaded::Loaded;
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Shape;
 use portmap::demo::traffic::{Call, Reply, Session, Transport, reach};
@@ -12,6 +11,7 @@ use portmap::model::{Claim, Family, Protocol};
 use serde_json::json;
 
 use crate::rig::{Container, INSIDE, PORT, Stage, TIMEOUT, mapped, mapped_at};
+use crate::support::entries::maps;
 use crate::support::{Node, Variant};
 
 /// What has been counted of a claim; `None` if the claim is not there.
@@ -22,7 +22,7 @@ fn counted(
     ip: Option<IpAddr>,
 ) -> Option<Traffic> {
     let key = ClaimKey::of(&Claim { family, protocol, address: ip, port: PORT });
-    let maps = node.run(|| Loaded::open(true).unwrap().map(|loaded| loaded.maps)).unwrap()?;
+    let (maps, _) = maps(node)?;
     entries::traffic(&maps, &key).unwrap()
 }
 

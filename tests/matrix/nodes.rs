@@ -11,7 +11,8 @@ use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::program::{Program, SocketHook};
 
 use crate::rig::{Container, INSIDE, PORT, Stage, assert_calls, mapped, reaches, refused};
-use crate::support::{Node, Variant, socket_programs};
+use crate::support::entries::socket_programs;
+use crate::support::{Node, Variant};
 
 fn assert_node_calls(what: &str, stage: &Stage, server: Option<&str>) {
     let lab = &stage.lab;

@@ -72,6 +72,12 @@ pub fn hooks(node: &Netns) -> Vec<String> {
 fn at_devices() -> Vec<String> {
     let mut lines = Vec::new();
     let mut clsact = Clsact::open().unwrap();
+    let qdiscs = std::process::Command::new("tc").args(["qdisc", "show"]).output().unwrap();
+    let qdiscs = String::from_utf8(qdiscs.stdout).unwrap();
+    for line in qdiscs.lines().filter(|line| line.contains(" clsact ")) {
+        let device = line.split_whitespace().skip_while(|word| *word != "dev").nth(1);
+        lines.push(format!("{} clsact", device.unwrap()));
+    }
     for link in links().iter().filter(|link| !link.loopback) {
         for direction in Direction::ALL {
             for id in tcx::query(link.index, direction).unwrap().programs {
@@ -145,6 +151,24 @@ pub fn detach_from_sockets(hooks: &[SocketHook]) {
             }
         }
     }
+}
+
+/// Takes all programs off devices, whosever they are, and this node's off the root cgroup.
+pub fn detach_everywhere() {
+    for link in links().iter().filter(|link| !link.loopback) {
+        for direction in Direction::ALL {
+            for id in tcx::query(link.index, direction).unwrap().programs {
+                let program = Program::from_id(id).unwrap().unwrap();
+                tcx::detach(link.index, direction, &program).unwrap();
+            }
+        }
+        // A device without the qdisc has no filters.
+        std::process::Command::new("tc")
+            .args(["qdisc", "del", "dev", &link.name, "clsact"])
+            .output()
+            .unwrap();
+    }
+    detach_from_sockets(&SocketHook::ALL);
 }
 
 pub fn links() -> Vec<Link> {

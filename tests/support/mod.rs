@@ -10,25 +10,19 @@
 
 pub mod bare;
 pub mod ebpf;
+pub mod entries;
 pub mod foreign;
+pub mod strace;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue, FlowValue, port_bit};
-use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
-use portmap::backend::ebpf::objects::Claims;
 use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{self, Attachment, Output};
 use portmap::demo::snapshot::{Snapshot, pins};
 use portmap::demo::topology::{Lab, Pod};
-use portmap::sys::bpf::cgroup;
-use portmap::sys::bpf::pins::Pins;
-use portmap::sys::bpf::program::{Program, SocketHook};
 use serde_json::{Value, json};
-use zerocopy::FromBytes;
 
 /// The binary under test.
 pub const PORTMAP: &str = env!("CARGO_BIN_EXE_portmap");
@@ -224,7 +218,10 @@ impl<'a> Node<'a> {
             .unwrap_or_else(|lines| panic!("{:?}: sysctls differ:\n{lines}", self.variant));
         now.no_records()
             .unwrap_or_else(|lines| panic!("{:?}: records are left:\n{lines}", self.variant));
-        assert_eq!(entries(self.netns), Entries::default(), "map entries are left");
+        if self.variant == Variant::Ebpf {
+            let left = entries::entries(self.netns);
+            assert_eq!(left, entries::Entries::default(), "map entries are left");
+        }
     }
 }
 
@@ -242,91 +239,17 @@ impl Drop for Node<'_> {
     }
 }
 
-/// What the eBPF backend's maps say of claims. Addresses of the node, and connections of its own, are not
-/// claims'.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Entries {
-    pub claims: Claims,
-    /// How many claims have a port, by port, and the ports that programs look at.
-    pub port_uses: BTreeMap<u16, u32>,
-    pub ports: Vec<u16>,
-    /// Claims that are counted for.
-    pub traffic: BTreeSet<ClaimKey>,
-    /// Owners of connections.
-    pub flows: BTreeSet<u32>,
-}
-
-/// The entries of a node's maps; none if it has no maps.
-pub fn entries(node: &Netns) -> Entries {
-    let open = || {
-        let Found::Loaded(loaded) = Loaded::open(&OWN, true).unwrap() else {
-            return None;
-        };
-        let flows = loaded.flows().unwrap();
-        Some((loaded.maps, flows))
-    };
-    let Some((maps, flows)) = node.run(open).unwrap() else {
-        return Entries::default();
-    };
-    let word = |(key, value): (Vec<u8>, Vec<u8>)| {
-        (u32::read_from_bytes(&key).unwrap(), u64::read_from_bytes(&value).unwrap())
-    };
-    let words: BTreeMap<u32, u64> = maps.ports.entries().unwrap().into_iter().map(word).collect();
-    let watched = |port: &u16| {
-        let (index, bit) = port_bit(*port);
-        words[&index] & bit != 0
-    };
-    let read = |(key, value): (Vec<u8>, Vec<u8>)| {
-        (ClaimKey::read_from_bytes(&key).unwrap(), ClaimValue::read_from_bytes(&value).unwrap())
-    };
-    let uses = |(key, value): (Vec<u8>, Vec<u8>)| {
-        (u16::read_from_bytes(&key).unwrap(), u32::read_from_bytes(&value).unwrap())
-    };
-    let owner = |(_, value): (Vec<u8>, Vec<u8>)| FlowValue::read_from_bytes(&value).unwrap().owner;
-    Entries {
-        claims: maps.claims.entries().unwrap().into_iter().map(read).collect(),
-        port_uses: maps.port_uses.entries().unwrap().into_iter().map(uses).collect(),
-        ports: (0..=u16::MAX).filter(watched).collect(),
-        traffic: maps
-            .traffic
-            .entries()
-            .unwrap()
-            .iter()
-            .map(|(key, _)| ClaimKey::read_from_bytes(key).unwrap())
-            .collect(),
-        flows: flows
-            .flows
-            .entries()
-            .unwrap()
-            .into_iter()
-            .map(owner)
-            .filter(|owner| *owner != 0)
-            .collect(),
+/// Content of every file below a directory, by its path.
+pub fn files_of(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => files.extend(files_of(&path)),
+            false => drop(files.insert(path.clone(), std::fs::read(&path).unwrap())),
+        }
     }
-}
-
-/// Ids of the node's own programs among those at the root cgroup, which all nodes share: they use a map
-/// that the node has pinned.
-pub fn socket_programs(node: &Netns) -> BTreeSet<u32> {
-    let own = node
-        .run(|| {
-            let pins = Pins::open().unwrap();
-            let map = |layout: u32| pins.map(layout, "pm_sockets").unwrap();
-            let layouts = pins.list().unwrap().layouts;
-            layouts.into_iter().filter_map(map).map(|map| map.id()).collect::<BTreeSet<u32>>()
-        })
-        .unwrap();
-    let uses = |id: &u32| {
-        let program = Program::from_id(*id).unwrap();
-        program.is_some_and(|program| program.map_ids().unwrap().iter().any(|id| own.contains(id)))
-    };
-    attached().into_iter().filter(uses).collect()
-}
-
-/// Ids of all programs for sockets at the root cgroup.
-fn attached() -> BTreeSet<u32> {
-    let root = cgroup::root().unwrap();
-    SocketHook::ALL.into_iter().flat_map(|hook| root.query(hook).unwrap().programs).collect()
+    files
 }
 
 /// An attachment of a laboratory pod by another container ID than its name.

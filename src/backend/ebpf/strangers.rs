@@ -85,6 +85,6 @@ fn acts_in(maps: &[u32]) -> io::Result<Option<u64>> {
 fn is_named_as_ours(program: &Program) -> bool {
     SocketHook::ALL
         .into_iter()
-        .flat_map(|hook| [true, false].map(|gated| super::sockets::program(hook, gated)))
+        .flat_map(|hook| [true, false].map(|gated| super::places::program(hook, gated)))
         .any(|name| name == program.name())
 }

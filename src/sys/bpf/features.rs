@@ -36,8 +36,8 @@ pub struct Features {
     pub cgroup_replace: bool,
     /// Programs on getpeername (5.8).
     pub getpeername: bool,
-    /// Why programs cannot be attached to the socket calls of the node's processes; `None` if they
-    /// can.
+    /// Why this kernel cannot have programs on socket calls; `None` if it can, as far as can be told.
+    /// Whether a process finds the cgroup to attach them to is its own affair, and not said here.
     pub no_socket_hooks: Option<String>,
 }
 
@@ -70,21 +70,17 @@ impl Features {
             cgroup_replace: connect.as_ref().is_ok_and(replaces),
             getpeername: socket(SocketHook::Getpeername4, &[set_result(1), exit()]).is_ok(),
             no_socket_hooks: match connect {
-                Ok(_) => no_root(),
+                Ok(_) => not_at_cgroups(),
                 Err(error) => Some(format!("this kernel has no programs on socket calls: {error}")),
             },
         })
     }
 }
 
-/// Why there is no root to attach to.
-fn no_root() -> Option<String> {
-    let root = match cgroup::root() {
-        Ok(root) => root,
-        Err(error) => return Some(error.to_string()),
-    };
+/// Why programs cannot be attached to cgroups.
+fn not_at_cgroups() -> Option<String> {
     // EINVAL without CONFIG_CGROUP_BPF.
-    let error = root.query(SocketHook::Connect4).err()?;
+    let error = cgroup::root().ok()?.query(SocketHook::Connect4).err()?;
     Some(format!("programs of the root of cgroup v2 cannot be read: {error}"))
 }
 

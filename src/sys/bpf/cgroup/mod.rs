@@ -82,6 +82,13 @@ impl Cgroup {
         Ok(syscall::query(self.target(hook), BPF_F_QUERY_EFFECTIVE)?.programs)
     }
 
+    /// Whether a program is attached to this very cgroup that allows no others beside it. Where
+    /// programs are attached to a cgroup below, it does not run for that one's processes.
+    pub fn is_reserved(&self, hook: SocketHook) -> io::Result<bool> {
+        let attached = self.query(hook)?;
+        Ok(!attached.programs.is_empty() && attached.flags & BPF_F_ALLOW_MULTI == 0)
+    }
+
     /// Attaches a program beside others. It is an error, which says so, if one that is attached
     /// here or above does not allow others.
     pub fn attach(&self, hook: SocketHook, program: &Program) -> io::Result<()> {
