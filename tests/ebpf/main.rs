@@ -13,6 +13,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod group;
+mod rights;
 mod talks;
 mod upgrade;
 

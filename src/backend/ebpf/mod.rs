@@ -92,6 +92,10 @@ impl Apply for Ebpf {
         loaded::refuse_newer()
     }
 
+    fn prepare(&self) -> Result<()> {
+        trial::prepare()
+    }
+
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
         // State of another directory, or of one that is gone, may be in the maps.
         if change.added.is_some() && change.parts_before.is_empty() {
