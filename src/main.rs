@@ -6,6 +6,7 @@
 )]
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use portmap::cni::invocation::Invocation;
 use portmap::commands::{
     CommandError, Terminal, Verdict, check_config, flush, install, uninstall, watch,
 };
+use portmap::conflist::files::Choice;
 use portmap::demo::{self, DemoOptions};
 use portmap::sys::Host;
 use portmap::usage::{Cli, Command, completions, introduction, manual};
@@ -55,7 +57,8 @@ fn command(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Demo { backend } => demonstrate(backend),
         Command::Install { dest, conflist, conf_dir, watch, pause, json } => {
-            let options = install::Options { dest, list: conflist, conf_dir, json };
+            let (dest, conf_dir) = (absolute(dest), absolute(conf_dir));
+            let options = install::Options { dest, list: conflist.map(choice), conf_dir, json };
             on_terminal("install", |_, terminal| match watch {
                 true => {
                     let pause = Duration::from_secs(pause);
@@ -65,8 +68,8 @@ fn command(cli: Cli) -> ExitCode {
             })
         }
         Command::Uninstall { dest, conflist, conf_dir, state_dir, force, json } => {
-            let options =
-                uninstall::Options { dest, list: conflist, conf_dir, state_dir, force, json };
+            let (dest, conf_dir, list) = (absolute(dest), absolute(conf_dir), conflist.map(choice));
+            let options = uninstall::Options { dest, list, conf_dir, state_dir, force, json };
             on_terminal("uninstall", |host, terminal| uninstall::run(host, &options, terminal))
         }
         Command::CheckConfig { file, json } => on_terminal("check-config", |host, terminal| {
@@ -87,6 +90,18 @@ fn command(cli: Cli) -> ExitCode {
                 flush::Options { network: network.as_deref(), yes, json, state_dir: &state_dir };
             on_terminal("flush", |host, terminal| flush::run(host, &options, terminal))
         }
+    }
+}
+
+/// As it is without the working directory.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+fn choice(choice: Choice) -> Choice {
+    match choice {
+        Choice::Auto => Choice::Auto,
+        Choice::File(path) => Choice::File(absolute(path)),
     }
 }
 

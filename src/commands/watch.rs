@@ -116,6 +116,11 @@ impl Kept {
                     say(log, &format!("cannot do it yet: {problem}"))?;
                 }
                 self.problem = Some(problem);
+                // An attempt makes and removes a file, which is a change in the directory as well.
+                if matches!(error, CommandError::Engine(_)) {
+                    self.throttle.repaired(events.now());
+                    *timeout = self.throttle.wait(events.now()).min(*timeout);
+                }
             }
         }
         notes.retain(|note| !self.said.contains(note));
