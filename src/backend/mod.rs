@@ -119,6 +119,11 @@ pub trait Apply {
         Ok(())
     }
 
+    /// Fails where an ADD would stop half-way for want of something that can be known before.
+    fn prepare(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The fast path.
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome>;
 

@@ -112,9 +112,8 @@ impl<'a> Engine<'a> {
             Some(old) if old.backend != record.backend => (None, Some(old)),
             old => (old, None),
         };
-        for kind in [Some(record.backend), old.map(|old| old.backend)].into_iter().flatten() {
-            self.backend(kind)?.admit()?;
-        }
+        self.backend(record.backend)?.prepare()?;
+        old.map_or(Ok(()), |old| backend::of(old.backend).admit())?;
         let before = self.store.parts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
         let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
@@ -262,7 +261,14 @@ impl<'a> Engine<'a> {
                 .and_then(|()| {
                     self.restore_without(record.backend, Some(record), None, &lost, facts, &none)
                 })
-                .and_then(|()| self.store.remove(record)),
+                .and_then(|()| self.store.remove(record))
+                .inspect(|()| {
+                    // Nobody else needs what this ADD may have begun to load. Whatever cannot be
+                    // taken away again the next ADD makes use of.
+                    if self.store.parts(record.backend).is_ok_and(|parts| parts.is_empty()) {
+                        drop(backend::of(record.backend).unload(self.host));
+                    }
+                }),
         };
         match undone.and_then(|()| self.finish()) {
             Ok(()) => error,

@@ -72,6 +72,12 @@ pub fn hooks(node: &Netns) -> Vec<String> {
 fn at_devices() -> Vec<String> {
     let mut lines = Vec::new();
     let mut clsact = Clsact::open().unwrap();
+    let qdiscs = std::process::Command::new("tc").args(["qdisc", "show"]).output().unwrap();
+    let qdiscs = String::from_utf8(qdiscs.stdout).unwrap();
+    for line in qdiscs.lines().filter(|line| line.contains(" clsact ")) {
+        let device = line.split_whitespace().skip_while(|word| *word != "dev").nth(1);
+        lines.push(format!("{} clsact", device.unwrap()));
+    }
     for link in links().iter().filter(|link| !link.loopback) {
         for direction in Direction::ALL {
             for id in tcx::query(link.index, direction).unwrap().programs {

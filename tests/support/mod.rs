@@ -12,6 +12,7 @@ pub mod bare;
 pub mod ebpf;
 pub mod entries;
 pub mod foreign;
+pub mod strace;
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -236,6 +237,19 @@ impl Drop for Node<'_> {
             assert_eq!(ebpf::at_sockets(self.netns), Vec::<String>::new(), "programs are left");
         }
     }
+}
+
+/// Content of every file below a directory, by its path.
+pub fn files_of(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = std::collections::BTreeMap::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => files.extend(files_of(&path)),
+            false => drop(files.insert(path.clone(), std::fs::read(&path).unwrap())),
+        }
+    }
+    files
 }
 
 /// An attachment of a laboratory pod by another container ID than its name.

@@ -159,10 +159,11 @@ pub fn detach(host: &Host, links: &[Link]) -> Result<()> {
     for link in links.iter().filter(|link| !link.loopback) {
         let mut detach = || -> io::Result<()> {
             for direction in Direction::ALL {
-                let ids = chain(tcx, link.index, direction)?;
-                clear(&mut filters, link.index, direction, ids)?;
+                for id in chain(tcx, link.index, direction)? {
+                    detach_by_id(link.index, direction, id)?;
+                }
             }
-            Ok(())
+            filters.detach(link.index)
         };
         unless_gone(&link.name, detach())?;
     }
@@ -260,10 +261,11 @@ impl Plan {
             let mut clear = || -> io::Result<()> {
                 for direction in Direction::ALL {
                     let chain = self.chains.get(&(*device, direction));
-                    let ids = chain.into_iter().flatten().filter(|one| one.ours);
-                    clear(filters, *device, direction, ids.map(|one| one.id))?;
+                    for one in chain.into_iter().flatten().filter(|one| one.ours) {
+                        detach_by_id(*device, direction, one.id)?;
+                    }
                 }
-                Ok(())
+                filters.detach(*device)
             };
             unless_gone(name, clear())?;
         }
@@ -271,19 +273,9 @@ impl Plan {
     }
 }
 
-/// Takes programs of this plugin off a device, those by tcx by their numbers.
-fn clear(
-    filters: &mut Filters,
-    device: u32,
-    direction: Direction,
-    ids: impl IntoIterator<Item = u32>,
-) -> io::Result<()> {
-    for id in ids {
-        if let Some(program) = own(id)? {
-            tcx::detach(device, direction, &program)?;
-        }
-    }
-    filters.detach(device, direction)
+/// Takes a program off, if it is one of this plugin's.
+fn detach_by_id(device: u32, direction: Direction, id: u32) -> io::Result<()> {
+    own(id)?.map_or(Ok(()), |program| tcx::detach(device, direction, &program).map(drop))
 }
 
 fn unless_gone(device: &str, result: io::Result<()>) -> Result<()> {
@@ -337,7 +329,7 @@ fn put(filters: &mut Filters, hook: &Hook, chain: &[Chained], program: &Program)
                 }
                 None => tcx::attach_first(hook.index, hook.direction, program)?,
             }
-            filters.detach(hook.index, hook.direction)?;
+            filters.detach_from(hook.index, hook.direction)?;
         }
         Mechanism::Clsact => filters.attach(hook.index, hook.direction, program)?,
     }

@@ -55,8 +55,30 @@ impl Filters {
         Ok(())
     }
 
-    /// Detaches this plugin's filter, and takes the qdisc away if it came with it and is of no more use.
-    pub fn detach(&mut self, device: u32, direction: Direction) -> io::Result<()> {
+    /// Detaches this plugin's filters, and with them the qdisc if it came with them and nobody else has
+    /// filters there.
+    pub fn detach(&mut self, device: u32) -> io::Result<()> {
+        let (mut own, mut others, mut made) = (Vec::new(), false, false);
+        for direction in Direction::ALL {
+            for filter in self.clsact.filters(device, direction)? {
+                if is_own(&filter) {
+                    made |= filter.name.as_deref() == Some(NAME_WITH_QDISC);
+                    own.push((direction, filter.slot));
+                } else {
+                    others = true;
+                }
+            }
+        }
+        if made && !others {
+            // Both filters in one step: a kill in between would leave a qdisc that nobody remembers.
+            return self.clsact.remove_qdisc(device).map(drop);
+        }
+        own.into_iter()
+            .try_for_each(|(direction, slot)| self.clsact.remove(device, direction, slot).map(drop))
+    }
+
+    /// Detaches this plugin's filter of one direction, where another program has taken over.
+    pub fn detach_from(&mut self, device: u32, direction: Direction) -> io::Result<()> {
         let filters = self.clsact.filters(device, direction)?;
         let mut with_qdisc = false;
         for own in filters.iter().filter(|filter| is_own(filter)) {

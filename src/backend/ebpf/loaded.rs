@@ -85,23 +85,13 @@ impl Loaded {
     ///
     /// # Errors
     ///
-    /// `Error::Newer` where a newer plugin has changed the layout: nothing can be said of its maps.
+    /// `Error::NewerMaps` where a newer plugin has changed the layout: nothing can be said of its maps.
     pub fn open(build: &Build, batches: bool) -> Result<Found> {
         let pins = pins()?;
-        refuse_newer_than(&pins, build.layout)?;
-        let failed = failed("open the eBPF maps");
-        let present = pins.map_names(build.layout).map_err(&failed)?;
-        let mut expected = WORKED_ON.iter().chain(&OTHERS);
-        if let Some(missing) = expected.find(|name| !present.contains(**name)) {
-            let dir = pins.maps_dir(build.layout);
-            return Ok(Found::Missing(match present.is_empty() {
-                true => format!("there are no eBPF maps: expected in {}", dir.display()),
-                false => {
-                    format!("the eBPF map {missing} is missing: expected in {}", dir.display())
-                }
-            }));
+        if let Some(missing) = missing_map(&pins, build.layout)? {
+            return Ok(Found::Missing(missing));
         }
-        let maps = pins.maps(build.layout, WORKED_ON).map_err(&failed)?;
+        let maps = pins.maps(build.layout, WORKED_ON).map_err(failed("open the eBPF maps"))?;
         let loaded = Self::with(build, pins, maps.unwrap_or_default(), batches)?;
         Ok(Found::Loaded(Box::new(loaded)))
     }
@@ -310,6 +300,28 @@ pub fn unpin() -> Result<()> {
 /// Fails where a newer plugin has changed the layout: its maps and programs are not for this one.
 pub fn refuse_newer() -> Result<()> {
     refuse_newer_than(&pins()?, LAYOUT)
+}
+
+/// Whether nothing has to be made before claims can be written.
+///
+/// # Errors
+///
+/// As [`Loaded::open`].
+pub fn is_complete() -> Result<bool> {
+    Ok(missing_map(&pins()?, LAYOUT)?.is_none())
+}
+
+/// Which map is not there, in words.
+fn missing_map(pins: &Pins, layout: u32) -> Result<Option<String>> {
+    refuse_newer_than(pins, layout)?;
+    let present = pins.map_names(layout).map_err(failed("look for the eBPF maps"))?;
+    let dir = pins.maps_dir(layout);
+    let mut expected = WORKED_ON.iter().chain(&OTHERS);
+    let missing = expected.find(|name| !present.contains(**name));
+    Ok(missing.map(|name| match present.is_empty() {
+        true => format!("there are no eBPF maps: expected in {}", dir.display()),
+        false => format!("the eBPF map {name} is missing: expected in {}", dir.display()),
+    }))
 }
 
 fn refuse_newer_than(pins: &Pins, own: u32) -> Result<()> {

@@ -63,7 +63,7 @@ impl Observe for Ebpf {
         record: &Record,
         related: &[Record],
         _parts: &BTreeSet<Part>,
-        facts: &NodeFacts,
+        _facts: &NodeFacts,
         _recorded: bool,
     ) -> Result<Vec<String>> {
         let loaded = match open(host)? {
@@ -74,12 +74,13 @@ impl Observe for Ebpf {
         let expected = objects::claims_at(&keys, related, Some(record));
         let mut problems = entries::problems(&loaded.maps, &keys, &expected)
             .map_err(failed("read the eBPF maps"))?;
-        for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(facts))
+        // As they are now: pods and the node's own sockets reach no others.
+        let now = host.node_facts()?;
+        for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(&now))
             .map_err(failed("read the eBPF maps"))?
         {
             problems.push(format!("{} is not known as an address of the node", addr.ip()));
         }
-        let now = host.node_facts()?;
         problems.extend(devices::problems(host, &loaded, &host.links()?, &now)?);
         problems.extend(sockets::problems(host, &loaded)?);
         Ok(problems)
@@ -89,6 +90,10 @@ impl Observe for Ebpf {
 impl Apply for Ebpf {
     fn admit(&self) -> Result<()> {
         loaded::refuse_newer()
+    }
+
+    fn prepare(&self) -> Result<()> {
+        trial::prepare()
     }
 
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {

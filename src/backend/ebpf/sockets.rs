@@ -48,7 +48,13 @@ pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
                 Err(error) if is_gone(&error) => continue,
                 other => other.map_err(|error| failed(place, name, error))?.programs,
             };
-            if ids.get(*name).is_none_or(|id| attached != [*id]) {
+            // Others beside it may be another version's only after a kill, which is a matter for
+            // `Mode::Restore`.
+            let is_right = ids.get(*name).is_some_and(|id| match mode {
+                Mode::Extend => attached.contains(id),
+                Mode::Restore => attached == [*id],
+            });
+            if !is_right {
                 doubtful.push((*hook, *name, attached));
             }
         }

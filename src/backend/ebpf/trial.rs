@@ -1,17 +1,17 @@
 //! Whether the backend works on this node, and whether it should be chosen without being asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::filters::Filters;
-use super::loaded::{Found, Loaded, OWN};
+use super::loaded::{self, Found, Loaded, OWN};
 use crate::backend::Unusable;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::map::{Definition, Map};
 use crate::sys::bpf::object::{self, Object};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::bpf::program::{Program, SocketHook};
-use crate::sys::bpf::{Direction, cgroup};
+use crate::sys::bpf::{Direction, cgroup, require_capabilities};
 use crate::sys::namespace::in_scratch_netns;
 use crate::sys::netlink::rule;
 
@@ -24,6 +24,16 @@ const LOOPBACK: u32 = 1;
 /// they came by, with its mask (aws-vpc-cni, `AWS_VPC_K8S_CNI_CONNMARK`).
 const AWS_MARK: (u32, u32) = (0x80, 0x80);
 
+/// Finds out whether there is what an ADD needs from its beginning. Changes nothing.
+pub fn prepare() -> Result<()> {
+    let failed = |error| Error::io("use eBPF", error);
+    require_capabilities().map_err(failed)?;
+    if !loaded::is_complete()? {
+        Pins::open().and_then(|pins| pins.try_out()).map_err(failed)?;
+    }
+    Ok(())
+}
+
 /// Loads a program, and attaches it to the loopback device of a network namespace of its own. That
 /// programs have been loaded before says nothing of what this process may do.
 pub fn probe(host: &Host) -> Result<(), Unusable> {
@@ -32,12 +42,14 @@ pub fn probe(host: &Host) -> Result<(), Unusable> {
         details => Unusable::Broken(format!("{error}: {details}")),
     };
     let kernel = host.kernel().map_err(broken)?;
-    if let Found::Loaded(_) = Loaded::open(&OWN, kernel.batches).map_err(broken)? {
-        return Ok(());
+    prepare().map_err(broken)?;
+    if let Found::Loaded(loaded) = Loaded::open(&OWN, kernel.batches).map_err(broken)?
+        && !loaded.loaded(&BTreeSet::from([SAMPLE])).map_err(broken)?.is_empty()
+    {
+        let attach = || loaded.with_program(SAMPLE, |program| Ok(try_to_attach(program)));
+        return attach().map_err(broken)?.map_err(Unusable::Broken);
     }
-    let try_pins = || Pins::open()?.try_out();
-    try_pins().map_err(|error| Unusable::Broken(error.to_string()))?;
-    in_scratch_netns(try_out).map_err(Unusable::Broken)?.map_err(Unusable::Broken)
+    try_out().map_err(Unusable::Broken)
 }
 
 fn try_out() -> Result<(), String> {
@@ -52,8 +64,13 @@ fn try_out() -> Result<(), String> {
     let load = || object::load(&object.link(&maps, &[SAMPLE])?);
     let programs = load().map_err(|error| format!("loading program {SAMPLE}: {error}"))?;
     let program = programs.first().ok_or("no program was loaded")?;
+    try_to_attach(program)
+}
+
+fn try_to_attach(program: &Program) -> Result<(), String> {
     let attach = || Filters::open()?.attach(LOOPBACK, Direction::Ingress, program);
-    attach().map_err(|error| format!("attaching a program to a device (clsact, cls_bpf): {error}"))
+    in_scratch_netns(attach)?
+        .map_err(|error| format!("attaching a program to a device (clsact, cls_bpf): {error}"))
 }
 
 /// What else on the node would be bypassed.

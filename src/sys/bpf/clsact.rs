@@ -155,6 +155,11 @@ impl Clsact {
                 return Ok(false);
             }
         }
+        self.remove_qdisc(device)
+    }
+
+    /// Removes the clsact qdisc with all filters that it has; says whether there was one.
+    pub fn remove_qdisc(&mut self, device: u32) -> io::Result<bool> {
         let request = message(libc::RTM_DELQDISC, &qdisc(device), vec![kind("clsact")]);
         removed(self.send(&request, 0))
     }

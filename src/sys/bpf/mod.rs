@@ -25,6 +25,7 @@ use std::io;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use refusal::require_capabilities;
 pub use syscall::Attached;
 
 /// Which packets of a device.

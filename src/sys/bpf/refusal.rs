@@ -28,6 +28,21 @@ pub(super) fn explained(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{error}: {reason}"))
 }
 
+/// Fails if this process lacks a capability that some step on the way will need: better before the
+/// first one than half-way.
+///
+/// # Errors
+///
+/// `PermissionDenied`, with what is missing.
+pub fn require_capabilities() -> io::Result<()> {
+    let causes = Causes::read();
+    let missing = [CAP_NET_ADMIN, CAP_SYS_ADMIN].into_iter().any(|number| !causes.has(number));
+    match missing {
+        true => Err(io::Error::new(io::ErrorKind::PermissionDenied, causes.describe())),
+        false => Ok(()),
+    }
+}
+
 /// What is known of this process and the kernel that can be a cause.
 #[derive(Debug, Clone, Default)]
 struct Causes {
@@ -58,12 +73,16 @@ impl Causes {
                 .unwrap_or_default(),
             in_user_namespace: is_mapped(&text("/proc/self/uid_map")),
             lockdown: lockdown_mode(&text("/sys/kernel/security/lockdown")),
-            memory_limit: limit.filter(|limit| *limit < MEMORY),
+            memory_limit: limit.filter(|limit| *limit < MEMORY && counts_locked_memory()),
         }
     }
 
+    fn has(&self, capability: u32) -> bool {
+        self.effective >> capability & 1 == 1
+    }
+
     fn describe(&self) -> String {
-        let has = |capability: u32| self.effective >> capability & 1 == 1;
+        let has = |capability| self.has(capability);
         let mut reasons = Vec::new();
         if !has(CAP_NET_ADMIN) {
             reasons.push("this process lacks CAP_NET_ADMIN".to_owned());
@@ -92,6 +111,15 @@ impl Causes {
             None => "a security module or a seccomp filter may forbid it".to_owned(),
         }
     }
+}
+
+/// Whether maps and programs count against `RLIMIT_MEMLOCK`.
+fn counts_locked_memory() -> bool {
+    let release = nix::sys::utsname::uname().map(|name| name.release().to_owned());
+    let release = release.unwrap_or_default();
+    let release = release.to_string_lossy();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) < (5, 11)
 }
 
 /// `text`: user_namespaces(7), uid_map; the first namespace maps everything to itself.

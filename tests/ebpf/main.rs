@@ -1,0 +1,79 @@
+//! The eBPF backend on its own: other versions of it, missing rights, kernels that can do less, what
+//! programs remember, and taking it all away.
+//!
+//! Run as root: `cargo test --test ebpf -- --ignored`.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod group;
+mod rights;
+mod talks;
+mod upgrade;
+
+use std::time::Duration;
+
+use portmap::demo::plugin::Attachment;
+use portmap::demo::server::Servers;
+use portmap::demo::topology::{Lab, Options, Shape};
+use serde_json::{Value, json};
+use support::{Node, Variant, attachment, prev_result};
+
+/// Long enough for a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+fn lab(pods: usize) -> Lab {
+    Lab::build(Options { pods, ..Options::new(Shape::Cilium) }).unwrap()
+}
+
+/// A node without tools, whose pods all serve TCP at 80 and UDP at 53.
+struct Scene<'a> {
+    lab: &'a Lab,
+    node: Node<'a>,
+    _servers: Vec<Servers>,
+}
+
+impl<'a> Scene<'a> {
+    fn new(lab: &'a Lab) -> Self {
+        let mut node = Node::new(&lab.node, Variant::Ebpf);
+        node.cni_version = "1.1.0".into();
+        let servers = lab.pods.iter().map(|pod| pod.serve(&[80], &[53]).unwrap()).collect();
+        Scene { lab, node, _servers: servers }
+    }
+
+    /// hostPort 8080 of pod-a, 8081 of pod-b and so on, of both protocols.
+    fn port(pod: usize) -> u16 {
+        8080 + u16::try_from(pod).unwrap()
+    }
+
+    fn config(&self, pod: usize) -> Value {
+        self.config_with(pod, Self::port(pod))
+    }
+
+    fn config_with(&self, pod: usize, port: u16) -> Value {
+        let mappings = json!([
+            {"hostPort": port, "containerPort": 80, "protocol": "tcp"},
+            {"hostPort": port, "containerPort": 53, "protocol": "udp"},
+        ]);
+        self.node.config(mappings, prev_result(self.lab, pod, &self.node.cni_version))
+    }
+
+    fn key(&self, pod: usize) -> Attachment {
+        attachment(&self.lab.pods[pod], &format!("container-{pod}"))
+    }
+
+    fn ok(&self, verb: &str, pod: usize) -> String {
+        self.node.ok(verb, &self.config(pod), &self.key(pod)).stderr
+    }
+
+    fn fails(&self, verb: &str, pod: usize) -> (u64, String) {
+        self.node.fails(verb, &self.config(pod), &self.key(pod))
+    }
+}

@@ -1,0 +1,109 @@
+//! Connections that stay open, on every path that a hostPort has.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use portmap::demo::topology::Lab;
+use portmap::demo::traffic::{Call, Session, Transport, reach};
+use portmap::model::Family;
+
+use super::{Scene, TIMEOUT};
+
+/// Open connections to hostPort 8080 of pod-a.
+pub struct Talks<'a> {
+    lab: &'a Lab,
+    sessions: Vec<(String, Session)>,
+}
+
+impl<'a> Talks<'a> {
+    /// From the client, from the node by its addresses and by the loopback's, from another pod, from
+    /// the pod itself.
+    pub fn open(lab: &'a Lab) -> Self {
+        let mut talks = Talks { lab, sessions: Vec::new() };
+        for (what, call) in talks.calls() {
+            let from = talks.netns(&what);
+            let mut session =
+                Session::open(from, call).unwrap_or_else(|failure| panic!("{what}: {failure}"));
+            let reply = session.ask().unwrap_or_else(|failure| panic!("{what}: {failure}"));
+            assert_eq!(reply.server, lab.pods[0].name, "{what}");
+            talks.sessions.push((what, session));
+        }
+        talks
+    }
+
+    fn calls(&self) -> Vec<(String, Call)> {
+        let mut calls = Vec::new();
+        for family in &self.lab.options.families {
+            let loopback = match family {
+                Family::V4 => std::net::Ipv4Addr::LOCALHOST.into(),
+                Family::V6 => std::net::Ipv6Addr::LOCALHOST.into(),
+            };
+            let port = Scene::port(0);
+            let outer = self.lab.node_socket(*family, port);
+            let inner = std::net::SocketAddr::new(loopback, port);
+            for transport in [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected] {
+                for (from, target) in [
+                    ("client", outer),
+                    ("node", outer),
+                    ("node", inner),
+                    ("pod-b", outer),
+                    ("pod-a", outer),
+                ] {
+                    let what = format!("{from} {transport} {target}");
+                    calls.push((what, Call::new(transport, target, TIMEOUT)));
+                }
+            }
+        }
+        calls
+    }
+
+    fn netns(&self, what: &str) -> &'a portmap::demo::netns::Netns {
+        match what.split(' ').next().unwrap() {
+            "client" => &self.lab.client,
+            "node" => &self.lab.node,
+            "pod-b" => &self.lab.pods[1].netns,
+            _ => &self.lab.pods[0].netns,
+        }
+    }
+
+    /// Every connection is asked something.
+    pub fn go_on(&mut self) {
+        for (what, session) in &mut self.sessions {
+            session.ask().unwrap_or_else(|failure| panic!("{what}: {failure}"));
+        }
+    }
+
+    /// Asks on every connection, and makes new ones, again and again while something happens. A
+    /// datagram that is lost is a failure.
+    pub fn during(&mut self, action: impl FnOnce() + Send) {
+        let (done, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            let (done, rounds) = (&done, &rounds);
+            let actor = scope.spawn(move || {
+                // Not before the talks have begun, and not before they have gone on for a while.
+                wait_for(rounds, 1);
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
+                wait_for(rounds, rounds.load(Ordering::SeqCst) + 2);
+                done.store(true, Ordering::SeqCst);
+                result
+            });
+            let calls = self.calls();
+            while !done.load(Ordering::SeqCst) {
+                self.go_on();
+                for (what, call) in &calls {
+                    reach(self.netns(what), *call)
+                        .unwrap_or_else(|failure| panic!("new: {what}: {failure}"));
+                }
+                rounds.fetch_add(1, Ordering::SeqCst);
+            }
+            if let Err(panic) = actor.join().unwrap() {
+                std::panic::resume_unwind(panic);
+            }
+        });
+    }
+}
+
+fn wait_for(rounds: &AtomicUsize, number: usize) {
+    while rounds.load(Ordering::SeqCst) < number {
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,324 @@
+//! Programs of another version than the plugin's own.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use portmap::backend::ebpf::devices::{self, Mode, Scope};
+use portmap::backend::ebpf::loaded::{Build, Loaded, OWN};
+use portmap::backend::ebpf::{entries, objects, sockets};
+use portmap::sys::Host;
+use portmap::sys::bpf::map::Map;
+use portmap::sys::bpf::object::{self, Aligned};
+use portmap::sys::bpf::pins::Pins;
+use portmap::sys::bpf::program::{Program, SocketHook};
+use portmap::sys::bpf::{Direction, cgroup, tcx};
+use portmap::sys::store::Store;
+
+use super::support::ebpf::{self, PINS};
+use super::talks::Talks;
+use super::{Scene, lab};
+
+static OLDER: &Aligned<[u8]> = &Aligned(*include_bytes!("../../testdata/bpf/older.bpf.o"));
+static NEWER: &Aligned<[u8]> = &Aligned(*include_bytes!("../../testdata/bpf/newer.bpf.o"));
+
+fn build(object: &'static [u8], layout: u32, revision: u32) -> Build {
+    let digest = Box::leak(object::revision(object).into_boxed_str());
+    Build { object, digest, layout, revision }
+}
+
+/// The plugin's own object as another revision: the same programs in a file with another digest.
+fn other_revision(revision: u32) -> Build {
+    let mut bytes = OWN.object.to_vec();
+    // Sections are found by offsets from the beginning.
+    bytes.extend([0; 8]);
+    let words = bytes.len().div_ceil(8);
+    let mut aligned: Vec<u64> = vec![0; words];
+    for (word, chunk) in aligned.iter_mut().zip(bytes.chunks(8)) {
+        let mut bytes = [0; 8];
+        bytes[..chunk.len()].copy_from_slice(chunk);
+        *word = u64::from_ne_bytes(bytes);
+    }
+    let words: &'static [u64] = Vec::leak(aligned);
+    build(zerocopy::IntoBytes::as_bytes(words), OWN.layout, revision)
+}
+
+impl Scene<'_> {
+    /// Makes the node one that another version has loaded and that the same pods have come to.
+    fn loaded_by(&self, build: &Build) {
+        let work = || {
+            Pins::open().unwrap().remove_all().unwrap();
+            let host = Host::new(None);
+            let records =
+                Store::open(&self.node.state_dir, &host.boot_id()).unwrap().all().unwrap().0;
+            let loaded = Loaded::ensure(build, true).unwrap();
+            let facts = host.node_facts().unwrap();
+            let wanted = objects::claims(&records.iter().collect::<Vec<_>>());
+            entries::restore(&loaded.maps, &wanted).unwrap();
+            entries::addresses(&loaded.maps, &objects::addresses(&facts)).unwrap();
+            let links = host.links().unwrap();
+            let done =
+                devices::sync(&host, &loaded, &links, &facts, Scope::All, Mode::Restore).unwrap();
+            assert!(done && sockets::sync(&host, &loaded, Mode::Restore).unwrap());
+            loaded.claim_revision().unwrap();
+        };
+        self.lab.node.run(work).unwrap();
+        assert_eq!(self.digests(), [build.digest]);
+    }
+
+    /// Whose programs are pinned.
+    fn digests(&self) -> Vec<String> {
+        self.lab.node.run(|| Pins::open().unwrap().list().unwrap().revisions).unwrap()
+    }
+
+    fn layouts(&self) -> Vec<u32> {
+        self.lab.node.run(|| Pins::open().unwrap().list().unwrap().layouts).unwrap()
+    }
+
+    /// Numbers of everything that is pinned, by name: maps and programs.
+    fn ids(&self) -> (BTreeMap<String, u32>, BTreeMap<String, u32>) {
+        let read = || {
+            let (mut maps, mut programs) = (BTreeMap::new(), BTreeMap::new());
+            for (name, path) in ebpf::pinned(Path::new(PINS)) {
+                match path.parent().unwrap().file_name().unwrap().to_string_lossy().starts_with('m')
+                {
+                    true => maps.insert(name, Map::from_pin(&path).unwrap().unwrap().id()),
+                    false => programs.insert(name, Program::from_pin(&path).unwrap().unwrap().id()),
+                };
+            }
+            (maps, programs)
+        };
+        self.lab.node.run(read).unwrap()
+    }
+}
+
+/// Somebody else's programs around this plugin's.
+struct Foreign {
+    sockets: Vec<Program>,
+    _uplink: Program,
+}
+
+const HOOK: SocketHook = SocketHook::Connect4;
+
+impl Foreign {
+    /// Before this plugin has attached anything.
+    fn new(scene: &Scene) -> Self {
+        let attach = || {
+            let uplink = ebpf::classifier("foreign_in", -1);
+            let device = ebpf::index_of(portmap::demo::topology::UPLINK);
+            tcx::attach_first(device, Direction::Ingress, &uplink).unwrap();
+            uplink
+        };
+        let _uplink = scene.lab.node.run(attach).unwrap();
+        let mut foreign = Foreign { sockets: Vec::new(), _uplink };
+        foreign.attach_another();
+        foreign
+    }
+
+    fn attach_another(&mut self) {
+        let program = ebpf::socket_program("foreign_sock", HOOK);
+        cgroup::root().unwrap().attach(HOOK, &program).unwrap();
+        self.sockets.push(program);
+    }
+
+    /// Where this node's program is at the root cgroup: how many of the foreign ones run before it.
+    fn before(&self, ours: u32) -> usize {
+        let attached = cgroup::root().unwrap().query(HOOK).unwrap().programs;
+        let end = attached.iter().position(|id| *id == ours).expect("it is not attached");
+        let foreign = |id: &&u32| self.sockets.iter().any(|program| program.id() == **id);
+        attached[..end].iter().filter(foreign).count()
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        for program in &self.sockets {
+            cgroup::root().unwrap().detach(HOOK, program).unwrap();
+        }
+    }
+}
+
+/// Maps and programs are freed some time after the last reference is gone.
+fn assert_gone(maps: &BTreeMap<String, u32>, programs: &BTreeMap<String, u32>) {
+    for _ in 0..5000 {
+        let maps = maps.values().filter(|id| Map::from_id(**id).unwrap().is_some());
+        let programs = programs.values().filter(|id| Program::from_id(**id).unwrap().is_some());
+        if maps.count() + programs.count() == 0 {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    panic!("former maps or programs are still there");
+}
+
+/// What is remembered of connections: original destination by the key of the pod's answers.
+fn flows(scene: &Scene, layout: u32) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let read = || {
+        let map = Pins::open().unwrap().map(layout, "pm_flows").unwrap().unwrap();
+        map.entries().unwrap().into_iter().collect()
+    };
+    scene.lab.node.run(read).unwrap()
+}
+
+/// As long as an older layout's values are: up to the owner.
+const COMMON: usize = 44;
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_older_layout_is_upgraded_while_connections_go_on() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    let mut foreign = Foreign::new(&scene);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    foreign.attach_another();
+    let older = build(&OLDER.0, 0, 0);
+    scene.loaded_by(&older);
+    let mut talks = Talks::open(&lab);
+    let (maps, programs) = scene.ids();
+    let places = ebpf::hooks(&lab.node);
+    assert_eq!(foreign.before(programs["pm_connect4"]), 1);
+    let mut remembered = flows(&scene, 0);
+    // Each but those of the node's own sockets, which need none.
+    assert!(remembered.len() >= 18, "{}", remembered.len());
+
+    talks.during(|| drop(scene.ok("ADD", 1)));
+
+    assert_eq!((scene.digests(), scene.layouts()), (vec![OWN.digest.to_owned()], vec![OWN.layout]));
+    assert_gone(&maps, &programs);
+    assert_eq!(ebpf::hooks(&lab.node), places);
+    let (_, programs) = scene.ids();
+    assert_eq!(foreign.before(programs["pm_connect4"]), 1);
+    (0..2).for_each(|pod| drop(scene.ok("CHECK", pod)));
+    let now = flows(&scene, OWN.layout);
+    remembered
+        .retain(|key, old| now.get(key).is_none_or(|new| new[..COMMON - 8] != old[..COMMON - 8]));
+    assert!(remembered.is_empty(), "forgotten: {remembered:?}");
+    talks.go_on();
+    scene.ok("ADD", 2);
+    scene.ok("DEL", 0);
+}
+
+/// A pod that goes may be the first one that the new version is called for.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_older_layout_is_upgraded_by_del_as_well() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    scene.loaded_by(&build(&OLDER.0, 0, 0));
+    let (maps, programs) = scene.ids();
+    let mut talks = Talks::open(&lab);
+    talks.during(|| drop(scene.ok("DEL", 1)));
+    assert_eq!((scene.digests(), scene.layouts()), (vec![OWN.digest.to_owned()], vec![OWN.layout]));
+    assert_gone(&maps, &programs);
+    scene.ok("CHECK", 0);
+    // The last one takes everything of another version with it.
+    scene.loaded_by(&build(&OLDER.0, 0, 0));
+    let (maps, programs) = scene.ids();
+    scene.ok("DEL", 0);
+    assert_eq!(scene.layouts(), Vec::<u32>::new());
+    assert_eq!(ebpf::hooks(&lab.node), Vec::<String>::new());
+    assert_gone(&maps, &programs);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn another_object_of_the_same_layout_is_replaced_on_the_same_maps() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let other = other_revision(OWN.revision);
+    scene.loaded_by(&other);
+    let mut talks = Talks::open(&lab);
+    let (maps, programs) = scene.ids();
+    let places = ebpf::hooks(&lab.node);
+    talks.during(|| drop(scene.ok("ADD", 0)));
+    assert_eq!(scene.digests(), [OWN.digest]);
+    assert_eq!(scene.ids().0, maps);
+    assert_eq!(ebpf::hooks(&lab.node), places);
+    assert_gone(&BTreeMap::new(), &programs);
+    scene.ok("CHECK", 0);
+}
+
+/// An older plugin works on a newer one's maps, and leaves the newer programs in place.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn newer_programs_of_the_same_layout_are_left_in_place() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let newer = other_revision(OWN.revision + 1);
+    scene.loaded_by(&newer);
+    let ids = scene.ids();
+    let mut talks = Talks::open(&lab);
+    talks.during(|| drop(scene.ok("ADD", 1)));
+    (0..2).for_each(|pod| drop(scene.ok("CHECK", pod)));
+    assert_eq!((scene.digests(), scene.ids()), (vec![newer.digest.to_owned()], ids.clone()));
+    scene.ok("DEL", 0);
+    scene.ok("ADD", 0);
+    // What the newer one has not loaded comes from the own object, and nothing of it is renamed.
+    lab.node
+        .run(|| std::fs::remove_file(&ebpf::pinned(Path::new(PINS))["pm_out"]).unwrap())
+        .unwrap();
+    scene.fails("CHECK", 0);
+    scene.ok("ADD", 1);
+    (0..2).for_each(|pod| drop(scene.ok("CHECK", pod)));
+    let mut digests = vec![newer.digest.to_owned(), OWN.digest.to_owned()];
+    digests.sort();
+    assert_eq!(scene.digests(), digests);
+    let (maps, mut programs) = scene.ids();
+    assert_ne!(programs.insert("pm_out".into(), ids.1["pm_out"]), Some(ids.1["pm_out"]));
+    assert_eq!((maps, programs), ids);
+    Talks::open(&lab);
+    // The newer plugin takes it back.
+    scene.loaded_by(&newer);
+    scene.ok("CHECK", 0);
+}
+
+/// Maps of a newer layout cannot be understood: an older plugin says so and keeps its hands off.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_newer_layout_is_not_touched() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    scene.loaded_by(&build(&NEWER.0, 2, 2));
+    let mut talks = Talks::open(&lab);
+    let state = || {
+        let records = super::support::files_of(&scene.node.state_dir);
+        (scene.ids(), ebpf::state(&lab.node), records)
+    };
+    let before = state();
+    let expected = "the eBPF maps have layout 2 of a newer portmap, this one knows layouts up to 1";
+    for (verb, pod, code) in
+        [("ADD", 0, 104), ("ADD", 2, 104), ("CHECK", 0, 104), ("STATUS", 0, 50)]
+    {
+        let (found, text) = scene.fails(verb, pod);
+        assert!(found == code && text.contains(expected), "{verb}: {found} {text}");
+        assert_eq!(state(), before, "{verb}");
+    }
+    // A runtime repeats a DEL that fails for ever.
+    let note = scene.ok("DEL", 0);
+    assert!(note.contains("is left alone") && note.contains(expected), "{note}");
+    assert_eq!(state(), before, "DEL");
+    let mut gc = scene.config(0);
+    gc["cni.dev/valid-attachments"] = serde_json::json!([]);
+    let note = scene.node.ok("GC", &gc, &scene.key(0)).stderr;
+    assert!(note.contains("is left alone") && note.contains(expected), "{note}");
+    assert_eq!(state(), before, "GC");
+    let mut plain = scene.config(2);
+    plain["runtimeConfig"]["portMappings"] = serde_json::json!([]);
+    let note = scene.node.ok("ADD", &plain, &scene.key(2)).stderr;
+    assert!(note.contains(expected), "{note}");
+    assert_eq!(state(), before, "ADD without mappings");
+    let flushed = scene.node.flush();
+    assert_eq!(flushed.status, Some(1));
+    assert!(flushed.stderr.contains(expected), "{}", flushed.stderr);
+    assert_eq!(state(), before, "flush");
+    // Other networks and backends are not concerned.
+    talks.go_on();
+    // For the flush at the end.
+    lab.node.run(|| std::fs::remove_dir_all(PINS).unwrap()).unwrap();
+}
