@@ -65,6 +65,9 @@ mod host_ip;
 mod localhost;
 mod masquerade;
 mod nodes;
+#[allow(dead_code, reason = "a part is needed here")]
+#[path = "../datapath/packet.rs"]
+mod packet;
 mod precedence;
 mod recordings;
 mod replay;
