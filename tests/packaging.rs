@@ -9,6 +9,7 @@
 )]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -258,4 +259,75 @@ fn the_image_is_the_binary_and_runs() {
         said.ends_with(concat!("portmap\nportmap ", env!("CARGO_PKG_VERSION"), "\n")),
         "{said}"
     );
+}
+
+/// The script around cargo: what is built is the business of the compiler.
+#[test]
+fn a_release_is_the_same_bytes_wherever_it_is_made() {
+    let dir = Dir::new("release");
+    let cargo = dir.0.join("bin/cargo");
+    fs::create_dir_all(dir.0.join("bin")).unwrap();
+    let stub = format!(
+        "#!/bin/sh
+         case $1 in
+             metadata) echo '{{\"packages\":[{{\"name\":\"portmap\",\"version\":\"1.2.3\",\"id\":\"x\"}}]}}' ;;
+             build) mkdir -p $CARGO_TARGET_DIR/x86_64-unknown-linux-gnu/release
+                 cp {} $CARGO_TARGET_DIR/x86_64-unknown-linux-gnu/release/portmap ;;
+             cyclonedx) while [ $1 != --override-filename ]; do shift; done; echo '{{}}' > $2.json ;;
+         esac\n",
+        dir.0.join("small").display(),
+    );
+    // Compressing an unoptimized build takes longer than all the rest.
+    let small = format!("#!/bin/sh\nexec {PORTMAP} \"$@\"\n");
+    fs::write(dir.0.join("small"), small).unwrap();
+    fs::set_permissions(dir.0.join("small"), PermissionsExt::from_mode(0o755)).unwrap();
+    fs::write(&cargo, stub).unwrap();
+    fs::set_permissions(&cargo, PermissionsExt::from_mode(0o755)).unwrap();
+    fs::copy(&cargo, dir.0.join("bin/cargo-cyclonedx")).unwrap();
+    let path = format!("{}:/usr/bin:/bin", dir.0.join("bin").display());
+    let release = |name: &str, umask: &str| {
+        let out = dir.0.join(name);
+        let output = Command::new("sh")
+            .args([
+                "-c",
+                "umask $1; exec \"$2/scripts/release.sh\" --out \"$3\"",
+                "sh",
+                umask,
+                ROOT,
+            ])
+            .arg(&out)
+            .env_clear()
+            .env("PATH", &path)
+            .env("HOME", &dir.0)
+            .env("SOURCE_DATE_EPOCH", "1700000000")
+            .output()
+            .unwrap();
+        succeeds(&output);
+        out
+    };
+    let (first, second) = (release("first", "022"), release("second", "077"));
+    let archive = "portmap-1.2.3-x86_64.tar.gz";
+    assert!(fs::read(first.join(archive)).unwrap() == fs::read(second.join(archive)).unwrap());
+    let sums = "sha256sum --strict --check SHA256SUMS";
+    let checked = Command::new("sh").args(["-c", sums]).current_dir(&first).output().unwrap();
+    let checked = succeeds(&checked);
+    for name in [archive, "portmap-1.2.3-x86_64", "portmap-1.2.3-x86_64.cdx.json"] {
+        assert!(checked.contains(&format!("{name}: OK")), "{checked}");
+    }
+    let list = Command::new("tar").arg("-tvzf").arg(first.join(archive)).output().unwrap();
+    let list = succeeds(&list);
+    for name in [
+        "portmap",
+        "install.sh",
+        "LICENSE",
+        "examples/kubernetes/daemonset.yaml",
+        "man/portmap.8",
+        "man/portmap-install.8",
+        "completions/portmap.bash",
+    ] {
+        let line =
+            list.lines().find(|line| line.ends_with(&format!(" portmap-1.2.3-x86_64/{name}")));
+        let line = line.unwrap_or_else(|| panic!("{name} is not in {list}"));
+        assert!(line.contains(" 0/0 ") && line.contains(" 2023-11-14 "), "{line}");
+    }
 }
