@@ -61,6 +61,7 @@ macro_rules! on_variants {
 mod conditions;
 mod counters;
 mod flows;
+mod guests;
 mod host_ip;
 mod localhost;
 mod masquerade;
