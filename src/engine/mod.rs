@@ -146,7 +146,11 @@ impl<'a> Engine<'a> {
         if flush::concerns(record) || old.is_some_and(flush::concerns) {
             self.flush_conntrack(Some(record), old, facts);
         }
-        self.finish()
+        if let Err(error) = self.finish() {
+            // All is done, and the next call will look whether it is.
+            self.host.warn(format!("{error}: {}", error.details()));
+        }
+        Ok(())
     }
 
     /// Takes a record's rules out of the kernel, and then the record away.

@@ -13,6 +13,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod faults;
 mod group;
 mod rights;
 mod talks;

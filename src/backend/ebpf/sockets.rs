@@ -209,15 +209,19 @@ fn put(
 /// Takes this node's programs off some hooks of a cgroup.
 fn clear(place: &Cgroup, hooks: &[SocketHook], cookie: Option<u64>) -> Result<()> {
     let clear = || -> io::Result<()> {
-        let strangers = Strangers::at(place, cookie)?;
+        let mut attached = Vec::new();
         for hook in hooks {
-            let attached = match place.query(*hook) {
+            match place.query(*hook) {
                 // A kernel without the hook has nothing attached to it.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
-                other => other?,
-            };
-            for program in strangers.own(&attached.programs)? {
-                place.detach(*hook, &program)?;
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                other => attached.push((*hook, other?.programs)),
+            }
+        }
+        // Only now: whoever has attached anything by then has attached what tells whose it is.
+        let strangers = Strangers::at(place, cookie)?;
+        for (hook, ids) in attached {
+            for program in strangers.own(&ids)? {
+                place.detach(hook, &program)?;
             }
         }
         Ok(())

@@ -27,7 +27,8 @@ pub struct Strangers {
 }
 
 impl Strangers {
-    /// Looks at what is attached to a cgroup. Without a cookie, which kernels before 5.14 keep to
+    /// Looks at what is attached to a cgroup. Connect4 comes first when a node attaches its programs, so
+    /// that of programs that were listed before this call the owner is known. Without a cookie, which kernels before 5.14 keep to
     /// themselves until it has been learnt, nobody is a stranger.
     ///
     /// # Errors
