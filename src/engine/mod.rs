@@ -200,6 +200,8 @@ impl<'a> Engine<'a> {
                 Err(error) => errors.push(error),
             }
         }
+        // No more than that: eBPF need not work where rules are taken away.
+        errors.extend(self.recall_kernel().err());
         for kind in BackendKind::ALL {
             if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
                 errors.extend(backend::of(kind).unload(self.host).err());
