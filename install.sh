@@ -1,7 +1,8 @@
 #!/bin/sh
 # Puts portmap where the container runtime looks for CNI plugins. Safe to repeat, and safe at any
 # moment: the runtime may be starting the old file while this runs, and this may be killed.
-# Needs a POSIX shell and coreutils (or busybox); cargo only when there is no binary to copy.
+# Needs a POSIX shell and coreutils (or busybox); curl or wget only for --url, cargo only when there
+# is no binary to copy.
 set -eu
 
 # The tools' messages are recognised below.
@@ -14,18 +15,25 @@ nl='
 
 usage() {
     cat <<'END'
-Usage: install.sh [--binary FILE] [--dest DIR] [--demo]
-       install.sh --uninstall [--dest DIR]
+Usage: install.sh [--binary FILE | --url URL --sha256 HASH] [--dest DIR]
+                  [--conflist PATH|auto] [--conf-dir DIR] [--demo]
+       install.sh --uninstall [--dest DIR] [--conflist PATH|auto] [--conf-dir DIR] [--force]
 
 Installs portmap as DIR/portmap, replacing what is there in one step.
 
-  --binary FILE  install this file; otherwise the file `portmap` beside install.sh,
-                 otherwise build it with cargo
-  --dest DIR     where the runtime looks for plugins
-                 (default: $CNI_BIN_DIR, or /opt/cni/bin if that is not set)
-  --demo         afterwards run `portmap demo`
-  --uninstall    remove DIR/portmap
-  --help         print this
+  --binary FILE    install this file; otherwise the file `portmap` beside install.sh,
+                   otherwise build it with cargo
+  --url URL        download it: the binary, or a release's .tar.gz
+  --sha256 HASH    what sha256sum must say of the download before anything in it is used
+  --dest DIR       where the runtime looks for plugins
+                   (default: $CNI_BIN_DIR, or /opt/cni/bin if that is not set)
+  --conflist LIST  also put portmap into this plugin list; auto is the one that runtimes take.
+                   With --uninstall: take it out (see portmap install --help)
+  --conf-dir DIR   where the runtime looks for lists (default: /etc/cni/net.d)
+  --demo           afterwards run `portmap demo`
+  --uninstall      remove DIR/portmap, unless a list or a pod still needs it
+  --force          remove it also then
+  --help           print this
 
 DIR is elsewhere on some nodes: the bin_dir of containerd, cni_plugin_dirs or plugin_dirs of CRI-O.
 END
@@ -44,8 +52,10 @@ misuse() {
 # --- Files ---------------------------------------------------------------------------------------
 
 tmp=
+download=
 cleanup() {
     if [ -n "$tmp" ]; then rm -f -- "$tmp"; fi
+    if [ -n "$download" ]; then rm -rf -- "$download"; fi
 }
 trap cleanup EXIT
 trap 'exit 129' HUP
@@ -209,23 +219,71 @@ END
     [ -f "$source" ] || die "cargo did not say where it put portmap"
 }
 
+# --- Downloading ---------------------------------------------------------------------------------
+
+# Sets `source` to what is at the URL. Nothing of it is looked at before its hash is known to be right.
+fetch() {
+    download=$(mktemp -d) || die "cannot make a temporary directory"
+    file=$download/file
+    if command -v curl >/dev/null; then
+        err=$(curl -fsSL --retry 3 -o "$file" -- "$url" 2>&1) || die "cannot download $url: $err"
+    elif command -v wget >/dev/null; then
+        err=$(wget -q -O "$file" -- "$url" 2>&1) || die "cannot download $url: ${err:-wget failed}"
+    else
+        die "neither curl nor wget is there to download $url with: download it elsewhere and give --binary FILE"
+    fi
+    is=$(sha256sum <"$file") || die "cannot compute the hash of what was downloaded"
+    is=${is%% *}
+    [ "$is" = "$sha256" ] || die "$url has the SHA-256 $is, and it should be $sha256: nothing was installed"
+    case $url in
+        *.tar.gz | *.tgz)
+            mkdir "$download/unpacked"
+            tar -xzf "$file" -C "$download/unpacked" || die "cannot unpack $url"
+            source=
+            for file in "$download"/unpacked/portmap "$download"/unpacked/*/portmap; do
+                if [ -f "$file" ]; then source=$file; fi
+            done
+            [ -n "$source" ] || die "there is no portmap in $url"
+            ;;
+        *) source=$file ;;
+    esac
+}
+
 # --- What was asked for --------------------------------------------------------------------------
 
 dest=${CNI_BIN_DIR:-/opt/cni/bin}
 source=
+url=
+sha256=
+conflist=
+conf_dir=
 demo=no
 uninstall=no
+force=no
 while [ $# -gt 0 ]; do
     case $1 in
-        --binary | --dest)
+        --binary=?* | --dest=?* | --url=?* | --sha256=?* | --conflist=?* | --conf-dir=?*)
+            option=${1%%=*}
+            value=${1#*=}
+            shift
+            set -- "$option" "$value" "$@"
+            continue
+            ;;
+        --binary | --dest | --url | --sha256 | --conflist | --conf-dir)
             if [ $# -lt 2 ] || [ -z "$2" ]; then misuse "$1 needs a value"; fi
-            if [ "$1" = --binary ]; then source=$2; else dest=$2; fi
+            case $1 in
+                --binary) source=$2 ;;
+                --dest) dest=$2 ;;
+                --url) url=$2 ;;
+                --sha256) sha256=$(printf '%s' "$2" | tr A-F a-f) ;;
+                --conflist) conflist=$2 ;;
+                --conf-dir) conf_dir=$2 ;;
+            esac
             shift
             ;;
-        --binary=?*) source=${1#*=} ;;
-        --dest=?*) dest=${1#*=} ;;
         --demo) demo=yes ;;
         --uninstall) uninstall=yes ;;
+        --force) force=yes ;;
         -h | --help)
             usage
             exit 0
@@ -234,8 +292,15 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-if [ "$uninstall" = yes ] && { [ "$demo" = yes ] || [ -n "$source" ]; }; then
-    misuse "--uninstall goes with --dest only"
+if [ "$uninstall" = yes ] && { [ "$demo" = yes ] || [ -n "$source$url$sha256" ]; }; then
+    misuse "--uninstall goes with --dest only, and with --conflist, --conf-dir and --force"
+fi
+if [ "$force" = yes ] && [ "$uninstall" = no ]; then misuse "--force goes with --uninstall"; fi
+if [ -n "$url" ] || [ -n "$sha256" ]; then
+    [ -z "$source" ] || misuse "--binary and --url exclude each other"
+    if [ -z "$url" ] || [ -z "$sha256" ]; then misuse "--url and --sha256 go together"; fi
+    case $sha256 in *[!0-9a-f]*) sha256= ;; esac
+    [ "${#sha256}" = 64 ] || misuse "--sha256 needs the 64 hexadecimal digits that sha256sum prints"
 fi
 case $dest in /*) ;; *) dest=$PWD/$dest ;; esac
 dest=${dest%/}
@@ -251,13 +316,26 @@ if [ "$uninstall" = yes ]; then
     fi
     # Upstream's plugin has the same name, and pods may depend on it.
     is_portmap "$target" || die "$target was left alone: $problem"
+    # One that has no such command yet is asked nothing.
+    if "$target" uninstall --help >/dev/null 2>&1; then
+        set -- uninstall --dest "$dest"
+        if [ -n "$conflist" ]; then set -- "$@" --conflist "$conflist"; fi
+        if [ -n "$conf_dir" ]; then set -- "$@" --conf-dir "$conf_dir"; fi
+        if [ "$force" = yes ]; then set -- "$@" --force; fi
+        said=$("$target" "$@" 2>&1) || die "$said"
+        if [ -n "$conflist" ]; then say "$said"; fi
+    elif [ -n "$conflist" ]; then
+        die "$target ($version) cannot take itself out of a list: edit $conflist by hand"
+    fi
     err=$(rm -f -- "$target" 2>&1) || die "$(advice "$err")"
     say "Removed $target ($version)"
     say "Pods that still have hostPorts need a portmap there when they are deleted."
     exit 0
 fi
 
-if [ -n "$source" ]; then
+if [ -n "$url" ]; then
+    fetch
+elif [ -n "$source" ]; then
     [ -e "$source" ] || die "$source does not exist"
     [ -f "$source" ] || die "$source is not a file"
     [ -r "$source" ] || die "$source is not readable by $(id -un 2>/dev/null || id -u)"
@@ -293,4 +371,9 @@ else
     if [ "$existed" = yes ]; then say "It replaces another one there: ${before:-it does not tell its version}"; fi
 fi
 
+if [ -n "$conflist" ]; then
+    set -- install --dest "$dest" --conflist "$conflist"
+    if [ -n "$conf_dir" ]; then set -- "$@" --conf-dir "$conf_dir"; fi
+    "$target" "$@"
+fi
 if [ "$demo" = yes ]; then "$target" demo; fi

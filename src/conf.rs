@@ -29,6 +29,13 @@ const KEYS: [&str; 14] = [
     "hostIP",
 ];
 
+/// The keys that a network configuration has for this plugin, spelt as documented; those of a port
+/// mapping come from the runtime.
+#[must_use]
+pub fn option_keys() -> &'static [&'static str] {
+    KEYS.split_at(9).0
+}
+
 /// The bit upstream uses unless told otherwise.
 pub const DEFAULT_MARK_MASQ_BIT: u8 = 13;
 

@@ -9,12 +9,14 @@
 //! ```
 //!
 //! Desired state is a pure function of the records of all attachments; the backends render it and
-//! the kernel gets it in one transaction. Only `sys` and `demo` touch the host.
+//! the kernel gets it in one transaction. `commands` are what people run; those that install work on
+//! plugin lists as text (`conflist`). Only `sys` and `demo` touch the host.
 
 pub mod backend;
 pub mod cni;
 pub mod commands;
 pub mod conf;
+pub mod conflist;
 pub mod demo;
 pub mod engine;
 pub mod error;
@@ -24,5 +26,6 @@ pub mod model;
 pub mod record;
 pub mod request;
 pub mod sys;
+pub mod throttle;
 pub mod usage;
 pub mod verb;

@@ -6,14 +6,19 @@
 )]
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use portmap::cni::invocation::Invocation;
-use portmap::commands::{CommandError, Terminal, Verdict, flush};
+use portmap::commands::{
+    CommandError, Terminal, Verdict, check_config, flush, install, uninstall, watch,
+};
+use portmap::conflist::files::Choice;
 use portmap::demo::{self, DemoOptions};
 use portmap::sys::Host;
-use portmap::usage::{Cli, Command, introduction};
+use portmap::usage::{Cli, Command, completions, introduction, manual};
 use portmap::verb;
 
 fn main() -> ExitCode {
@@ -51,11 +56,52 @@ fn plugin(invocation: portmap::error::Result<Invocation>) -> ExitCode {
 fn command(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Demo { backend } => demonstrate(backend),
+        Command::Install { dest, conflist, conf_dir, watch, pause, json } => {
+            let (dest, conf_dir) = (absolute(dest), absolute(conf_dir));
+            let options = install::Options { dest, list: conflist.map(choice), conf_dir, json };
+            on_terminal("install", |_, terminal| match watch {
+                true => {
+                    let pause = Duration::from_secs(pause);
+                    watch::run(&options, pause, &mut std::io::stderr()).map(|()| Verdict::Fine)
+                }
+                false => install::run(&options, terminal),
+            })
+        }
+        Command::Uninstall { dest, conflist, conf_dir, state_dir, force, json } => {
+            let (dest, conf_dir, list) = (absolute(dest), absolute(conf_dir), conflist.map(choice));
+            let options = uninstall::Options { dest, list, conf_dir, state_dir, force, json };
+            on_terminal("uninstall", |host, terminal| uninstall::run(host, &options, terminal))
+        }
+        Command::CheckConfig { file, json } => on_terminal("check-config", |host, terminal| {
+            check_config::run(host, &check_config::Options { file: &file, json }, terminal)
+        }),
+        Command::Completions { shell } => on_terminal("completions", |_, terminal| {
+            terminal.output.write_all(&completions(shell))?;
+            Ok(Verdict::Fine)
+        }),
+        Command::Man { command } => on_terminal("man", |_, terminal| {
+            let page = manual(command.as_deref())?
+                .ok_or_else(|| CommandError::Refused("there is no such command".into()))?;
+            terminal.output.write_all(&page)?;
+            Ok(Verdict::Fine)
+        }),
         Command::Flush { network, all: _, yes, json, state_dir } => {
             let options =
                 flush::Options { network: network.as_deref(), yes, json, state_dir: &state_dir };
             on_terminal("flush", |host, terminal| flush::run(host, &options, terminal))
         }
+    }
+}
+
+/// As it is without the working directory.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+fn choice(choice: Choice) -> Choice {
+    match choice {
+        Choice::Auto => Choice::Auto,
+        Choice::File(path) => Choice::File(absolute(path)),
     }
 }
 

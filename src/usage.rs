@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::cni::version::SUPPORTED;
+use crate::conflist::files::{self, Choice};
 use crate::model::BackendKind;
+use crate::sys::install::DEFAULT_BIN_DIR;
 use crate::sys::store::DEFAULT_DIR;
 
 /// Name and version, the first line of `--version` and of the introduction.
@@ -49,6 +51,92 @@ pub enum Command {
         #[arg(long, value_name = "BACKEND", value_parser = ["auto", "iptables", "nftables", "ebpf"])]
         backend: Option<String>,
     },
+    /// Puts this very binary among the runtime's plugins, and into its plugin list
+    ///
+    /// Old or new file at any moment: the file is written beside the old one and renamed, running ones
+    /// go on, and the SELinux label stays. A second time there is nothing to do. With --conflist the
+    /// list gets {"type": "portmap", "capabilities": {"portMappings": true}} behind the plugin that
+    /// makes the pod's interface; the rest of the file stays byte for byte, and its text before is kept
+    /// beside it. Where Cilium's agent would revert that, it says so and names what lasts.
+    Install {
+        /// Where the runtime looks for plugins (containerd's bin_dir, CRI-O's plugin_dirs)
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_BIN_DIR)]
+        dest: PathBuf,
+        /// Also put portmap into this list; `auto` (or nothing) is the one that runtimes take: the first
+        /// *.conflist, *.conf or *.json by name
+        #[arg(long, value_name = "PATH|auto", num_args = 0..=1, default_missing_value = "auto")]
+        conflist: Option<Choice>,
+        /// Where the runtime looks for lists
+        #[arg(long, value_name = "DIR", default_value = files::DEFAULT_DIR)]
+        conf_dir: PathBuf,
+        /// Stay, and put back whatever somebody changes or removes, until SIGTERM or SIGINT comes
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+        /// With --watch: the shortest time between two repairs of one file; it doubles while somebody
+        /// keeps reverting them
+        #[arg(long, value_name = "SECONDS", default_value = "3", requires = "watch",
+              value_parser = clap::value_parser!(u64).range(1..=300))]
+        pause: u64,
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes the binary, unless something still needs it
+    ///
+    /// A runtime that does not find a plugin stops in the middle of removing a pod. So this refuses while
+    /// a list of the directory names portmap, or a pod has hostPorts. With --conflist it first takes
+    /// portmap out of that list, the exact inverse of what install did: then no new pod comes, and when
+    /// those that are there have gone, repeat it.
+    Uninstall {
+        /// Where the binary is
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_BIN_DIR)]
+        dest: PathBuf,
+        /// First take portmap out of this list; `auto` (or nothing) is the one that runtimes take
+        #[arg(long, value_name = "PATH|auto", num_args = 0..=1, default_missing_value = "auto")]
+        conflist: Option<Choice>,
+        /// Where the runtime looks for lists
+        #[arg(long, value_name = "DIR", default_value = files::DEFAULT_DIR)]
+        conf_dir: PathBuf,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
+        /// Remove it also if it is still needed, or is another program
+        #[arg(long)]
+        force: bool,
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says what a plugin list would do on this node, and what is wrong with it
+    ///
+    /// Takes a list, or the object of this plugin alone. Names every problem with line and column and what
+    /// to do about it, the backend that an ADD would choose here (tried out, without changing anything),
+    /// and every option with its value. Exits 0 if all is well, 1 if something deserves attention and 2 if
+    /// hostPorts would not work.
+    CheckConfig {
+        /// The file; `-` is standard input
+        #[arg(value_name = "FILE|-")]
+        file: PathBuf,
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prints the completion script for a shell
+    ///
+    /// For bash: portmap completions bash > /etc/bash_completion.d/portmap
+    Completions {
+        /// Which shell
+        #[arg(value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
+    /// Prints the manual page, or that of one command
+    ///
+    /// To read it: portmap man | man -l -
+    Man {
+        /// The command; without one the page is that of portmap itself
+        #[arg(value_name = "COMMAND")]
+        command: Option<String>,
+    },
     /// Removes hostPorts from this node, for decommissioning
     ///
     /// Removes the rules or map entries and the records of every attachment, or of one network's; with
@@ -74,10 +162,36 @@ pub enum Command {
     },
 }
 
+/// The completion script for a shell.
+#[must_use]
+pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "portmap", &mut script);
+    script
+}
+
+/// The manual page of the program or of one command, as roff; `None` if there is no such command.
+///
+/// # Errors
+///
+/// None in practice: it is written into memory.
+pub fn manual(command: Option<&str>) -> std::io::Result<Option<Vec<u8>>> {
+    let mut cli = Cli::command().disable_help_subcommand(true);
+    // Names of commands and pages become `portmap-flush` and so on.
+    cli.build();
+    let wanted = match command {
+        None => Some(&cli),
+        Some(name) => cli.find_subcommand(name),
+    };
+    let Some(wanted) = wanted.cloned() else { return Ok(None) };
+    let mut page = Vec::new();
+    clap_mangen::Man::new(wanted).section("8").render(&mut page)?;
+    Ok(Some(page))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_sound_and_every_command_is_explained() {
@@ -94,6 +208,29 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn every_shell_and_every_command_has_its_text() {
+        use clap::ValueEnum;
+        for shell in clap_complete::Shell::value_variants() {
+            let script = String::from_utf8(completions(*shell)).unwrap_or_default();
+            assert!(
+                script.contains("check-config") && script.contains("conf-dir"),
+                "{shell}: {script}"
+            );
+        }
+        let names: Vec<String> =
+            Cli::command().get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+        let main = manual(None).ok().flatten().unwrap_or_default();
+        let main = String::from_utf8_lossy(&main).replace('\\', "");
+        for name in names {
+            assert!(main.contains(&format!("portmap-{name}(8)")), "{name} is not in {main}");
+            let page = manual(Some(&name)).ok().flatten().unwrap_or_default();
+            let page = String::from_utf8_lossy(&page).replace('\\', "");
+            assert!(page.contains(&format!(".TH portmap-{name} 8")), "{page}");
+        }
+        assert!(manual(Some("frobnicate")).is_ok_and(|page| page.is_none()));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 )]
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -29,6 +30,7 @@ const COREUTILS: &[&str] = &[
     "dirname",
     "id",
     "mkdir",
+    "mktemp",
     "mv",
     "od",
     "rm",
@@ -521,13 +523,120 @@ fn misuse_is_told_apart_from_failure() {
             (&["--dest", ""], "--dest needs a value"),
             (&["--frobnicate"], "unknown argument: --frobnicate"),
             (&["--uninstall", "--demo"], "--uninstall goes with --dest only"),
+            (&["--force"], "--force goes with --uninstall"),
+            (&["--url", "http://x/portmap"], "--url and --sha256 go together"),
+            (&["--url=x", "--sha256=abc"], "64 hexadecimal digits"),
+            (&["--url=x", "--sha256=abc", "--binary=x"], "exclude each other"),
         ] {
             fails(shell.command(Path::new(INSTALL)).args(arguments), 2, message);
         }
         let help = succeeds(shell.command(Path::new(INSTALL)).arg("--help"));
-        for option in ["--binary", "--dest", "--demo", "--uninstall", "CNI_BIN_DIR"] {
+        for option in
+            ["--binary", "--dest", "--demo", "--uninstall", "CNI_BIN_DIR", "--url", "--conflist"]
+        {
             assert!(help.contains(option), "{option} is not in the help");
         }
+    }
+}
+
+/// Serves one file over HTTP, to whoever asks for anything, while the test runs.
+fn serve(content: Vec<u8>) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let mut connection = connection.unwrap();
+            let mut request = std::io::BufReader::new(connection.try_clone().unwrap());
+            let mut line = String::new();
+            while std::io::BufRead::read_line(&mut request, &mut line).unwrap() > 2 {
+                line.clear();
+            }
+            let head = format!(
+                "HTTP/1.0 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                content.len()
+            );
+            // A client that leaves early is its own business.
+            drop(
+                connection.write_all(head.as_bytes()).and_then(|()| connection.write_all(&content)),
+            );
+        }
+    });
+    format!("http://{address}")
+}
+
+fn sha256(path: &Path) -> String {
+    let output = Command::new(find("sha256sum")).arg(path).output().unwrap();
+    text(&output.stdout)[..64].to_owned()
+}
+
+#[test]
+fn a_download_is_verified_before_anything_is_done_with_it() {
+    let dir = Dir::new("url");
+    let [dash, busybox] = Shell::both(&dir);
+    for tool in ["curl", "tar", "gzip"] {
+        symlink(find(tool), dash.path.join(tool)).unwrap();
+    }
+    let binary = dir.portmap("1.0.0", 0);
+    let release = dir.join("release/portmap-1.0.0");
+    fs::create_dir_all(&release).unwrap();
+    fs::copy(&binary, release.join("portmap")).unwrap();
+    let archive = dir.join("release.tar.gz");
+    let mut tar = Command::new("tar");
+    tar.arg("-czf").arg(&archive).arg("-C").arg(dir.join("release")).arg("portmap-1.0.0");
+    assert!(tar.status().unwrap().success());
+    let urls = [
+        (format!("{}/portmap", serve(fs::read(&binary).unwrap())), sha256(&binary)),
+        (format!("{}/portmap.tar.gz", serve(fs::read(&archive).unwrap())), sha256(&archive)),
+    ];
+    let tmp = dir.join("tmp");
+    fs::create_dir_all(&tmp).unwrap();
+    // curl in one, wget in the other.
+    for shell in [dash, busybox] {
+        for (url, hash) in &urls {
+            let dest = dir.join("bin");
+            let install = |url: &str, hash: &str| {
+                let mut command = shell.command(Path::new(INSTALL));
+                command.args(["--url", url, "--sha256", hash, "--dest"]).arg(&dest);
+                command.env("TMPDIR", &tmp);
+                command
+            };
+            fails(&mut install(url, &"0".repeat(64)), 1, "nothing was installed");
+            assert!(!dest.exists());
+            fails(&mut install("http://127.0.0.1:1/portmap", hash), 1, "cannot download");
+            let said = succeeds(&mut install(url, &hash.to_uppercase()));
+            assert!(said.contains("(portmap 1.0.0)"), "{said}");
+            assert!(fs::read(dest.join("portmap")).unwrap() == fs::read(&binary).unwrap());
+            assert_eq!(names(&tmp), [""; 0]);
+            fs::remove_dir_all(dest).unwrap();
+        }
+    }
+}
+
+#[test]
+fn with_the_real_binary_lists_are_changed_and_looked_at() {
+    let dir = Dir::new("real");
+    let real = Path::new(env!("CARGO_BIN_EXE_portmap"));
+    let list = dir.join("net.d/10-x.conflist");
+    for shell in Shell::both(&dir) {
+        fs::create_dir_all(dir.join("net.d")).unwrap();
+        let before = r#"{"cniVersion": "1.0.0", "name": "x", "plugins": [{"type": "ptp"}]}"#;
+        fs::write(&list, before).unwrap();
+        let dest = dir.join("bin");
+        let mut command = shell.install(real, &dest);
+        command.args(["--conflist", "auto", "--conf-dir"]).arg(dir.join("net.d"));
+        let said = succeeds(&mut command);
+        assert!(said.contains("put portmap behind ptp"), "{said}");
+        let uninstall = |conflist: &[&str]| {
+            let mut command = shell.command(Path::new(INSTALL));
+            command.arg("--uninstall").arg("--dest").arg(&dest).args(conflist);
+            command.arg("--conf-dir").arg(dir.join("net.d"));
+            command
+        };
+        fails(&mut uninstall(&[]), 1, "10-x.conflist names it");
+        assert_eq!(names(&dest), ["portmap"]);
+        succeeds(&mut uninstall(&["--conflist=auto", "--force"]));
+        assert_eq!(fs::read_to_string(&list).unwrap(), before);
+        assert_eq!(names(&dest), [""; 0]);
     }
 }
 

@@ -23,7 +23,7 @@ use portmap::demo::{self, DemoOptions};
 use portmap::model::Family;
 use serde_json::json;
 
-const SHAPES: [Shape; 3] = [Shape::Cilium, Shape::Ptp, Shape::Bridge];
+const SHAPES: [Shape; 4] = [Shape::Cilium, Shape::Ptp, Shape::Bridge, Shape::Mixed];
 const TRANSPORTS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected];
 const TIMEOUT: Duration = Duration::from_millis(1500);
 /// The distribution's copy of the plugin that this one is compatible with.

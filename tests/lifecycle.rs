@@ -1,8 +1,8 @@
 //! Any sequence of ADD, DEL and GC over a few containers that compete for a few ports, on tables that
 //! behave as the kernel's do: the way there never matters, only the attachments that are left.
 //!
-//! Pure: the scripts that the backends would send are applied to tables in memory, which refuse what
-//! the kernel refuses.
+//! Pure: what the backends would send is applied to tables in memory, which refuse what the kernel
+//! refuses. Maps of the kernel itself are written to in one privileged test.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,6 +10,8 @@
     reason = "a test says by a panic that it failed"
 )]
 
+#[path = "lifecycle/ebpf.rs"]
+mod ebpf;
 #[path = "lifecycle/iptables.rs"]
 mod iptables;
 #[path = "lifecycle/nftables.rs"]
@@ -121,7 +123,12 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
         localnet_device: None,
         statements_v4: statements.clone(),
         statements_v6: statements,
-        masquerade_as: Vec::new(),
+        masquerade_as: match backend {
+            BackendKind::Ebpf if wish.masq_all && wish.snat => {
+                vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]
+            }
+            _ => Vec::new(),
+        },
         mac: None,
         order,
         time: 0,
@@ -239,21 +246,29 @@ fn expected(live: &[Record], packet: &Packet, matching: bool) -> Option<SocketAd
     })
 }
 
-fn verify<T: Table>(table: &T, live: &[Record]) {
-    table.verify(live);
+/// Everything that could meet a claim.
+fn packets() -> Vec<Packet> {
+    let mut packets = Vec::new();
     for address in ["192.0.2.1", "192.0.2.2", "10.0.0.1", "fd00:51::1", "fd00:51::2"] {
         let address: IpAddr = address.parse().unwrap();
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             for port in PORTS {
-                let packet = Packet { family: Family::of(&address), protocol, address, port };
-                for matching in [true, false] {
-                    assert_eq!(
-                        table.resolve(&packet, matching),
-                        expected(live, &packet, matching),
-                        "{packet:?}, conditions met: {matching}"
-                    );
-                }
+                packets.push(Packet { family: Family::of(&address), protocol, address, port });
             }
+        }
+    }
+    packets
+}
+
+fn verify<T: Table>(table: &T, live: &[Record]) {
+    table.verify(live);
+    for packet in packets() {
+        for matching in [true, false] {
+            assert_eq!(
+                table.resolve(&packet, matching),
+                expected(live, &packet, matching),
+                "{packet:?}, conditions met: {matching}"
+            );
         }
     }
 }
@@ -307,6 +322,24 @@ proptest! {
     }
 
     #[test]
+    fn ebpf_keeps_to_the_records(steps in steps()) {
+        run(ebpf::Fake::default(), &steps, true);
+    }
+
+    #[test]
+    fn ebpf_gets_from_any_state_to_any_other(
+        from in prop::collection::vec(wish(), 0..CONTAINERS),
+        to in prop::collection::vec(wish(), 0..CONTAINERS),
+        damage in any::<u64>(),
+    ) {
+        let records = |wishes: &[Wish], order: u64| -> Vec<Record> {
+            let numbered = wishes.iter().enumerate().zip(order..);
+            numbered.map(|((id, wish), order)| record(id, wish, BackendKind::Ebpf, order)).collect()
+        };
+        ebpf::assert_restored(&records(&from, 1), &records(&to, 100), damage);
+    }
+
+    #[test]
     fn nftables_gets_from_any_state_to_any_other(
         from in prop::collection::vec(wish(), 0..CONTAINERS),
         to in prop::collection::vec(wish(), 0..CONTAINERS),
@@ -320,5 +353,16 @@ proptest! {
         to.reverse();
         nftables::assert_change(&from, &to);
         nftables::assert_change(&to, &from);
+    }
+}
+
+proptest! {
+    // Listing the kernel's maps takes milliseconds.
+    #![proptest_config(ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    #[ignore = "privileged: makes maps"]
+    fn ebpf_keeps_to_the_records_in_the_kernel(steps in steps()) {
+        run(ebpf::Kernel::default(), &steps, true);
     }
 }

@@ -11,6 +11,7 @@ set -eu
 cd -- "$(dirname -- "$0")/.."
 
 CARGO_DENY_VERSION=0.20.2
+KUBERNETES_VALIDATE_VERSION=1.37.0
 
 started=$(date +%s)
 installed=
@@ -96,6 +97,10 @@ readelf binutils
 shellcheck shellcheck
 dash dash
 busybox busybox
+curl curl
+buildah buildah
+systemd-analyze systemd
+python3 python3
 clang-19 clang-19
 llvm-strip-19 llvm-19
 /usr/include/bpf/bpf_helpers.h libbpf-dev
@@ -124,6 +129,26 @@ heading 'Shell scripts'
 scripts=$(find . \( -path ./target -o -path ./.git \) -prune -o -type f \( -name '*.sh' -o -path './.ci/*' \) -print)
 # shellcheck disable=SC2086 # one argument per script
 shellcheck $scripts
+
+heading 'Kubernetes manifests'
+# It carries the schemas of all these versions, so that nothing is asked for while it validates.
+if ! command -v kubernetes-validate >/dev/null && [ ! -x target/tools/python/bin/kubernetes-validate ]; then
+    python3 -c 'import ensurepip' 2>/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3-venv
+    as_caller python3 -m venv target/tools/python
+    as_caller target/tools/python/bin/pip install --quiet "kubernetes-validate==$KUBERNETES_VALIDATE_VERSION"
+fi
+PATH=$PATH:$PWD/target/tools/python/bin
+for version in 1.32 1.37; do
+    kubernetes-validate --strict --quiet -k "$version" examples/kubernetes/*.yaml
+done
+
+heading 'JSON of the commands'
+# Tests compare the output with these files byte for byte. jsonschema came with kubernetes-validate.
+for golden in testdata/golden/commands/*.json; do
+    schema=testdata/schema/$(basename "$golden" .json | sed 's/-\(again\|bad\)$//').json
+    jsonschema=$(dirname "$(command -v kubernetes-validate)")/jsonschema
+    PYTHONWARNINGS=ignore "$jsonschema" --instance "$golden" "$schema"
+done
 
 heading 'eBPF objects'
 src/bpf/build.sh --check
@@ -168,7 +193,7 @@ if readelf --dynamic --program-headers --wide "$installed/portmap" | grep -E 'NE
 fi
 readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the release build is not position-independent'
 "$installed/portmap" --version
-./install.sh --uninstall --dest "$installed"
+./install.sh --uninstall --force --dest "$installed"
 rmdir "$installed"
 installed=
 

@@ -1,5 +1,5 @@
 //! Established TCP connections through a hostPort and past it, and connections that the node itself
-//! opens. The two ends of every connection share one processor (`traffic::pin`).
+//! opens. The two ends of an established connection share one processor (`traffic::pin`).
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;

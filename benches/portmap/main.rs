@@ -184,7 +184,9 @@ fn run(options: &Options) -> Res<()> {
         some => some,
     };
     let wanted = |section| options.only.is_empty() || options.only.contains(&section);
-    let (contestants, notes) = contest::enter(&ours, peer.as_deref(), variants)?;
+    let strangers = report::strangers();
+    let (contestants, mut notes) = contest::enter(&ours, peer.as_deref(), variants)?;
+    notes.extend(strangers);
 
     let machine = report::machine(&ours, peer.as_deref());
     println!("# portmap benchmark\n\n{machine}");

@@ -4,6 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use portmap::sys::bpf::cgroup;
+use portmap::sys::bpf::program::{Program, SocketHook};
+
 use crate::contest::Side;
 use crate::process::{Cell, mebibytes};
 
@@ -67,6 +70,23 @@ fn said(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> String {
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     text.lines().next().unwrap_or("says nothing").to_owned()
+}
+
+/// Other nodes' programs at the sockets of the machine. ADD has to tell them from its own, and every
+/// `connect` of the machine runs them.
+pub fn strangers() -> Option<String> {
+    let attached = cgroup::root().and_then(|root| root.query(SocketHook::Connect4)).ok()?.programs;
+    let is_ours = |id: &u32| {
+        let program = Program::from_id(*id).ok().flatten();
+        program.is_some_and(|program| program.name().starts_with("pm_"))
+    };
+    match attached.iter().filter(|id| is_ours(id)).count() {
+        0 => None,
+        count => Some(format!(
+            "{count} other node(s) with eBPF share the machine's root cgroup, which makes ebpf slower; \
+             see \"What is left\" in benches/README.md"
+        )),
+    }
 }
 
 /// The peak of our own process, and of the largest tool it started.

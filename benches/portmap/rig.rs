@@ -178,8 +178,7 @@ fn private_run(variant: Variant) -> Res<()> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none)?;
-    // Pins of one rig must not be seen by another. A nested or restricted machine may refuse this,
-    // which only the eBPF backend minds.
+    // Pins of one rig must not be seen by another. Only the eBPF backend makes any.
     let mounted = mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none);
     if variant == Variant::Ebpf {
         mounted.map_err(|e| format!("mounting a bpffs: {e}"))?;

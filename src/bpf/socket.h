@@ -62,6 +62,14 @@ static __always_inline void remember(const struct socket_key *key, const struct 
 		bpf_map_update_elem(&pm_sockets, key, &value, BPF_ANY);
 }
 
+/* A datagram of a connected socket. */
+static __always_inline int is_connected(struct bpf_sock_addr *ctx, __u32 reason)
+{
+	struct bpf_sock *socket = ctx->sk;
+
+	return reason == REASON_SENDMSG && socket && socket->state == BPF_TCP_ESTABLISHED;
+}
+
 static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
 {
 	struct claim_key claim_key = { .port = ctx->user_port, .protocol = ctx->protocol };
@@ -79,8 +87,13 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 	key.addr = claim->pod;
 	key.port = claim->port;
 	if (claim->flags & CLAIM_SELF) {
-		/* The pod itself is called: its answers have its own address from now on. */
-		bpf_map_delete_elem(&pm_sockets, &key);
+		/*
+		 * The pod itself is called: its answers have its own address from now on. Unless the
+		 * socket is connected: when an IPv6 one sends to a mapped IPv4 address, the kernel asks
+		 * again, with what it is connected to.
+		 */
+		if (!is_connected(ctx, reason))
+			bpf_map_delete_elem(&pm_sockets, &key);
 		return;
 	}
 	if (!means_node(&called))

@@ -1,7 +1,11 @@
 //! What people run on a node, one file per command. Each works on the same engine, records and lock
 //! as the verbs.
 
+pub mod check_config;
 pub mod flush;
+pub mod install;
+pub mod uninstall;
+pub mod watch;
 
 use std::io::{self, BufRead, Write};
 

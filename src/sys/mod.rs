@@ -4,6 +4,7 @@
 
 pub mod bpf;
 pub mod command;
+pub mod install;
 pub mod iptables;
 pub mod namespace;
 pub mod netlink;

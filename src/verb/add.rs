@@ -11,7 +11,7 @@ use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::{BackendKind, Claim, Family};
+use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
@@ -287,19 +287,16 @@ fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts
 /// What the operator would otherwise search for: a hostIP that no packet has, a server of the node
 /// that is not reached any more.
 fn warn_about_shadows(host: &Host, record: &Record, facts: &NodeFacts) {
-    for claim in record.claims() {
+    let claims = record.claims();
+    let served = netlink::socket_diag::served(&claims).unwrap_or_default();
+    for claim in claims {
         if let Some(ip) = claim.address.filter(|ip| !facts.is_local(ip)) {
             host.warn(format!(
                 "hostIP {ip} of {claim} is not an address of this node: nothing will be forwarded"
             ));
         }
-        if listens(&claim) {
+        if served.contains(&claim) {
             host.warn(format!("a process of this node listens on {claim}: connections to it now reach the container"));
         }
     }
-}
-
-fn listens(claim: &Claim) -> bool {
-    netlink::socket_diag::is_open(claim.family, claim.protocol, claim.address, claim.port)
-        .unwrap_or(false)
 }

@@ -100,7 +100,7 @@ fn options() -> Vec<(&'static str, Value, Vec<&'static str>)> {
         (
             "backend",
             json!("ebtables"),
-            vec!["backend", "\"ebtables\"", "\"auto\"", "\"iptables\"", "\"nftables\""],
+            vec!["backend", "\"ebtables\"", "\"auto\"", "\"iptables\"", "\"nftables\"", "\"ebpf\""],
         ),
         ("backend", json!("IPTABLES"), vec!["backend", "IPTABLES", "\"iptables\""]),
         ("backend", json!(7), vec!["backend", "7", "a string"]),
@@ -356,9 +356,27 @@ fn verbs() -> Vec<Verb> {
         ),
         (
             "ADD",
-            vec![external, ("backend", json!("nftables"))],
+            vec![external.clone(), ("backend", json!("nftables"))],
             7,
             vec!["backend", "nftables", "externalSetMarkChain"],
+        ),
+        (
+            "ADD",
+            vec![external, ("backend", json!("ebpf"))],
+            7,
+            vec!["backend", "ebpf", "externalSetMarkChain"],
+        ),
+        (
+            "ADD",
+            vec![("conditionsV4", ipt.clone()), ("backend", json!("ebpf"))],
+            7,
+            vec!["backend", "ebpf", "conditionsV4"],
+        ),
+        (
+            "ADD",
+            vec![("conditionsV6", nft.clone()), ("backend", json!("ebpf"))],
+            7,
+            vec!["backend", "ebpf", "conditionsV6"],
         ),
         (
             "ADD",

@@ -14,12 +14,17 @@
 )]
 
 mod bypass;
+mod capture;
 #[path = "../support/cgroups.rs"]
 mod cgroups;
+mod frames;
+mod macvlan;
 mod netfilter;
 mod order;
+mod pmtu;
 #[path = "../matrix/rig.rs"]
 mod rig;
+mod sidecar;
 mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]

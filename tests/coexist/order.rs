@@ -103,7 +103,7 @@ fn a_program_that_was_put_before_ours_is_reported_and_overtaken() {
     assert_calls("hidden", lab, refused(Place::Client, ip, PORT));
     let text = drift(&container, &node);
     let expected =
-        "eth0: program pm_uplink_in expected at the head of tcx ingress, found another or none";
+        "eth0: program pm_uplink_in expected at the head of tcx ingress, found it behind";
     assert!(text.contains(expected), "{text}");
 
     // Any pod's ADD puts it right.

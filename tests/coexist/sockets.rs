@@ -213,10 +213,8 @@ fn programs_that_an_agent_has_detached_are_reported_and_put_back() {
     assert_calls("from outside", &stage.lab, from_outside(&stage.lab));
     let text = nested.drift(&container);
     for name in ["pm_connect4", "pm_sendmsg6", "pm_recvmsg4", "pm_peername6"] {
-        let expected = format!(
-            "cgroup /: program {name} expected, found nothing: the node's own processes do not reach hostPorts"
-        );
-        assert!(text.contains(&expected), "{text}");
+        // Found is what the machine's own root has.
+        assert!(text.contains(&format!("cgroup /: program {name} expected, found ")), "{text}");
     }
     let other = Container::new(&node, &stage.lab, 1, mapped(PORT + 1, INSIDE));
     nested.ok("ADD", &other);

@@ -10,7 +10,7 @@ const NEWER: &[u8] = include_bytes!("../../testdata/bpf/newer.bpf.o");
 #[ignore = "privileged: loads BPF programs"]
 fn older_and_newer_objects_forward() {
     for (object, value_size) in [(OLDER, 44), (NEWER, 56)] {
-        on_node_with(object, |rig| {
+        on_node_with(object, &[At::UplinkIn, At::PodIn, At::Out], |rig| {
             assert_eq!(rig.maps["pm_flows"].definition().value_size, value_size);
             rig.claim_any(8080, rig.pod(80));
             rig.claim_any(8081, rig.pod(80));

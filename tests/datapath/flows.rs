@@ -95,6 +95,18 @@ fn a_new_call_follows_a_connection_of_the_nodes_own() {
     });
 }
 
+/// As when the node refused a connection before the port was claimed.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_reset_of_the_nodes_own_begins_no_connection() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.node(8080));
+        rig.stays(At::Out, &call.turned().with(Kind::Tcp(RST | ACK)));
+        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
+    });
+}
+
 #[test]
 #[ignore = "privileged: loads BPF programs"]
 fn a_connection_of_the_nodes_own_follows_a_closed_call() {
@@ -148,7 +160,7 @@ fn direct_connections_are_known_from_the_first_packet() {
         rig.becomes(At::Out, &direct.from(rig.client(port)).turned(), &call.turned());
         rig.stays(At::Out, &direct.turned());
         // They are no traffic of the hostPort.
-        assert_eq!(rig.traffic(rig.any(8080), Protocol::Tcp)[1], 1);
+        assert_eq!(rig.traffic_of(rig.any(8080), Protocol::Tcp)[1], 1);
     });
 }
 

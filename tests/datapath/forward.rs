@@ -72,11 +72,11 @@ fn traffic_is_counted_for_the_claim_where_the_plugin_asks_for_it() {
         rig.becomes(At::UplinkIn, &specific, &specific.to(rig.other_pod(80)));
 
         let length = |packet: &Packet| u64::try_from(packet.ip().len()).unwrap();
-        let any = rig.traffic(rig.any(8080), Protocol::Tcp);
+        let any = rig.traffic_of(rig.any(8080), Protocol::Tcp);
         assert_eq!(any, [1, 2, 2 * length(&call), 1, length(&answer)]);
-        let specific = rig.traffic(rig.second(8080), Protocol::Tcp);
+        let specific = rig.traffic_of(rig.second(8080), Protocol::Tcp);
         assert_eq!(specific, [1, 1, length(&call), 0, 0]);
-        assert_eq!(rig.traffic(rig.any(8080), Protocol::Udp), [0; 5]);
+        assert_eq!(rig.traffic_of(rig.any(8080), Protocol::Udp), [0; 5]);
 
         rig.clear("pm_traffic");
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));

@@ -63,7 +63,7 @@ fn a_hairpin_is_counted_for_its_claim() {
         rig.bounces(At::PodIn, &call.with(Kind::Tcp(ACK)), &seen.with(Kind::Tcp(ACK)));
         rig.bounces(At::PodIn, &seen.turned(), &call.turned());
         let length = u64::try_from(call.ip().len()).unwrap();
-        let traffic = rig.traffic(rig.any(8080), portmap::model::Protocol::Tcp);
+        let traffic = rig.traffic_of(rig.any(8080), portmap::model::Protocol::Tcp);
         assert_eq!(traffic, [1, 2, 2 * length, 1, length]);
     });
 }

@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 
 use portmap::backend::ebpf::layout::claim_flags;
+use portmap::backend::ebpf::loaded::OWN;
 
 use crate::packet::{KINDS, Kind, Packet, SYN};
-use crate::rig::{At, NEXT, on_node};
+use crate::rig::{At, NEXT, on_node, on_node_with};
 
 const MAC: [u8; 6] = [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee];
 
@@ -67,7 +68,8 @@ fn frames_of_vlans_and_other_protocols_pass() {
 #[test]
 #[ignore = "privileged: loads BPF programs"]
 fn devices_without_frames_have_programs_of_their_own() {
-    on_node(|rig| {
+    let programs = [At::UplinkInLayer3, At::OutLayer3, At::UplinkIn];
+    on_node_with(OWN.object, &programs, |rig| {
         rig.claim_with(rig.any(8080), rig.pod(80), |claim| {
             // There is no frame to put it in.
             claim.flags |= claim_flags::MAC;

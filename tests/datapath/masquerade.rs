@@ -204,7 +204,7 @@ fn nothing_is_dropped_before_all_ports_are_tried() {
         let chosen: Vec<_> = rig.entries("pm_remaps");
         assert_eq!(chosen.len(), 200);
         assert_eq!(rig.count("dropNoPort"), 0);
-        let traffic = rig.traffic(rig.any(8080), Protocol::Tcp);
+        let traffic = rig.traffic_of(rig.any(8080), Protocol::Tcp);
         assert_eq!(traffic[0], 200);
     });
 }

@@ -2,18 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
 
 use nix::net::if_::if_nametoindex;
-use portmap::backend::ebpf::layout::{
-    Addr, ClaimKey, ClaimValue, FlowKey, REASONS, claim_flags, port_bit,
-};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, FlowKey, REASONS, claim_flags};
+use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
 use portmap::model::{Family, Protocol};
-use portmap::sys::bpf::map::Map;
-use portmap::sys::bpf::object::{Object, load};
-use portmap::sys::bpf::program::{Program, Trial};
+use portmap::sys::bpf::program::Trial;
 use zerocopy::IntoBytes;
 
+use crate::object::Object;
 use crate::packet::Packet;
 
 /// `TC_ACT_UNSPEC`: passed on.
@@ -69,12 +68,9 @@ pub struct Flow {
     pub last: Option<u32>,
 }
 
-/// What `struct traffic` has: connections, packets and bytes in, packets and bytes out.
-pub type Traffic = [u64; 5];
-
+/// A node with an object's programs, in one family.
 pub struct Rig {
-    pub maps: BTreeMap<String, Map>,
-    programs: BTreeMap<String, Program>,
+    object: Object,
     pub uplink: u32,
     pub pod_link: u32,
     family: Family,
@@ -85,37 +81,37 @@ pub struct Rig {
     pods: Vec<IpAddr>,
 }
 
-/// Loads the object's programs on a node with two pods, for each family: `test` runs inside.
-pub fn on_node(test: impl Fn(&Rig) + Sync) {
-    on_node_with(portmap::backend::ebpf::loaded::OWN.object, test);
+impl Deref for Rig {
+    type Target = Object;
+
+    fn deref(&self) -> &Object {
+        &self.object
+    }
 }
 
-/// As [`on_node`], with another object.
-pub fn on_node_with(object: &[u8], test: impl Fn(&Rig) + Sync) {
+/// Loads the programs for devices with frames on a node with two pods, for each family: `test` runs
+/// inside.
+pub fn on_node(test: impl Fn(&Rig) + Sync) {
+    on_node_with(OWN.object, &[At::UplinkIn, At::PodIn, At::Out], test);
+}
+
+/// As [`on_node`], with another object or other programs.
+pub fn on_node_with(object: &[u8], programs: &[At], test: impl Fn(&Rig) + Sync) {
     let lab = Lab::build(Options::new(Shape::Ptp)).expect("root is needed");
     lab.node
         .run(|| {
             for family in Family::ALL {
-                test(&Rig::new(&lab, family, object));
+                test(&Rig::new(&lab, family, object, programs));
             }
         })
         .unwrap();
 }
 
 impl Rig {
-    fn new(lab: &Lab, family: Family, object: &[u8]) -> Self {
-        let object = Object::parse(object).unwrap();
-        let definitions = object.maps();
-        let maps: BTreeMap<String, Map> = definitions
-            .values()
-            .map(|definition| (definition.name.clone(), Map::create(definition).unwrap()))
-            .collect();
-        let names = ["pm_uplink_in", "pm_pod_in", "pm_out", "pm_uplink_in_l3", "pm_out_l3"];
-        let programs = load(&object.link(&maps, &names).unwrap()).unwrap();
-        let programs = programs.into_iter().map(|program| (program.name().to_owned(), program));
+    fn new(lab: &Lab, family: Family, object: &[u8], programs: &[At]) -> Self {
+        let is_wanted = |name: &str| programs.iter().any(|at| at.program() == name);
         let rig = Rig {
-            maps,
-            programs: programs.collect(),
+            object: Object::load(object, |name, _| is_wanted(name)),
             uplink: if_nametoindex(UPLINK).unwrap(),
             pod_link: if_nametoindex(lab.pods[0].host_link.as_str()).unwrap(),
             family,
@@ -175,40 +171,24 @@ impl Rig {
         SocketAddr::new(address.parse().unwrap(), port)
     }
 
-    fn map(&self, name: &str) -> &Map {
-        &self.maps[name]
-    }
-
     /// As the plugin does for an address of the node (1) or a broadcast address (0).
     pub fn list_address(&self, address: IpAddr, kind: u32) {
-        self.map("pm_addresses").put(Addr::from(address).as_bytes(), kind.as_bytes()).unwrap();
-    }
-
-    pub fn mark_port(&self, port: u16) {
-        let (word, bit) = port_bit(port);
-        let ports = self.map("pm_ports");
-        let before = ports.get(word.as_bytes()).unwrap().unwrap();
-        let after = u64::from_ne_bytes(before.try_into().unwrap()) | bit;
-        ports.put(word.as_bytes(), after.as_bytes()).unwrap();
+        self.put("pm_addresses", Addr::from(address).as_bytes(), kind.as_bytes());
     }
 
     /// hostPort `host` (with an unspecified address: any) to a pod, and the pod's own entry; for all
     /// protocols. `change` is for options of both.
     pub fn claim_with(&self, host: SocketAddr, pod: SocketAddr, change: impl Fn(&mut ClaimValue)) {
         for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
-            let addr = match host.ip() {
-                ip if ip.is_unspecified() => Addr::any(self.family),
-                ip => Addr::from(ip),
-            };
             let mut value = ClaimValue::new(pod, OWNER);
             change(&mut value);
-            let key = ClaimKey::new(addr, protocol, host.port());
-            self.map("pm_claims").put(key.as_bytes(), value.as_bytes()).unwrap();
-            let zero = vec![0; self.map("pm_traffic").value_bytes()];
-            self.map("pm_traffic").put(key.as_bytes(), &zero).unwrap();
+            let key = ClaimKey::new(self.addr(host), protocol, host.port());
+            self.put("pm_claims", key.as_bytes(), value.as_bytes());
+            let zero = vec![0; self.maps["pm_traffic"].value_bytes()];
+            self.put("pm_traffic", key.as_bytes(), &zero);
             value.flags |= claim_flags::SELF;
             let key = ClaimKey::new(pod.ip().into(), protocol, pod.port());
-            self.map("pm_claims").put(key.as_bytes(), value.as_bytes()).unwrap();
+            self.put("pm_claims", key.as_bytes(), value.as_bytes());
         }
         self.mark_port(host.port());
         self.mark_port(pod.port());
@@ -229,23 +209,21 @@ impl Rig {
     }
 
     pub fn unclaim(&self, host: SocketAddr) {
-        let addr =
-            if host.ip().is_unspecified() { Addr::any(self.family) } else { host.ip().into() };
         for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
-            let key = ClaimKey::new(addr, protocol, host.port());
-            assert!(self.map("pm_claims").remove(key.as_bytes()).unwrap());
+            let key = ClaimKey::new(self.addr(host), protocol, host.port());
+            assert!(self.maps["pm_claims"].remove(key.as_bytes()).unwrap());
         }
     }
 
     pub fn unclaim_protocol(&self, host: SocketAddr, protocol: Protocol) {
         let key = ClaimKey::new(host.ip().into(), protocol, host.port());
-        assert!(self.map("pm_claims").remove(key.as_bytes()).unwrap());
+        assert!(self.maps["pm_claims"].remove(key.as_bytes()).unwrap());
     }
 
     /// Clears the bits of all ports.
     pub fn clear_ports(&self) {
         for word in 0..1024_u32 {
-            self.map("pm_ports").put(word.as_bytes(), 0_u64.as_bytes()).unwrap();
+            self.put("pm_ports", word.as_bytes(), 0_u64.as_bytes());
         }
     }
 
@@ -318,7 +296,7 @@ impl Rig {
             .find(|known| known.number() == protocol)
             .unwrap();
         let key = FlowKey::new(pod, peer, protocol);
-        let value = self.map("pm_flows").get(key.as_bytes()).unwrap()?;
+        let value = self.maps["pm_flows"].get(key.as_bytes()).unwrap()?;
         let number = |at: usize| u32::from_ne_bytes(value[at..at + 4].try_into().unwrap());
         let end = |address: usize, port: usize| {
             let address = Addr(value[address..address + 16].try_into().unwrap()).ip();
@@ -335,7 +313,7 @@ impl Rig {
 
     /// Lets a flow look as if its last packet had come `seconds` (of 2^30 ns) ago.
     pub fn age_flow(&self, protocol: Protocol, pod: SocketAddr, peer: SocketAddr, seconds: u32) {
-        let flows = self.map("pm_flows");
+        let flows = &self.maps["pm_flows"];
         let key = FlowKey::new(pod, peer, protocol);
         let mut value = flows.get(key.as_bytes()).unwrap().unwrap();
         let last = u32::from_ne_bytes(value[44..48].try_into().unwrap());
@@ -344,19 +322,11 @@ impl Rig {
     }
 
     pub fn entries(&self, map: &str) -> Vec<(Vec<u8>, Vec<u8>)> {
-        self.map(map).entries().unwrap()
+        self.maps[map].entries().unwrap()
     }
 
     pub fn clear(&self, map: &str) {
-        self.map(map).remove_where(|_, _| true).unwrap();
-    }
-
-    /// How often something has happened, of all processors.
-    pub fn count(&self, reason: &str) -> u64 {
-        let index = REASONS.iter().position(|name| *name == reason).unwrap();
-        let index = u32::try_from(index).unwrap();
-        let values = self.map("pm_reasons").get(index.as_bytes()).unwrap().unwrap();
-        values.chunks_exact(8).map(|value| u64::from_ne_bytes(value.try_into().unwrap())).sum()
+        self.maps[map].remove_where(|_, _| true).unwrap();
     }
 
     /// All counters that are not 0.
@@ -365,18 +335,12 @@ impl Rig {
         counted.filter(|(_, count)| *count != 0).collect()
     }
 
-    pub fn traffic(&self, host: SocketAddr, protocol: Protocol) -> Traffic {
-        let addr =
-            if host.ip().is_unspecified() { Addr::any(self.family) } else { host.ip().into() };
-        let key = ClaimKey::new(addr, protocol, host.port());
-        let values = self.map("pm_traffic").get(key.as_bytes()).unwrap().unwrap();
-        let mut sum = [0; 5];
-        for value in values.chunks_exact(40) {
-            for (sum, number) in sum.iter_mut().zip(value.chunks_exact(8)) {
-                *sum += u64::from_ne_bytes(number.try_into().unwrap());
-            }
-        }
-        sum
+    pub fn traffic_of(&self, host: SocketAddr, protocol: Protocol) -> [u64; 5] {
+        self.traffic(&ClaimKey::new(self.addr(host), protocol, host.port()))
+    }
+
+    fn addr(&self, host: SocketAddr) -> Addr {
+        if host.ip().is_unspecified() { Addr::any(self.family) } else { host.ip().into() }
     }
 }
 

@@ -60,6 +60,7 @@ macro_rules! on_variants {
 
 mod conditions;
 mod counters;
+mod flows;
 mod host_ip;
 mod localhost;
 mod masquerade;

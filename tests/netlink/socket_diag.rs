@@ -1,5 +1,6 @@
 #![allow(clippy::disallowed_methods, reason = "these tests make the sockets that are found")]
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,12 +10,12 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6, bind,
     listen, setsockopt, socket, sockopt,
 };
-use portmap::model::{Family, Protocol};
+use portmap::model::{Claim, Family, Protocol};
 use portmap::sys::netlink::socket_diag;
 
 use crate::{in_namespace, run};
 
-/// What `is_open` says of IPv4 and IPv6: any local address, one of `ADDRESSES`, the other one.
+/// What `served` says of IPv4 and IPv6: any local address, one of `ADDRESSES`, the other one.
 type Answers = ([bool; 3], [bool; 3]);
 
 const NOBODY: Answers = ([false; 3], [false; 3]);
@@ -30,13 +31,38 @@ fn add_addresses() {
 fn ask(protocol: Protocol, port: u16) -> Answers {
     let one = |family, address: Option<&str>| {
         let address: Option<IpAddr> = address.map(|text| text.parse().unwrap());
-        socket_diag::is_open(family, protocol, address, port).unwrap()
+        let claims = BTreeSet::from([Claim { family, protocol, address, port }]);
+        socket_diag::served(&claims).unwrap() == claims
     };
     let [first4, second4, first6, second6] = ADDRESSES.map(Some);
     (
         [one(Family::V4, None), one(Family::V4, first4), one(Family::V4, second4)],
         [one(Family::V6, None), one(Family::V6, first6), one(Family::V6, second6)],
     )
+}
+
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn each_of_several_claims_gets_its_own_answer() {
+    in_namespace(|| {
+        let _v4 = TcpListener::bind("127.0.0.1:8080").unwrap();
+        let _both = TcpListener::bind("[::]:8081").unwrap();
+        let _udp = UdpSocket::bind("[::1]:8080").unwrap();
+        let claim = |family, protocol, port| Claim { family, protocol, address: None, port };
+        let mut claims = BTreeSet::new();
+        for family in Family::ALL {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+                claims.extend([8080, 8081, 8082].map(|port| claim(family, protocol, port)));
+            }
+        }
+        let served = BTreeSet::from([
+            claim(Family::V4, Protocol::Tcp, 8080),
+            claim(Family::V4, Protocol::Tcp, 8081),
+            claim(Family::V6, Protocol::Tcp, 8081),
+            claim(Family::V6, Protocol::Udp, 8080),
+        ]);
+        assert_eq!(socket_diag::served(&claims).unwrap(), served);
+    });
 }
 
 /// An IPv6 socket bound to port 8080 and, with TCP, listening.

@@ -65,12 +65,17 @@ fn pain_04_auto_takes_what_the_node_has() {
 fn pain_04_without_any_tool_each_backend_says_what_it_lacks() {
     on_each(&[Variant::Nftables], &bridge(), |site| {
         let empty = Scratch::new();
+        site.forbid_ebpf(true);
         for path in [empty.0.clone(), PathBuf::new()] {
             site.node.path = path;
             let said = error(&site.call("ADD", &auto(site), &site.of(0, "a")));
             assert_eq!(said["code"], 101, "{said}");
             let text = format!("{} {}", said["msg"], said["details"]);
-            for part in ["iptables: iptables-restore is not installed", "nftables: nft is not"] {
+            for part in [
+                "iptables: iptables-restore is not installed",
+                "nftables: nft is not",
+                "ebpf: cannot use the directory for eBPF maps: /sys/fs/bpf/portmap has owner",
+            ] {
                 assert!(text.contains(part), "{part}: {text}");
             }
             let said = error(&site.call("STATUS", &auto(site), &site.of(0, "a")));
@@ -89,6 +94,7 @@ fn pain_04_broken_tools_are_quoted() {
         let dir = Scratch::new();
         broken(&dir.0, "iptables-restore", "no module ip_tables here");
         broken(&dir.0, "nft", "cannot talk to the kernel");
+        site.forbid_ebpf(true);
         site.node.path = dir.0.clone();
         let said = error(&site.call("ADD", &auto(site), &site.of(0, "a")));
         assert_eq!(said["code"], 101, "{said}");
@@ -126,7 +132,8 @@ fn pain_04_a_broken_backend_is_passed_over() {
 #[ignore = "privileged: makes network namespaces, needs iptables, nft and setpriv"]
 fn pain_04_without_cap_net_admin_the_reason_is_clear() {
     on_each(&VARIANTS, &bridge(), |site| {
-        for (backend, code) in [(AUTO, 101), (site.node.variant.backend(), 100)] {
+        let named = if site.node.variant == Variant::Ebpf { 5 } else { 100 };
+        for (backend, code) in [(AUTO, 101), (site.node.variant.backend(), named)] {
             let config = with(auto(site), json!({ "backend": backend }));
             let mut command =
                 plugin::command(Path::new("/usr/bin/setpriv"), "ADD", &site.of(0, "a"));
@@ -140,7 +147,7 @@ fn pain_04_without_cap_net_admin_the_reason_is_clear() {
             let said = error(&output);
             assert_eq!(said["code"], code, "{said}");
             let text = said.to_string();
-            // nft, iptables-nft and iptables-legacy have words of their own for it.
+            // nft, iptables-nft, iptables-legacy and the kernel have words of their own for it.
             let clear = ["Operation not permitted", "Permission denied", "initialize table 'nat'"];
             assert!(clear.iter().any(|words| text.contains(words)), "{text}");
         }
@@ -173,12 +180,14 @@ fn pain_04_probing_leaves_no_tables_behind() {
         let dir = Scratch::new();
         broken(&dir.0, "iptables-restore", "broken");
         broken(&dir.0, "nft", "broken");
+        node.shell("mkdir -m 0777 /sys/fs/bpf/portmap");
         // What reads works, and only what writes does not.
         node.path = format!("{}:{}", dir.0.display(), node.path.display()).into();
         let (code, reason) = node.fails("ADD", &config, &pod);
         assert_eq!(code, 101, "{reason}");
         node.path = "/usr/sbin:/usr/bin:/bin".into();
         assert_eq!(tables(&node), "", "{variant:?}");
+        node.shell("rmdir /sys/fs/bpf/portmap");
     }
 }
 

@@ -6,7 +6,7 @@ use portmap::model::Family;
 use serde_json::json;
 
 use crate::site::{Site, bridge, named, on_each, tcp, with};
-use crate::support::{IPTABLES, VARIANTS, Variant};
+use crate::support::{IPTABLES, RULES, Variant};
 
 /// pod-a and pod-b reach pod-a's hostPort, and both are masqueraded.
 fn neighbours_reach(site: &Site, port: u16) {
@@ -76,7 +76,7 @@ fn pain_22_the_kubelet_s_mark_chain_is_used() {
 #[test]
 #[ignore = "privileged: makes network namespaces, needs iptables and nft"]
 fn pain_22_the_bit_can_be_chosen() {
-    on_each(&VARIANTS, &Options::new(Shape::Ptp), |site| {
+    on_each(&RULES, &Options::new(Shape::Ptp), |site| {
         let of_bit =
             |bit: u8, port: u16| with(site.config(0, &[tcp(port)]), json!({ "markMasqBit": bit }));
         // Somebody else's mark of a packet, and how often it came out as it went in.
@@ -113,7 +113,7 @@ fn pain_22_the_bit_can_be_chosen() {
 #[test]
 #[ignore = "privileged: makes network namespaces, needs iptables and nft"]
 fn pain_25_rules_that_others_delete_by_name_come_back() {
-    on_each(&VARIANTS, &bridge(), |site| {
+    on_each(&RULES, &bridge(), |site| {
         site.node.network = "cilium".into();
         site.add(0, "a", &[tcp(8080)]);
         site.check(0, "a", &[tcp(8080)]);

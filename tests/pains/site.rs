@@ -12,10 +12,10 @@ use portmap::demo::traffic::{Call, Failure, Reply, Session, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
 
-use crate::support::{Node, PORTMAP, Variant, attachment, prev_result};
+use crate::support::{Node, PORTMAP, Variant, attachment, ebpf, prev_result};
 
 /// Long enough for a busy machine; only calls that must not arrive wait for all of it.
-const TIMEOUT: Duration = Duration::from_millis(1500);
+pub const TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// A laboratory whose pods serve tcp 80 and udp 53, and a node with one variant's tools.
 pub struct Site<'a> {
@@ -158,6 +158,7 @@ impl Site<'_> {
     pub fn drop_own_jumps(&self) {
         self.node.shell(match self.node.variant {
             Variant::Nftables => "nft delete table inet portmap",
+            Variant::Ebpf => unreachable!("there are no jumps"),
             _ => {
                 "for t in iptables ip6tables; do for chain in PREROUTING OUTPUT; do
                    $t -t nat -D $chain -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT
@@ -170,11 +171,25 @@ impl Site<'_> {
     pub fn flush_everything(&self) {
         self.node.shell(match self.node.variant {
             Variant::Nftables => "nft flush ruleset",
+            // Programs have no tables: this is what a tool that takes devices over does to them.
+            Variant::Ebpf => {
+                self.lab.node.run(ebpf::detach_everywhere).unwrap();
+                return;
+            }
             _ => {
                 "for t in iptables ip6tables; do for table in nat raw; do
                    $t -t $table -F; $t -t $table -X
                  done; done"
             }
+        });
+    }
+
+    /// Keeps eBPF from being used, and gives it back: maps decide where packets go, so that a directory
+    /// which everybody may write to is refused.
+    pub fn forbid_ebpf(&self, forbidden: bool) {
+        self.node.shell(match forbidden {
+            true => "mkdir -p /sys/fs/bpf/portmap; chmod 0777 /sys/fs/bpf/portmap",
+            false => "chmod 0700 /sys/fs/bpf/portmap; rmdir /sys/fs/bpf/portmap || true",
         });
     }
 }

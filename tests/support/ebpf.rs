@@ -153,6 +153,24 @@ pub fn detach_from_sockets(hooks: &[SocketHook]) {
     }
 }
 
+/// Takes all programs off devices, whosever they are, and this node's off the root cgroup.
+pub fn detach_everywhere() {
+    for link in links().iter().filter(|link| !link.loopback) {
+        for direction in Direction::ALL {
+            for id in tcx::query(link.index, direction).unwrap().programs {
+                let program = Program::from_id(id).unwrap().unwrap();
+                tcx::detach(link.index, direction, &program).unwrap();
+            }
+        }
+        // A device without the qdisc has no filters.
+        std::process::Command::new("tc")
+            .args(["qdisc", "del", "dev", &link.name, "clsact"])
+            .output()
+            .unwrap();
+    }
+    detach_from_sockets(&SocketHook::ALL);
+}
+
 pub fn links() -> Vec<Link> {
     RouteReader::open().unwrap().links().unwrap()
 }

@@ -1,131 +1,105 @@
-//! Map entries, one by one on the fast path and all together on the slow one.
-//!
-//! Programs look only at packets whose port has its bit in the map of ports. A bit is set before the
-//! claims that need it and cleared after the last; how many there are is counted in a map of its own,
-//! from what the map of claims really gains and loses.
+//! The entries of the maps: read, and written as planned.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, claim_flags, port_bit};
+use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, port_bit, ports_of};
 use super::loaded::Maps;
 use super::objects::{self, Claims};
+use super::plan::{self, Former, Present, Write};
 use crate::sys::bpf::map::Map;
-
-/// Who had a claim before: its flows are not those of the claim's new owner.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Former {
-    pub key: ClaimKey,
-    pub value: ClaimValue,
-}
 
 /// The claim's entry.
 pub fn get(maps: &Maps, key: &ClaimKey) -> io::Result<Option<ClaimValue>> {
     Ok(maps.claims.get(key.as_bytes())?.and_then(|value| ClaimValue::read_from_bytes(&value).ok()))
 }
 
-/// Brings the entries at `keys` to what `after` has for them, in an order in which no packet sees a
-/// claim half-made. Returns who lost claims that had connections.
-pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Vec<Former>> {
-    let mut former = Vec::new();
-    for key in keys {
-        former.extend(loser(maps, key, keys, after)?);
+/// Where packets to an address and port of the node go: the claim of the address goes before that of any.
+pub fn in_effect(maps: &Maps, called: &ClaimKey) -> io::Result<Option<ClaimValue>> {
+    match get(maps, called)? {
+        None => get(maps, &called.of_any()),
+        own => Ok(own),
     }
-    let mut todo: Vec<&ClaimKey> = keys.iter().collect();
-    // The pods behind claims first: a flow that begins must find both.
-    todo.sort_by_key(|key| after.get(key).is_none_or(|value| value.pod != key.addr));
-    for key in todo {
-        let before = get(maps, key)?;
-        let wanted = after.get(key);
-        let same_owner = same_owner(before, wanted.copied());
-        match wanted {
-            Some(wanted) => {
-                if before.is_none() {
-                    count(maps, key.port(), 1)?;
-                }
-                if !same_owner {
-                    reset_traffic(maps, key)?;
-                }
-                if before != Some(*wanted) {
-                    maps.claims.put(key.as_bytes(), wanted.as_bytes())?;
-                }
-            }
-            None => {
-                if maps.claims.remove(key.as_bytes())? {
-                    count(maps, key.port(), -1)?;
-                }
-                maps.traffic.remove(key.as_bytes())?;
-            }
+}
+
+/// Brings the entries at `keys` to what `after` has for them. Returns who lost claims that had
+/// connections.
+pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Vec<Former>> {
+    let mut present = Present::default();
+    for key in keys {
+        for key in [*key, key.of_any()] {
+            present.claims.extend(get(maps, &key)?.map(|value| (key, value)));
+        }
+        present.uses.insert(key.port(), read_uses(maps, key.port())?);
+    }
+    let former = losers(maps, &present, keys, after)?;
+    apply(maps, &plan::change(&present, keys, after))?;
+    Ok(former)
+}
+
+/// Brings all entries to what is wanted, and counts ports anew. Returns as [`change`].
+pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<Vec<Former>> {
+    let present = present(maps)?;
+    let keys = present.claims.keys().chain(wanted.keys()).copied().collect();
+    let former = losers(maps, &present, &keys, wanted)?;
+    apply(maps, &plan::restore(&present, wanted))?;
+    Ok(former)
+}
+
+fn losers(
+    maps: &Maps,
+    present: &Present,
+    keys: &BTreeSet<ClaimKey>,
+    after: &Claims,
+) -> io::Result<Vec<Former>> {
+    let mut former = Vec::new();
+    for loser in plan::losers(present, keys, after) {
+        // Without an entry nothing was counted, and there may have been any number.
+        if traffic(maps, &loser.key)?.is_none_or(|traffic| traffic.connections > 0) {
+            former.push(loser);
         }
     }
     Ok(former)
 }
 
-/// Who had the claim at a key and will not have it, if there were connections. The claim of an address
-/// takes the place of one of any address, and leaves its place to it.
-fn loser(
-    maps: &Maps,
-    key: &ClaimKey,
-    keys: &BTreeSet<ClaimKey>,
-    after: &Claims,
-) -> io::Result<Option<Former>> {
-    let at = |key: &ClaimKey| match keys.contains(key) {
-        true => Ok(after.get(key).copied()),
-        false => get(maps, key),
-    };
-    let any = key.of_any();
-    let (found, before) = match get(maps, key)? {
-        None => (any, get(maps, &any)?),
-        own => (*key, own),
-    };
-    let now = match at(key)? {
-        None => at(&any)?,
-        own => own,
-    };
-    let Some(value) = before.filter(|_| !same_owner(before, now)) else {
-        return Ok(None);
-    };
-    // A pod's own entry takes no claim's place.
-    if found != *key && now.is_some_and(|now| now.flags & claim_flags::SELF != 0) {
-        return Ok(None);
+fn apply(maps: &Maps, writes: &[Write]) -> io::Result<()> {
+    for write in writes {
+        match write {
+            Write::Uses(port, uses) => write_uses(maps, *port, *uses)?,
+            Write::Count(key) => {
+                maps.traffic.put(key.as_bytes(), &vec![0; maps.traffic.value_bytes()])?;
+            }
+            Write::Put(key, value) => maps.claims.put(key.as_bytes(), value.as_bytes())?,
+            Write::Remove(key) => {
+                maps.claims.remove(key.as_bytes())?;
+                maps.traffic.remove(key.as_bytes())?;
+            }
+        }
     }
-    Ok((connections(maps, &found)? > 0).then_some(Former { key: *key, value }))
+    Ok(())
 }
 
-fn same_owner(one: Option<ClaimValue>, other: Option<ClaimValue>) -> bool {
-    one.zip(other).is_some_and(|(one, other)| {
-        (one.owner, one.target(), one.flags & claim_flags::SELF)
-            == (other.owner, other.target(), other.flags & claim_flags::SELF)
+/// All there is.
+pub fn present(maps: &Maps) -> io::Result<Present> {
+    let claim = |(key, value): (Vec<u8>, Vec<u8>)| {
+        ClaimKey::read_from_bytes(&key).ok().zip(ClaimValue::read_from_bytes(&value).ok())
+    };
+    let uses = |(key, value): (Vec<u8>, Vec<u8>)| {
+        u16::read_from_bytes(&key).ok().zip(u32::read_from_bytes(&value).ok())
+    };
+    let watched = |(key, value): (Vec<u8>, Vec<u8>)| {
+        let word = u32::read_from_bytes(&key).ok().zip(u64::read_from_bytes(&value).ok());
+        let (index, word) = word.unwrap_or_default();
+        ports_of(index).filter(move |port| word & port_bit(*port).1 != 0)
+    };
+    Ok(Present {
+        claims: maps.claims.entries()?.into_iter().filter_map(claim).collect(),
+        uses: maps.port_uses.entries()?.into_iter().filter_map(uses).collect(),
+        watched: maps.ports.entries()?.into_iter().flat_map(watched).collect(),
+        counted: keys_of(&maps.traffic)?,
     })
-}
-
-/// Brings all entries to what is wanted, and counts ports anew.
-pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<Vec<Former>> {
-    let present = keys_of(&maps.claims)?;
-    for (port, uses) in objects::port_uses(wanted) {
-        // Bits come first: too many do no harm.
-        let uses = uses.max(read_uses(maps, port)?);
-        write_uses(maps, port, uses)?;
-    }
-    let keys = present.into_iter().chain(wanted.keys().copied()).collect();
-    let former = change(maps, &keys, wanted)?;
-    for key in keys_of(&maps.traffic)?.difference(&wanted.keys().copied().collect()) {
-        maps.traffic.remove(key.as_bytes())?;
-    }
-    let uses = objects::port_uses(wanted);
-    let counted: BTreeSet<u16> = maps
-        .port_uses
-        .entries()?
-        .iter()
-        .filter_map(|(key, _)| u16::read_from_bytes(key).ok())
-        .collect();
-    for port in counted.into_iter().chain(uses.keys().copied()) {
-        write_uses(maps, port, uses.get(&port).copied().unwrap_or_default())?;
-    }
-    clear_other_bits(maps, &uses)?;
-    Ok(former)
 }
 
 /// Where the entries at `keys` differ from what `expected` has for them, in words.
@@ -212,20 +186,6 @@ pub fn traffic(maps: &Maps, key: &ClaimKey) -> io::Result<Option<Traffic>> {
     Ok(Some(sum))
 }
 
-fn connections(maps: &Maps, key: &ClaimKey) -> io::Result<u64> {
-    // Without an entry nothing was counted, and there may have been any number.
-    Ok(traffic(maps, key)?.map_or(1, |traffic| traffic.connections))
-}
-
-fn reset_traffic(maps: &Maps, key: &ClaimKey) -> io::Result<()> {
-    maps.traffic.put(key.as_bytes(), &vec![0; maps.traffic.value_bytes()])
-}
-
-fn count(maps: &Maps, port: u16, change: i32) -> io::Result<()> {
-    let uses = read_uses(maps, port)?.saturating_add_signed(change);
-    write_uses(maps, port, uses)
-}
-
 fn read_uses(maps: &Maps, port: u16) -> io::Result<u32> {
     let value = maps.port_uses.get(port.as_bytes())?;
     Ok(value.and_then(|value| u32::read_from_bytes(&value).ok()).unwrap_or_default())
@@ -259,25 +219,6 @@ fn set_bit(maps: &Maps, port: u16, on: bool) -> io::Result<()> {
         return Ok(());
     }
     maps.ports.put(index.as_bytes(), after.as_bytes())
-}
-
-fn clear_other_bits(maps: &Maps, uses: &BTreeMap<u16, u32>) -> io::Result<()> {
-    let mut wanted: BTreeMap<u32, u64> = BTreeMap::new();
-    for port in uses.keys() {
-        let (index, bit) = port_bit(*port);
-        *wanted.entry(index).or_default() |= bit;
-    }
-    for (key, value) in maps.ports.entries()? {
-        let (Ok(index), Ok(found)) = (u32::read_from_bytes(&key), u64::read_from_bytes(&value))
-        else {
-            continue;
-        };
-        let right = wanted.get(&index).copied().unwrap_or_default();
-        if found != right {
-            maps.ports.put(index.as_bytes(), right.as_bytes())?;
-        }
-    }
-    Ok(())
 }
 
 fn keys_of<K: FromBytes + Ord>(map: &Map) -> io::Result<BTreeSet<K>> {

@@ -6,9 +6,11 @@ use std::net::SocketAddr;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::entries::Former;
-use super::layout::{FlowKey, FlowValue, SocketKey, SocketValue, claim_flags, flow_flags};
+use super::layout::{
+    ClaimKey, ClaimValue, FlowKey, FlowValue, SocketKey, SocketValue, claim_flags,
+};
 use super::loaded::Flows;
+use super::plan::Former;
 use crate::model::Protocol;
 use crate::record::Record;
 use crate::sys::netlink::socket_diag::Connection;
@@ -16,50 +18,63 @@ use crate::sys::netlink::socket_diag::Connection;
 /// Cookies of sockets by the pod that they called.
 pub type Callers = BTreeMap<SocketAddr, BTreeSet<u64>>;
 
-/// Forgets the flows of claims that have another owner now, or none: a pod that gets a former pod's
-/// address must not inherit its connections, and a former pod's answers are not the claim's any more.
+/// Forgets connections of former owners, as far as what they called leads elsewhere by now, or nowhere:
+/// a pod that gets a former pod's address must not inherit its connections, and a former pod's answers
+/// are not the claim's any more. `now` tells which claim takes what is called.
 ///
 /// Returns the node's own UDP sockets that called a former pod, by pod and the socket's cookie. Packets
 /// of connected sockets pass no hook of a claim, so that their owners have to be told.
-pub fn forget(flows: &Flows, former: &[Former]) -> io::Result<Callers> {
+pub fn forget(
+    flows: &Flows,
+    former: &[Former],
+    now: impl Fn(&ClaimKey) -> io::Result<Option<ClaimValue>>,
+) -> io::Result<Callers> {
+    let owners: BTreeSet<u32> = former.iter().map(|former| former.value.owner).collect();
+    let (mut known, mut failure) = (BTreeMap::new(), Ok(()));
+    let mut is = |called: ClaimKey, right: &dyn Fn(&ClaimValue) -> bool| {
+        let claim = known.entry(called).or_insert_with(|| now(&called));
+        match claim {
+            Ok(claim) => claim.is_some_and(|claim| right(&claim)),
+            Err(error) => {
+                failure = Err(io::Error::from(error.kind()));
+                true
+            }
+        }
+    };
     flows.flows.remove_where(|key, value| {
         let entry = FlowKey::read_from_bytes(key).ok().zip(FlowValue::read_from_bytes(value).ok());
-        entry.is_some_and(|(key, value)| former.iter().any(|one| had_flow(one, &key, &value)))
+        entry.is_some_and(|(key, value)| {
+            owners.contains(&value.owner)
+                && !is(value.called(&key), &|claim| {
+                    claim.owner == value.owner && claim.target() == key.target()
+                })
+        })
     })?;
-    let udp = |former: &&Former| {
-        former.key.protocol == Protocol::Udp.number() && former.value.flags & claim_flags::SELF == 0
-    };
-    let former: Vec<&Former> = former.iter().filter(udp).collect();
+    let udp = Protocol::Udp.number();
+    let claims = former.iter().filter(|former| former.value.flags & claim_flags::SELF == 0);
+    let pods: BTreeSet<SocketAddr> = claims
+        .filter(|former| former.key.protocol == udp)
+        .map(|former| former.value.target())
+        .collect();
     let mut callers = Callers::new();
-    if former.is_empty() {
-        return Ok(callers);
+    if !pods.is_empty() {
+        flows.sockets.remove_where(|key, value| {
+            let entry =
+                SocketKey::read_from_bytes(key).ok().zip(SocketValue::read_from_bytes(value).ok());
+            let Some((socket, called)) = entry else {
+                return false;
+            };
+            let pod = socket.pod();
+            let lost = socket.protocol == udp
+                && pods.contains(&pod)
+                && !is(called.called(&socket), &|claim| claim.target() == pod);
+            if lost {
+                callers.entry(pod).or_default().insert(socket.cookie);
+            }
+            lost
+        })?;
     }
-    flows.sockets.remove_where(|key, value| {
-        let entry =
-            SocketKey::read_from_bytes(key).ok().zip(SocketValue::read_from_bytes(value).ok());
-        let Some((socket, called)) = entry else {
-            return false;
-        };
-        let lost = former.iter().any(|former| was_called(former, &socket, &called));
-        if lost {
-            callers.entry(socket.pod()).or_default().insert(socket.cookie);
-        }
-        lost
-    })?;
-    Ok(callers)
-}
-
-/// Direct connections to a pod are those of its own entry.
-fn had_flow(former: &Former, key: &FlowKey, value: &FlowValue) -> bool {
-    let called = value.called(key);
-    let any = value.flags & flow_flags::ANY != 0;
-    value.owner == former.value.owner
-        && (called == former.key || (any && called.of_any() == former.key))
-}
-
-fn was_called(former: &Former, socket: &SocketKey, called: &SocketValue) -> bool {
-    let called = called.called(socket);
-    socket.pod() == former.value.target() && (called == former.key || called.of_any() == former.key)
+    failure.map(|()| callers)
 }
 
 /// Remembers connections that the node has open from ports that became hostPorts: their answers are

@@ -192,14 +192,18 @@ impl FlowKey {
             pad: [0; 3],
         }
     }
+
+    /// The pod, and its port.
+    #[must_use]
+    pub fn target(&self) -> SocketAddr {
+        SocketAddr::new(self.pod.ip(), self.pod_port.get())
+    }
 }
 
 /// Bits of `flags` in `struct flow`.
 pub mod flow_flags {
     /// The node itself uses a hostPort's number as its source port.
     pub const NODE: u32 = 4;
-    /// The claim is that of any address.
-    pub const ANY: u32 = 16;
 }
 
 /// `struct flow`.
@@ -333,6 +337,12 @@ pub fn port_bit(port: u16) -> (u32, u64) {
     (u32::from(port >> 6), 1 << (port & 63))
 }
 
+/// The ports of a word in that map, lowest bit first.
+pub fn ports_of(index: u32) -> impl Iterator<Item = u16> {
+    let first = u16::try_from(index << 6).unwrap_or_default();
+    first..=first | 63
+}
+
 /// `enum reason`, in the order of its values: names for people.
 pub const REASONS: [&str; 21] = [
     "forwarded",
@@ -357,3 +367,116 @@ pub const REASONS: [&str; 21] = [
     "dropLateFragment",
     "sctpFragment",
 ];
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::mem::offset_of;
+
+    use super::*;
+    use crate::backend::ebpf::loaded::OWN;
+
+    /// A kind of linux/btf.h, and how many bytes each kind has behind its first 12.
+    const STRUCT: u32 = 4;
+    fn trailer(kind: u32, members: usize) -> usize {
+        match kind {
+            1 | 14 | 17 => 4,
+            3 => 12,
+            4 | 5 | 15 | 19 => members * 12,
+            6 | 13 => members * 8,
+            _ => 0,
+        }
+    }
+
+    /// A struct's size, and the offsets of its members, in bytes.
+    type Members = (usize, Vec<(String, usize)>);
+
+    /// The structs of an object by name, from its BTF (Linux, Documentation/bpf/btf.rst).
+    fn types(object: &[u8]) -> BTreeMap<String, Members> {
+        let btf = aya_obj::Object::parse(object).unwrap().btf.unwrap().to_bytes();
+        let word = |at: usize| u32::from_le_bytes(btf[at..at + 4].try_into().unwrap()) as usize;
+        let header = word(4);
+        let (types, length, strings) = (header + word(8), word(12), header + word(16));
+        let text = |offset: usize| {
+            let rest = &btf[strings + offset..];
+            let end = rest.iter().position(|byte| *byte == 0).unwrap();
+            String::from_utf8_lossy(&rest[..end]).into_owned()
+        };
+        let mut found = BTreeMap::new();
+        let mut at = types;
+        while at < types + length {
+            let (name, info, size) = (text(word(at)), word(at + 4), word(at + 8));
+            let (kind, count) = ((info >> 24 & 0x1f) as u32, info & 0xffff);
+            let members = at + 12;
+            if kind == STRUCT {
+                let member = |n: usize| {
+                    (text(word(members + n * 12)), (word(members + n * 12 + 8) & 0xff_ffff) / 8)
+                };
+                found.insert(name, (size, (0..count).map(member).collect()));
+            }
+            at = members + trailer(kind, count);
+        }
+        found
+    }
+
+    macro_rules! members {
+        ($type:ty: $($field:ident),*) => {
+            (size_of::<$type>(), vec![$((stringify!($field).to_owned(), offset_of!($type, $field))),*])
+        };
+    }
+
+    #[test]
+    fn keys_and_values_are_those_of_the_programs() {
+        let theirs = types(OWN.object);
+        let ours: [(&str, Members); 9] = [
+            ("claim_key", members!(ClaimKey: addr, port, protocol, pad)),
+            ("claim", members!(ClaimValue: pod, source, port, flags, owner, mac, pad)),
+            ("flow_key", members!(FlowKey: pod, peer, pod_port, peer_port, protocol, pad)),
+            ("flow", members!(FlowValue: host, peer, host_port, peer_port, flags, owner, last)),
+            ("socket_key", members!(SocketKey: cookie, addr, port, protocol, pad, pad2)),
+            ("socket_value", members!(SocketValue: addr, port, pad)),
+            (
+                "config",
+                members!(Config: netns_cookie, revision, flags, learn_address, learn_port, pad),
+            ),
+            (
+                "traffic",
+                members!(Traffic: connections, packets_in, bytes_in, packets_out, bytes_out),
+            ),
+            ("addr", (size_of::<Addr>(), vec![("w".to_owned(), 0)])),
+        ];
+        for (name, members) in ours {
+            assert_eq!(theirs.get(name), Some(&members), "struct {name}");
+        }
+    }
+
+    #[test]
+    fn reasons_have_the_programs_names_in_their_order() {
+        let camel_case = |name: &str| {
+            let mut words = name.trim_start_matches("REASON_").split('_').map(str::to_lowercase);
+            let first = words.next().unwrap();
+            words.fold(first, |text, word| text + &word[..1].to_uppercase() + &word[1..])
+        };
+        // No program has a variable of this type, so that it is not in the BTF.
+        let header = include_str!("../../bpf/layout.h");
+        let (_, list) = header.split_once("enum reason {").unwrap();
+        let (list, _) = list.split_once('}').unwrap();
+        let words = list.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let theirs: Vec<String> =
+            words.filter(|word| word.starts_with("REASON_")).map(camel_case).collect();
+        assert_eq!(theirs, REASONS);
+        let maps = crate::sys::bpf::object::Object::parse(OWN.object).unwrap().maps();
+        assert_eq!(maps["pm_reasons"].max_entries as usize, REASONS.len());
+    }
+
+    #[test]
+    fn layout_and_revision_are_the_programs() {
+        let header = include_str!("../../bpf/layout.h");
+        let number = |name: &str| {
+            let line = header.lines().find(|line| line.starts_with(&format!("#define {name} ")));
+            line.unwrap().rsplit(' ').next().unwrap().parse::<u32>().unwrap()
+        };
+        assert_eq!((number("LAYOUT"), number("REVISION")), (LAYOUT, REVISION));
+    }
+}

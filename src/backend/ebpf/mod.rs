@@ -24,6 +24,7 @@ pub mod layout;
 pub mod loaded;
 pub mod objects;
 mod places;
+pub mod plan;
 pub mod sockets;
 mod strangers;
 pub mod trial;
@@ -32,10 +33,9 @@ use std::collections::BTreeSet;
 use std::io;
 
 use devices::{Mode, Scope};
-use entries::Former;
 use layout::ClaimKey;
 use loaded::{Found, Loaded, OWN};
-use objects::Claims;
+use plan::Former;
 
 use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
 use crate::error::{Error, Result};
@@ -63,7 +63,7 @@ impl Observe for Ebpf {
         record: &Record,
         related: &[Record],
         _parts: &BTreeSet<Part>,
-        facts: &NodeFacts,
+        _facts: &NodeFacts,
         _recorded: bool,
     ) -> Result<Vec<String>> {
         let loaded = match open(host)? {
@@ -71,15 +71,16 @@ impl Observe for Ebpf {
             Found::Missing(what) => return Ok(vec![what]),
         };
         let keys = objects::keys(record);
-        let expected = claims_of(related, Some(record), &keys);
+        let expected = objects::claims_at(&keys, related, Some(record));
         let mut problems = entries::problems(&loaded.maps, &keys, &expected)
             .map_err(failed("read the eBPF maps"))?;
-        for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(facts))
+        // As they are now: pods and the node's own sockets reach no others.
+        let now = host.node_facts()?;
+        for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(&now))
             .map_err(failed("read the eBPF maps"))?
         {
             problems.push(format!("{} is not known as an address of the node", addr.ip()));
         }
-        let now = host.node_facts()?;
         problems.extend(devices::problems(host, &loaded, &host.links()?, &now)?);
         problems.extend(sockets::problems(host, &loaded)?);
         Ok(problems)
@@ -125,7 +126,7 @@ impl Apply for Ebpf {
             .chain(&change.removed)
             .flat_map(|record| objects::keys(record))
             .collect();
-        let after = claims_of(change.related, change.added, &keys);
+        let after = objects::claims_at(&keys, change.related, change.added);
         let write = || -> io::Result<Vec<Former>> {
             let former = entries::change(&loaded.maps, &keys, &after)?;
             if change.added.is_some() {
@@ -216,22 +217,14 @@ fn open(host: &Host) -> Result<Found> {
     Loaded::open(&OWN, host.kernel()?.batches)
 }
 
-/// The entries at `keys` that follow from these records.
-fn claims_of(related: &[Record], own: Option<&Record>, keys: &BTreeSet<ClaimKey>) -> Claims {
-    let mut records: Vec<&Record> = related.iter().chain(own).collect();
-    records.sort_by_key(|record| record.order);
-    let mut claims = objects::claims(&records);
-    claims.retain(|key, _| keys.contains(key));
-    claims
-}
-
 /// What was remembered of claims that changed hands goes, and sockets of the node that are connected
 /// to a former pod are told. The claims are right by now, so that a failure is only worth a note.
 fn forget(host: &Host, loaded: &Loaded, former: &[Former]) -> Result<()> {
     if former.is_empty() {
         return Ok(());
     }
-    let told = flows::forget(&loaded.flows()?, former).and_then(|callers| {
+    let now = |called: &ClaimKey| entries::in_effect(&loaded.maps, called);
+    let told = flows::forget(&loaded.flows()?, former, now).and_then(|callers| {
         callers.into_iter().try_for_each(|(pod, cookies)| {
             let mut connected = socket_diag::connected_to(Protocol::Udp, pod)?;
             connected.retain(|connection| cookies.contains(&connection.cookie));

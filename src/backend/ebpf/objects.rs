@@ -31,6 +31,16 @@ pub fn claims(records: &[&Record]) -> Claims {
     pods
 }
 
+/// Those at `keys`, of an attachment and of all records that share a port or a pod's address with it.
+#[must_use]
+pub fn claims_at(keys: &BTreeSet<ClaimKey>, related: &[Record], own: Option<&Record>) -> Claims {
+    let mut records: Vec<&Record> = related.iter().chain(own).collect();
+    records.sort_by_key(|record| record.order);
+    let mut claims = claims(&records);
+    claims.retain(|key, _| keys.contains(key));
+    claims
+}
+
 /// The keys that a record has entries at, its own or another record's.
 #[must_use]
 pub fn keys(record: &Record) -> BTreeSet<ClaimKey> {

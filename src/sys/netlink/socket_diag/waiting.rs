@@ -1,4 +1,4 @@
-//! Whether a process of the node waits for traffic to a port.
+//! Whether processes of the node wait for traffic to ports.
 //!
 //! The kernel picks the sockets, so that the answer holds a handful at most: it compares family,
 //! state and source port of the request in every dump (`inet_diag_dump_icsk`, `udp_dump`,
@@ -6,12 +6,14 @@
 //! nothing but `TCP_LISTEN` is asked for. This needs no INET_DIAG_REQ_BYTECODE. Everything is
 //! checked here as well.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::ParseableParametrized;
 use netlink_packet_sock_diag::constants::{
-    INET_DIAG_LOCALS, INET_DIAG_SKV6ONLY, SOCK_DIAG_BY_FAMILY, TCP_CLOSE, TCP_LISTEN,
+    AF_INET, AF_INET6, INET_DIAG_LOCALS, INET_DIAG_SKV6ONLY, SOCK_DIAG_BY_FAMILY, TCP_CLOSE,
+    TCP_LISTEN,
 };
 use netlink_packet_sock_diag::inet::SocketId;
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
@@ -19,7 +21,7 @@ use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use super::super::attributes::find;
 use super::super::socket::NetlinkSocket;
 use super::{IDENTITY, STATE, ask, domains, request};
-use crate::model::{Family, Protocol};
+use crate::model::{Claim, Family, Protocol};
 
 /// Behind `struct inet_diag_msg`.
 const ATTRIBUTES: usize = 72;
@@ -27,13 +29,13 @@ const ATTRIBUTES: usize = 72;
 /// `sizeof(struct sockaddr_storage)`.
 const SOCKADDR_STORAGE: usize = 128;
 
-/// Whether a socket of the calling thread's network namespace would get what is sent to `port` of
-/// `address`: a listening TCP or SCTP socket, or a UDP socket that is bound and not connected.
-/// IPv6 sockets that take IPv4 as well (without `IPV6_V6ONLY`) count for both families.
+/// Those of the claims whose packets a socket of the calling thread's network namespace would get: a
+/// listening TCP or SCTP socket, or a UDP socket that is bound and not connected. IPv6 sockets that
+/// take IPv4 as well (without `IPV6_V6ONLY`) count for both families.
 ///
-/// `address` is one of `family`; `None`, and likewise the unspecified address, is any local address,
-/// so that any socket of that port counts that is not bound to a multicast group. Which device a
-/// socket is bound to makes no difference. `port` is in host byte order; nothing listens on 0.
+/// A claim of any address, and likewise of the unspecified one, is met by every socket of its port
+/// that is not bound to a multicast group. Which device a socket is bound to makes no difference.
+/// Nothing listens on port 0.
 ///
 /// A kernel that cannot say (without `inet_diag`, `tcp_diag`, `udp_diag` or, before Linux 4.7 in
 /// any case, `sctp_diag`, or where they are modules that cannot be loaded) counts as one without
@@ -42,31 +44,36 @@ const SOCKADDR_STORAGE: usize = 128;
 /// # Errors
 ///
 /// The `errno` of opening the netlink socket, or with which the kernel refuses the dump.
-pub fn is_open(
-    family: Family,
-    protocol: Protocol,
-    address: Option<IpAddr>,
-    port: u16,
-) -> io::Result<bool> {
-    // In a request, source port 0 is every port.
-    if port == 0 {
-        return Ok(false);
-    }
-    let address = address.filter(|ip| !ip.is_unspecified());
+pub fn served(claims: &BTreeSet<Claim>) -> io::Result<BTreeSet<Claim>> {
     let mut socket = NetlinkSocket::open(NETLINK_SOCK_DIAG)?;
-    let id = SocketId { source_port: port, ..SocketId::new_v6() };
-    for domain in domains(family) {
-        let states = 1 << waiting_state(protocol);
-        let request = request(SOCK_DIAG_BY_FAMILY, *domain, protocol, states, &id);
-        let found = ask(&mut socket, &request, |kind, payload| {
-            let waiting = waiting(protocol, port, kind, payload)?;
-            waiting.gets(family, address).then_some(())
-        })?;
-        if !found.is_empty() {
-            return Ok(true);
+    let mut served = BTreeSet::new();
+    // In a request, source port 0 is every port.
+    let ports: BTreeSet<(Protocol, u16)> = claims
+        .iter()
+        .map(|claim| (claim.protocol, claim.port))
+        .filter(|(_, port)| *port != 0)
+        .collect();
+    for (protocol, port) in ports {
+        let id = SocketId { source_port: port, ..SocketId::new_v6() };
+        for domain in [AF_INET, AF_INET6] {
+            let of_port = |claim: &Claim| (claim.protocol, claim.port) == (protocol, port);
+            let asked: Vec<Claim> = claims
+                .difference(&served)
+                .filter(|claim| of_port(claim) && domains(claim.family).contains(&domain))
+                .copied()
+                .collect();
+            if asked.is_empty() {
+                continue;
+            }
+            let states = 1 << waiting_state(protocol);
+            let request = request(SOCK_DIAG_BY_FAMILY, domain, protocol, states, &id);
+            let found =
+                ask(&mut socket, &request, |kind, payload| waiting(protocol, port, kind, payload))?;
+            let gets = |claim: &Claim| found.iter().any(|waiting| waiting.gets(claim));
+            served.extend(asked.into_iter().filter(gets));
         }
     }
-    Ok(false)
+    Ok(served)
 }
 
 /// The state of a socket that waits for anybody. A UDP socket is in `TCP_CLOSE`, and in
@@ -87,14 +94,15 @@ struct Waiting {
 }
 
 impl Waiting {
-    fn gets(&self, family: Family, address: Option<IpAddr>) -> bool {
+    fn gets(&self, claim: &Claim) -> bool {
+        let address = claim.address.filter(|ip| !ip.is_unspecified());
         self.addresses.iter().any(|bound| {
             // An IPv6 socket that is bound to an IPv4-mapped address has to do with IPv4 only.
             let bound = bound.to_canonical();
             if bound == Ipv6Addr::UNSPECIFIED && !self.v6only {
                 return true;
             }
-            Family::of(&bound) == family
+            Family::of(&bound) == claim.family
                 && (bound.is_unspecified()
                     || address.map_or(!bound.is_multicast(), |address| address == bound))
         })
@@ -175,6 +183,10 @@ mod tests {
         waiting(Protocol::Tcp, 8080, SOCK_DIAG_BY_FAMILY, &answer).unwrap()
     }
 
+    fn claim(family: Family, address: Option<&str>, port: u16) -> Claim {
+        Claim { family, protocol: Protocol::Tcp, address: address.map(ip), port }
+    }
+
     #[test]
     fn an_answer_is_state_port_address_and_v6only() {
         let expected = |bound, v6only| Waiting { addresses: vec![ip(bound)], v6only };
@@ -211,7 +223,8 @@ mod tests {
     fn who_gets_the_traffic() {
         use Family::{V4, V6};
         let gets = |bound, only, family, address: &str| {
-            tcp(bound, &v6only(only)).gets(family, (!address.is_empty()).then(|| ip(address)))
+            let address = (!address.is_empty()).then_some(address);
+            tcp(bound, &v6only(only)).gets(&claim(family, address, 8080))
         };
         for (bound, only, family, address, expected) in [
             ("0.0.0.0", 0, V4, "", true),
@@ -260,13 +273,14 @@ mod tests {
         let answer = answer(TCP_LISTEN, 8080, "192.0.2.7", &locals);
         let socket = waiting(Protocol::Sctp, 8080, SOCK_DIAG_BY_FAMILY, &answer).unwrap();
         assert_eq!(socket.addresses, [ip("192.0.2.7"), ip("192.0.2.1"), ip("2001::9")]);
-        assert!(socket.gets(Family::V4, Some(ip("192.0.2.1"))));
-        assert!(socket.gets(Family::V6, Some(ip("2001::9"))));
-        assert!(!socket.gets(Family::V4, Some(ip("192.0.2.2"))));
+        assert!(socket.gets(&claim(Family::V4, Some("192.0.2.1"), 8080)));
+        assert!(socket.gets(&claim(Family::V6, Some("2001::9"), 8080)));
+        assert!(!socket.gets(&claim(Family::V4, Some("192.0.2.2"), 8080)));
     }
 
     #[test]
     fn nothing_listens_on_port_0() {
-        assert!(!is_open(Family::V4, Protocol::Tcp, None, 0).unwrap());
+        let claims = BTreeSet::from([claim(Family::V4, None, 0)]);
+        assert_eq!(served(&claims).unwrap(), BTreeSet::new());
     }
 }

@@ -1,0 +1,136 @@
+//! The writes that lead from the entries which are there to those which should be. Pure.
+//!
+//! Each is atomic by itself, and all of them together are not: packets pass in between, and a call may be
+//! killed. So their order matters. Programs skip packets whose port has no bit: it is set before the
+//! claims that need it, and cleared after the last. The entry of a pod is there before the claims that lead
+//! to it, and as long as they are, because a connection that begins must find both.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::layout::{ClaimKey, ClaimValue, claim_flags};
+use super::objects::{self, Claims};
+
+/// One write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    /// So many claims have the port; programs look at its packets unless it is 0.
+    Uses(u16, u32),
+    /// Counting for a claim begins, or begins anew.
+    Count(ClaimKey),
+    Put(ClaimKey, ClaimValue),
+    /// The claim goes, with what was counted.
+    Remove(ClaimKey),
+}
+
+/// What the maps have, as far as it concerns the keys in question.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Present {
+    pub claims: Claims,
+    /// How many claims have a port.
+    pub uses: BTreeMap<u16, u32>,
+    /// Ports that programs look at.
+    pub watched: BTreeSet<u16>,
+    /// Claims that are counted for.
+    pub counted: BTreeSet<ClaimKey>,
+}
+
+/// Who had a claim before: some of its connections may not be its own any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Former {
+    pub key: ClaimKey,
+    pub value: ClaimValue,
+}
+
+/// From what is there to what `after` has, at `keys` alone. `present` need not know what programs look at.
+#[must_use]
+pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> Vec<Write> {
+    let mut writes = Vec::new();
+    let mut uses = present.uses.clone();
+    let mut count = |writes: &mut Vec<Write>, key: &ClaimKey, change: i32| {
+        let uses = uses.entry(key.port()).or_default();
+        *uses = uses.saturating_add_signed(change);
+        writes.push(Write::Uses(key.port(), *uses));
+    };
+    let is_pod = |value: Option<&ClaimValue>| {
+        value.is_some_and(|value| value.flags & claim_flags::SELF != 0)
+    };
+    let mut todo: Vec<&ClaimKey> = keys.iter().collect();
+    todo.sort_by_key(|key| match after.get(key) {
+        None => (true, is_pod(present.claims.get(key))),
+        wanted => (false, !is_pod(wanted)),
+    });
+    for key in todo {
+        let before = present.claims.get(key);
+        match after.get(key) {
+            Some(wanted) => {
+                if before.is_none() {
+                    count(&mut writes, key, 1);
+                }
+                if !same_owner(before, Some(wanted)) {
+                    writes.push(Write::Count(*key));
+                }
+                if before != Some(wanted) {
+                    writes.push(Write::Put(*key, *wanted));
+                }
+            }
+            None => {
+                writes.push(Write::Remove(*key));
+                if before.is_some() {
+                    count(&mut writes, key, -1);
+                }
+            }
+        }
+    }
+    writes
+}
+
+/// From all that is there, whatever it is, to what is wanted and nothing else.
+#[must_use]
+pub fn restore(present: &Present, wanted: &Claims) -> Vec<Write> {
+    let needed = objects::port_uses(wanted);
+    let mut now = present.clone();
+    let mut writes = Vec::new();
+    for (port, uses) in &needed {
+        // Too many do no harm.
+        let uses = present.uses.get(port).copied().unwrap_or_default().max(*uses);
+        now.uses.insert(*port, uses);
+        writes.push(Write::Uses(*port, uses));
+    }
+    let uncounted = wanted.keys().filter(|key| !present.counted.contains(key));
+    writes.extend(uncounted.map(|key| Write::Count(*key)));
+    let known = present.claims.keys().chain(&present.counted);
+    let keys = known.chain(wanted.keys()).copied().collect();
+    writes.extend(change(&now, &keys, wanted));
+    for port in present.uses.keys().chain(&present.watched).chain(needed.keys()) {
+        writes.push(Write::Uses(*port, needed.get(port).copied().unwrap_or_default()));
+    }
+    writes
+}
+
+/// Who is reached at one of `keys` and will not be. The claim of an address takes the place of one
+/// of any address, and leaves its place to it. `present` has what is at [`ClaimKey::of_any`] of them, too.
+#[must_use]
+pub fn losers(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> Vec<Former> {
+    let will_be = |key: &ClaimKey| match keys.contains(key) {
+        true => after.get(key),
+        false => present.claims.get(key),
+    };
+    let loser = |key: &ClaimKey| {
+        let any = key.of_any();
+        let own = present.claims.get(key).map(|value| (*key, value));
+        let (found, value) = own.or_else(|| Some((any, present.claims.get(&any)?)))?;
+        let next = will_be(key).or_else(|| will_be(&any));
+        // A pod's own entry takes no claim's place.
+        let takes = found == *key || next.is_none_or(|next| next.flags & claim_flags::SELF == 0);
+        let loses = takes && !same_owner(Some(value), next);
+        loses.then_some(Former { key: found, value: *value })
+    };
+    keys.iter().filter_map(loser).collect()
+}
+
+fn same_owner(one: Option<&ClaimValue>, other: Option<&ClaimValue>) -> bool {
+    one.zip(other).is_some_and(|(one, other)| {
+        (one.owner, one.target(), one.flags & claim_flags::SELF)
+            == (other.owner, other.target(), other.flags & claim_flags::SELF)
+    })
+}

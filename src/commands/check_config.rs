@@ -1,0 +1,171 @@
+//! `portmap check-config`: what a configuration would do on this node, and what is wrong with it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{CommandError, Terminal, Verdict};
+use crate::backend::{self, Unusable};
+use crate::conf::{ConflictPolicy, NetConf};
+use crate::conflist::check::{Analysis, Finding, Severity, analyse};
+use crate::engine::probe;
+use crate::error::Error;
+use crate::model::BackendKind;
+use crate::request;
+use crate::sys::Host;
+use crate::sys::install::ListFile;
+
+/// What to look at.
+#[derive(Debug, Clone, Copy)]
+pub struct Options<'a> {
+    /// `-` is standard input.
+    pub file: &'a Path,
+    pub json: bool,
+}
+
+/// Looks at a list or at the object of our plugin. Backends are tried out, which changes nothing on
+/// the node.
+///
+/// # Errors
+///
+/// A file that cannot be read, or is no configuration.
+pub fn run(
+    host: &Host,
+    options: &Options,
+    terminal: &mut Terminal,
+) -> Result<Verdict, CommandError> {
+    let (shown, text) = match options.file.to_str() {
+        Some("-") => {
+            let mut text = String::new();
+            terminal
+                .input
+                .read_to_string(&mut text)
+                .map_err(|error| Error::io("read standard input", error))?;
+            ("standard input".to_owned(), text)
+        }
+        _ => {
+            let shown = options.file.display().to_string();
+            let file = ListFile::read(options.file)?
+                .ok_or_else(|| CommandError::Refused(format!("{shown} does not exist")))?;
+            (shown, file.text)
+        }
+    };
+    let mut analysis =
+        analyse(&text).map_err(|refusal| CommandError::Refused(format!("{shown}: {refusal}")))?;
+    let backend = analysis.conf.as_ref().map(|conf| choose(host, conf));
+    if let Some(Err(reason)) = &backend {
+        analysis.findings.push(Finding {
+            severity: Severity::Broken,
+            position: None,
+            problem: reason.clone(),
+            fix: "install nft or iptables, or name a backend that works here".into(),
+        });
+    }
+    let backend = backend.and_then(Result::ok);
+    if options.json {
+        writeln!(terminal.output, "{}", as_json(&shown, &analysis, backend))?;
+    } else {
+        write!(terminal.output, "{}", as_text(&shown, &analysis, backend))?;
+    }
+    Ok(match analysis.findings.iter().map(|finding| finding.severity).max() {
+        None => Verdict::Fine,
+        Some(Severity::Warning) => Verdict::Warnings,
+        Some(Severity::Broken) => Verdict::Broken,
+    })
+}
+
+/// The backend of an ADD here and now.
+fn choose(host: &Host, conf: &NetConf) -> Result<BackendKind, String> {
+    let Some(kind) = conf.backend else {
+        return probe(host).map_err(|error| error.to_string());
+    };
+    match backend::of(kind).probe(host) {
+        // Somebody else is at work, and an ADD would wait for that.
+        Ok(()) | Err(Unusable::Busy(_)) => Ok(kind),
+        Err(Unusable::Broken(reason)) => {
+            Err(format!("the backend {kind} does not work on this node: {reason}"))
+        }
+    }
+}
+
+/// Every option as it will be, with its default where nothing is said.
+fn settings(conf: &NetConf) -> Vec<(&'static str, Value)> {
+    let options = &conf.options;
+    let mut settings =
+        vec![("snat", (!options.no_snat).into()), ("masqAll", options.masq_all.into())];
+    match &options.external_set_mark_chain {
+        Some(chain) => settings.push(("externalSetMarkChain", chain.as_str().into())),
+        None => settings.push(("markMasqBit", options.mark().trailing_zeros().into())),
+    }
+    for (key, words) in
+        [("conditionsV4", &options.conditions_v4), ("conditionsV6", &options.conditions_v6)]
+    {
+        if !words.is_empty() {
+            settings.push((key, words.as_slice().into()));
+        }
+    }
+    let policy = match conf.conflict_policy {
+        ConflictPolicy::Takeover => "takeover",
+        ConflictPolicy::Deny => "deny",
+    };
+    settings.push(("conflictPolicy", policy.into()));
+    settings.push(("stateDir", json!(request::state_dir(conf.state_dir.clone()))));
+    settings
+}
+
+fn as_json(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> Value {
+    let options: Option<serde_json::Map<_, _>> = analysis.conf.as_ref().map(|conf| {
+        settings(conf).into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    });
+    json!({
+        "file": shown,
+        "name": analysis.name,
+        "cniVersion": analysis.cni_version,
+        "plugins": analysis.plugins,
+        "configuredBackend": analysis.conf.as_ref().map(|conf| conf.backend.map_or("auto", BackendKind::name)),
+        "backend": backend.map(BackendKind::name),
+        "options": options,
+        "findings": analysis.findings,
+    })
+}
+
+fn as_text(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> String {
+    let mut text = format!("{shown}: {}", analysis.plugins.join(", then "));
+    if !analysis.name.is_empty() {
+        let _ = write!(
+            text,
+            " (network {:?}, CNI {})",
+            analysis.name,
+            match analysis.cni_version.as_str() {
+                "" => "0.1.0",
+                version => version,
+            }
+        );
+    }
+    text.push('\n');
+    if let Some(conf) = &analysis.conf {
+        let backend = match (conf.backend, backend) {
+            (_, None) => "none works here".to_owned(),
+            (None, Some(kind)) => format!("auto, on this node {kind}"),
+            (Some(_), Some(kind)) => kind.to_string(),
+        };
+        let _ = writeln!(text, "  {:<21} {backend}", "backend");
+        for (key, value) in settings(conf) {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let _ = writeln!(text, "  {key:<21} {value}");
+        }
+    }
+    for finding in &analysis.findings {
+        let severity = match finding.severity {
+            Severity::Warning => "warning",
+            Severity::Broken => "broken",
+        };
+        let place = finding.position.map(|place| format!("{place}: ")).unwrap_or_default();
+        let _ = writeln!(text, "{place}{severity}: {}\n  to do: {}", finding.problem, finding.fix);
+    }
+    if analysis.findings.is_empty() {
+        text.push_str("nothing is wrong with it\n");
+    }
+    text
+}

@@ -1,0 +1,165 @@
+//! `portmap install`: the running binary among a runtime's plugins, and in its list.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::{CommandError, Terminal, Verdict};
+use crate::conflist::edit::{Change, insert};
+use crate::conflist::files::{Choice, backup_name, first, owner};
+use crate::conflist::{List, PLUGIN};
+use crate::sys::install::{Before, ListFile, install_binary, names};
+use crate::usage::NAME_AND_VERSION;
+
+/// What to install where.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where the runtime looks for plugins.
+    pub dest: PathBuf,
+    /// `None`: no list is touched.
+    pub list: Option<Choice>,
+    /// Where the runtime looks for lists.
+    pub conf_dir: PathBuf,
+    pub json: bool,
+}
+
+/// What became of a list.
+#[derive(Debug, Clone)]
+pub(super) struct ListReport {
+    pub path: PathBuf,
+    pub change: Change,
+    pub backup: Option<PathBuf>,
+    /// Who may undo it.
+    pub owner: Option<String>,
+}
+
+/// Installs, and says what was done; a second time there is nothing to do.
+pub fn run(options: &Options, terminal: &mut Terminal) -> Result<Verdict, CommandError> {
+    let mut notes = Vec::new();
+    let path = options.dest.join(PLUGIN);
+    let before = install_binary(&options.dest, &mut |note| notes.push(note))?;
+    if !options.json {
+        writeln!(terminal.output, "{}", describe_binary(&path, before))?;
+    }
+    let list = match &options.list {
+        Some(choice) => {
+            let path = locate(choice, &options.conf_dir)?
+                .ok_or_else(|| nothing_there(choice, &options.conf_dir))?;
+            Some(ensure_list(&path, &mut |note| notes.push(note))?)
+        }
+        None => None,
+    };
+    notes.extend(list.iter().filter_map(|report| report.owner.clone()));
+    if options.json {
+        let report = json!({
+            "version": NAME_AND_VERSION,
+            "binary": { "path": path, "change": change_of_binary(before) },
+            "list": list.as_ref().map(list_json),
+            "notes": notes,
+        });
+        writeln!(terminal.output, "{report}")?;
+        return Ok(Verdict::Fine);
+    }
+    if let Some(report) = &list {
+        if options.list == Some(Choice::Auto) {
+            writeln!(
+                terminal.output,
+                "{} is the first list in {}",
+                report.path.display(),
+                options.conf_dir.display()
+            )?;
+        }
+        writeln!(terminal.output, "{}", describe_list(report))?;
+    }
+    for note in notes {
+        writeln!(terminal.output, "note: {note}")?;
+    }
+    Ok(Verdict::Fine)
+}
+
+/// The list that is meant; with `Auto` the one that runtimes take, if there is any.
+pub(super) fn locate(choice: &Choice, conf_dir: &Path) -> Result<Option<PathBuf>, CommandError> {
+    match choice {
+        Choice::File(path) => Ok(Some(path.clone())),
+        Choice::Auto => {
+            let names = names(conf_dir)?;
+            Ok(first(names.iter().map(String::as_str)).map(|name| conf_dir.join(name)))
+        }
+    }
+}
+
+pub(super) fn nothing_there(choice: &Choice, conf_dir: &Path) -> CommandError {
+    CommandError::Refused(match choice {
+        Choice::File(path) => format!("{} does not exist", path.display()),
+        Choice::Auto => format!(
+            "there is no list in {} yet: repeat this when the network is set up, let it wait with --watch, or \
+             name the list with --conflist PATH or its directory with --conf-dir",
+            conf_dir.display()
+        ),
+    })
+}
+
+/// Makes a list name the plugin.
+pub(super) fn ensure_list(
+    path: &Path,
+    warn: &mut dyn FnMut(String),
+) -> Result<ListReport, CommandError> {
+    let file = ListFile::read(path)?
+        .ok_or_else(|| CommandError::Refused(format!("{} does not exist", path.display())))?;
+    let edited = insert(&file.text)
+        .map_err(|refusal| CommandError::Refused(format!("{}: {refusal}", path.display())))?;
+    let mut report =
+        ListReport { path: path.to_owned(), change: edited.change, backup: None, owner: None };
+    if report.change == Change::None {
+        return Ok(report);
+    }
+    let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    report.backup = Some(file.put_beside(&backup_name(&name), &file.text, warn)?);
+    file.replace(&edited.text, warn)?;
+    if let Ok(list) = List::parse(&edited.text) {
+        let around = names(file.path.parent().unwrap_or(path)).unwrap_or_default();
+        report.owner = owner(&name, &list, &around);
+    }
+    Ok(report)
+}
+
+pub(super) fn describe_binary(path: &Path, before: Before) -> String {
+    let path = path.display();
+    match before {
+        Before::Nothing => format!("installed {path} ({NAME_AND_VERSION})"),
+        Before::Other => format!("installed {path} ({NAME_AND_VERSION}) in place of another file"),
+        Before::Same => format!("{path} is up to date ({NAME_AND_VERSION})"),
+    }
+}
+
+fn change_of_binary(before: Before) -> &'static str {
+    match before {
+        Before::Nothing => "installed",
+        Before::Other => "replaced",
+        Before::Same => "none",
+    }
+}
+
+pub(super) fn describe_list(report: &ListReport) -> String {
+    let path = report.path.display();
+    let backup = report.backup.as_ref().map(|backup| format!("; as it was: {}", backup.display()));
+    let backup = backup.unwrap_or_default();
+    match &report.change {
+        Change::None => format!("{path} names {PLUGIN} already"),
+        Change::Inserted { after } => format!("{path}: put {PLUGIN} behind {after}{backup}"),
+        Change::CapabilityAdded => {
+            format!("{path}: gave {PLUGIN} the capability portMappings{backup}")
+        }
+        Change::Removed => format!("{path}: took {PLUGIN} out"),
+    }
+}
+
+pub(super) fn list_json(report: &ListReport) -> Value {
+    let (change, after) = match &report.change {
+        Change::None => ("none", None),
+        Change::Inserted { after } => ("inserted", Some(after)),
+        Change::CapabilityAdded => ("capability-added", None),
+        Change::Removed => ("removed", None),
+    };
+    json!({ "path": report.path, "change": change, "after": after, "backup": report.backup })
+}

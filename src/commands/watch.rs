@@ -1,0 +1,169 @@
+//! `portmap install --watch`: binary and list stay as wanted until a stop signal comes.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use super::CommandError;
+use super::install::{self, Options, describe_binary, describe_list, ensure_list, locate};
+use crate::conflist::PLUGIN;
+use crate::conflist::edit::Change;
+use crate::conflist::files::Choice;
+use crate::error::Error;
+use crate::sys::install::events::{Events, Wake};
+use crate::sys::install::{Before, Stamp, install_binary, stamp};
+use crate::throttle::Throttle;
+
+/// Changes that make no event (a network file system, another host's) are seen after this time.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+/// After so many repairs in a row it is not an accident.
+const FIGHT: u32 = 3;
+
+/// One of the two things that are kept.
+struct Kept {
+    throttle: Throttle,
+    /// What went wrong last, so that it is said once.
+    problem: Option<String>,
+    /// Notes that were made, each of them once.
+    said: Vec<String>,
+    /// What may be the reason that somebody keeps reverting it.
+    hint: &'static str,
+}
+
+/// What looking at a thing has led to.
+enum Looked {
+    /// It was as wanted, or cannot be so yet.
+    Fine,
+    /// It was put back: what to say of it.
+    Repaired(String),
+}
+
+/// Installs and then waits for changes. `pause` is the shortest time between two repairs of one file.
+/// One line per action goes to `log`.
+pub fn run(options: &Options, pause: Duration, log: &mut dyn Write) -> Result<(), CommandError> {
+    let failed = |error| Error::io("watch directories", error);
+    let mut events = Events::open().map_err(failed)?;
+    let kept =
+        |hint| Kept { throttle: Throttle::new(pause), problem: None, said: Vec::new(), hint };
+    let mut binary = kept(
+        "another installer puts its own portmap there, such as the init container of the AWS VPC CNI, which copies \
+         all of upstream's plugins: take portmap out of what it installs",
+    );
+    let mut list = kept(
+        "with Cilium, set cni.exclusive=false, or better cni.chainingMode=portmap, with which its own list names portmap",
+    );
+    let mut seen: Option<Stamp> = None;
+    let list_dir = match &options.list {
+        Some(Choice::File(path)) => path.parent().unwrap_or(path),
+        _ => &options.conf_dir,
+    };
+    let mut directories = vec![options.dest.as_path()];
+    directories.extend(options.list.iter().map(|_| list_dir));
+    let shown: Vec<String> = directories.iter().map(|dir| dir.display().to_string()).collect();
+    say(log, &format!("watching {}", shown.join(" and ")))?;
+    loop {
+        events.watch(&directories).map_err(failed)?;
+        let mut timeout = LOOK_AGAIN;
+        binary.keep(&events, &mut timeout, log, |notes| {
+            keep_binary(&options.dest, &mut seen, notes)
+        })?;
+        if options.list.is_some() {
+            list.keep(&events, &mut timeout, log, |notes| keep_list(options, notes))?;
+        }
+        if events.wait(timeout).map_err(failed)? == Wake::Stop {
+            say(log, "stopped; binary and list stay as they are")?;
+            return Ok(());
+        }
+    }
+}
+
+impl Kept {
+    fn keep(
+        &mut self,
+        events: &Events,
+        timeout: &mut Duration,
+        log: &mut dyn Write,
+        look: impl FnOnce(&mut dyn FnMut(String)) -> Result<Looked, CommandError>,
+    ) -> io::Result<()> {
+        let wait = self.throttle.wait(events.now());
+        if !wait.is_zero() {
+            *timeout = wait.min(*timeout);
+            return Ok(());
+        }
+        let mut notes = Vec::new();
+        match look(&mut |note| notes.push(note)) {
+            Ok(Looked::Fine) => self.problem = None,
+            Ok(Looked::Repaired(what)) => {
+                self.problem = None;
+                say(log, &what)?;
+                let now = events.now();
+                let times = self.throttle.repaired(now);
+                let pause = self.throttle.wait(now);
+                if times == FIGHT {
+                    say(
+                        log,
+                        &format!("somebody reverts it: {times} times in a row now; {}", self.hint),
+                    )?;
+                }
+                if times >= FIGHT {
+                    say(log, &format!("the next repair waits for {} s", pause.as_secs()))?;
+                }
+                *timeout = pause.min(*timeout);
+            }
+            Err(error) => {
+                let problem = error.report().replace('\n', ": ");
+                if self.problem.as_ref() != Some(&problem) {
+                    say(log, &format!("cannot do it yet: {problem}"))?;
+                }
+                self.problem = Some(problem);
+                // An attempt makes and removes a file, which is a change in the directory as well.
+                if matches!(error, CommandError::Engine(_)) {
+                    self.throttle.repaired(events.now());
+                    *timeout = self.throttle.wait(events.now()).min(*timeout);
+                }
+            }
+        }
+        notes.retain(|note| !self.said.contains(note));
+        notes.iter().try_for_each(|note| say(log, &format!("note: {note}")))?;
+        self.said.append(&mut notes);
+        Ok(())
+    }
+}
+
+/// The file is read only when it has changed: other plugins' installers are busy in that directory.
+fn keep_binary(
+    dest: &Path,
+    seen: &mut Option<Stamp>,
+    notes: &mut dyn FnMut(String),
+) -> Result<Looked, CommandError> {
+    let path = dest.join(PLUGIN);
+    if seen.is_some() && stamp(&path) == *seen {
+        return Ok(Looked::Fine);
+    }
+    let before = install_binary(dest, notes)?;
+    *seen = stamp(&path);
+    Ok(match before {
+        Before::Same => Looked::Fine,
+        other => Looked::Repaired(describe_binary(&path, other)),
+    })
+}
+
+fn keep_list(options: &Options, notes: &mut dyn FnMut(String)) -> Result<Looked, CommandError> {
+    let Some(choice) = &options.list else { return Ok(Looked::Fine) };
+    let path = locate(choice, &options.conf_dir)?
+        .ok_or_else(|| install::nothing_there(choice, &options.conf_dir))?;
+    let report = ensure_list(&path, notes)?;
+    report.owner.iter().cloned().for_each(notes);
+    Ok(match report.change {
+        Change::None => Looked::Fine,
+        _ => Looked::Repaired(describe_list(&report)),
+    })
+}
+
+/// A log that nobody reads any more is no reason to stop.
+fn say(log: &mut dyn Write, text: &str) -> io::Result<()> {
+    match writeln!(log, "portmap: {text}") {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}

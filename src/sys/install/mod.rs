@@ -1,0 +1,215 @@
+//! The files of an installation: the binary among a runtime's plugins, and the list that names it.
+
+pub mod events;
+mod place;
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::statvfs::{FsFlags, statvfs};
+
+use crate::conflist::PLUGIN;
+use crate::error::{Error, Result};
+use place::Like;
+
+/// Where runtimes look for plugins unless they are told otherwise.
+pub const DEFAULT_BIN_DIR: &str = "/opt/cni/bin";
+
+/// The running program. The kernel keeps it readable under this name whatever becomes of its file.
+const SELF: &str = "/proc/self/exe";
+
+/// Enough of a file's metadata to see that it was changed.
+pub type Stamp = (u64, u64, u64, i64, i64, u32);
+
+/// What was at the binary's place before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Before {
+    Nothing,
+    /// This very program, ready to run.
+    Same,
+    Other,
+}
+
+/// Puts the running program into `dir`, which is made if it is missing: old or new file at any
+/// moment, a running old one goes on. `warn` hears of what could not be kept and is no reason to fail.
+pub fn install_binary(dir: &Path, warn: &mut dyn FnMut(String)) -> Result<Before> {
+    let path = dir.join(PLUGIN);
+    fs::create_dir_all(dir).map_err(|error| explain("create", dir, error))?;
+    place::clear_leftovers(dir);
+    let before = look(&path).map_err(|error| explain("read", &path, error))?;
+    if before == Before::Same {
+        return Ok(before);
+    }
+    if path.is_dir() {
+        return Err(Error::io(format!("write {}", path.display()), Errno::EISDIR.into()));
+    }
+    let flags = statvfs(dir).map_err(|error| explain("look at", dir, error.into()))?.flags();
+    if flags.contains(FsFlags::ST_NOEXEC) {
+        return Err(Error::Config(format!(
+            "nothing can be run from {}: it is on a file system that is mounted noexec; choose another directory with --dest",
+            dir.display()
+        )));
+    }
+    let mut own = File::open(SELF).map_err(|error| Error::io(format!("read {SELF}"), error))?;
+    let like = Like { mode: 0o755, owner: None, label: place::label(&path) };
+    place::replace(&path, &mut own, &like, warn).map_err(|error| explain("write", &path, error))?;
+    Ok(before)
+}
+
+/// What is at the binary's place now.
+pub fn look(path: &Path) -> io::Result<Before> {
+    let Some(mut there) = ignore_absent(File::open(path))? else {
+        return Ok(Before::Nothing);
+    };
+    let meta = there.metadata()?;
+    let runs = meta.is_file() && meta.permissions().mode() & 0o555 == 0o555;
+    let mut own = File::open(SELF)?;
+    let same = runs && meta.len() == own.metadata()?.len() && equal(&mut own, &mut there)?;
+    Ok(if same { Before::Same } else { Before::Other })
+}
+
+fn equal(left: &mut File, right: &mut File) -> io::Result<bool> {
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    loop {
+        for (file, part) in [(&mut *left, &mut a), (&mut *right, &mut b)] {
+            part.clear();
+            file.take(1 << 16).read_to_end(part)?;
+        }
+        if a != b || a.is_empty() {
+            return Ok(a == b);
+        }
+    }
+}
+
+/// Changes whenever the file at `path` does; `None` if there is none.
+#[must_use]
+pub fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = fs::metadata(path).ok()?;
+    Some((
+        meta.dev(),
+        meta.ino(),
+        meta.len(),
+        meta.mtime_nsec() ^ meta.mtime(),
+        meta.ctime() << 30 | meta.ctime_nsec(),
+        meta.mode(),
+    ))
+}
+
+/// Removes a file, durably. Returns whether there was one.
+pub fn remove(path: &Path) -> Result<bool> {
+    let failed = |error| explain("remove", path, error);
+    let dir = path.parent().unwrap_or(path);
+    place::clear_leftovers(dir);
+    if ignore_absent(fs::remove_file(path)).map_err(failed)?.is_none() {
+        return Ok(false);
+    }
+    place::sync_directory(dir).map_err(failed)?;
+    Ok(true)
+}
+
+/// All names in a directory, hidden ones too; none if there is no directory.
+pub fn names(dir: &Path) -> Result<Vec<String>> {
+    let failed = |error| explain("read", dir, error);
+    let Some(entries) = ignore_absent(fs::read_dir(dir)).map_err(failed)? else {
+        return Ok(Vec::new());
+    };
+    entries
+        .map(|entry| Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+/// A configuration as it was read.
+#[derive(Debug, Clone)]
+pub struct ListFile {
+    /// Where it really is: what names a link keeps the link.
+    pub path: PathBuf,
+    pub text: String,
+    like: Like,
+}
+
+impl ListFile {
+    /// `None` if there is no file.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        let failed = |error| explain("read", path, error);
+        let Some(real) = ignore_absent(fs::canonicalize(path)).map_err(failed)? else {
+            return Ok(None);
+        };
+        let Some(mut file) = ignore_absent(File::open(&real)).map_err(failed)? else {
+            return Ok(None);
+        };
+        let meta = file.metadata().map_err(failed)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(failed)?;
+        let like = Like {
+            mode: meta.mode() & 0o7777,
+            owner: Some((meta.uid(), meta.gid())),
+            label: place::label(&real),
+        };
+        Ok(Some(ListFile { path: real, text, like }))
+    }
+
+    /// Puts `text` in place of the file, with its owner, mode and label.
+    pub fn replace(&self, text: &str, warn: &mut dyn FnMut(String)) -> Result<()> {
+        let failed = |error| explain("write", &self.path, error);
+        let now = fs::read_to_string(&self.path).map_err(failed)?;
+        if now != self.text {
+            return Err(Error::Config(format!(
+                "{} was changed by somebody else just now: try again",
+                self.path.display()
+            )));
+        }
+        self.put(&self.path, text, warn)
+    }
+
+    /// Writes `text` beside the file under another name, unless that is what is there.
+    pub fn put_beside(
+        &self,
+        name: &str,
+        text: &str,
+        warn: &mut dyn FnMut(String),
+    ) -> Result<PathBuf> {
+        let path = self.path.with_file_name(name);
+        if fs::read_to_string(&path).is_ok_and(|there| there == text) {
+            return Ok(path);
+        }
+        self.put(&path, text, warn)?;
+        Ok(path)
+    }
+
+    fn put(&self, path: &Path, text: &str, warn: &mut dyn FnMut(String)) -> Result<()> {
+        place::clear_leftovers(path.parent().unwrap_or(path));
+        place::replace(path, &mut text.as_bytes(), &self.like, warn)
+            .map_err(|error| explain("write", path, error))
+    }
+}
+
+fn ignore_absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// From what the system answered to what a person can do about it.
+fn explain(what: &str, path: &Path, error: io::Error) -> Error {
+    let hint = match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EROFS) => {
+            ": it is on a read-only file system; choose a writable directory in which the runtime looks, \
+             with --dest for plugins and --conf-dir or --conflist for configurations"
+        }
+        Some(Errno::EACCES | Errno::EPERM) => {
+            ": this user may not; run it as root (in a container with the directory of the host mounted)"
+        }
+        Some(Errno::ENOSPC | Errno::EDQUOT) => ": the file system is full; nothing was changed",
+        Some(Errno::EBUSY) => {
+            ": the file itself is mounted, and only a file in a mounted directory can be replaced; mount the directory"
+        }
+        Some(Errno::ENOTDIR | Errno::EEXIST) => ": a part of the path is a file",
+        _ => "",
+    };
+    Error::io(format!("{what} {}{hint}", path.display()), error)
+}

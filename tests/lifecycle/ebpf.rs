@@ -1,0 +1,192 @@
+//! The eBPF backend's maps, in memory and in the kernel.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use portmap::backend::ebpf::entries;
+use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue};
+use portmap::backend::ebpf::loaded::{Maps, OWN};
+use portmap::backend::ebpf::objects::{self, Claims};
+use portmap::backend::ebpf::plan::{self, Former, Present, Write};
+use portmap::model::{BackendKind, Protocol};
+use portmap::record::Record;
+use portmap::sys::bpf::map::Map;
+use portmap::sys::bpf::object::Object;
+
+use super::{Change, Packet, Table};
+
+/// What all records together lead to.
+fn wanted(live: &[Record]) -> Present {
+    let claims = objects::claims(&live.iter().collect::<Vec<_>>());
+    let uses = objects::port_uses(&claims);
+    Present {
+        watched: uses.keys().copied().collect(),
+        counted: claims.keys().copied().collect(),
+        uses,
+        claims,
+    }
+}
+
+/// Keys of a step, and what they are to have.
+fn target(change: &Change) -> (BTreeSet<ClaimKey>, Claims) {
+    let pair = change.added.iter().chain(&change.removed);
+    let keys = pair.flat_map(|record| objects::keys(record)).collect();
+    let after = objects::claims_at(&keys, &change.related, change.added);
+    (keys, after)
+}
+
+fn key(packet: &Packet) -> ClaimKey {
+    ClaimKey::new(packet.address.into(), packet.protocol, packet.port)
+}
+
+fn find<'a>(claims: &'a Claims, packet: &Packet) -> Option<&'a ClaimValue> {
+    let key = key(packet);
+    claims.get(&key).or_else(|| claims.get(&key.of_any()))
+}
+
+/// Maps in memory.
+#[derive(Default)]
+pub struct Fake(Present);
+
+impl Fake {
+    /// Packets come in between.
+    fn apply(&mut self, writes: &[Write]) {
+        for write in writes {
+            self.write(*write);
+            self.assert_sound();
+        }
+    }
+
+    fn write(&mut self, write: Write) {
+        let Present { claims, uses, watched, counted } = &mut self.0;
+        match write {
+            Write::Uses(port, 0) => {
+                uses.remove(&port);
+                watched.remove(&port);
+            }
+            Write::Uses(port, number) => {
+                uses.insert(port, number);
+                watched.insert(port);
+            }
+            Write::Count(key) => drop(counted.insert(key)),
+            Write::Put(key, value) => drop(claims.insert(key, value)),
+            Write::Remove(key) => {
+                claims.remove(&key);
+                counted.remove(&key);
+            }
+        }
+    }
+
+    /// No claim is there that packets would miss, or that leads to a pod without an entry of its own.
+    fn assert_sound(&self) {
+        for (key, value) in &self.0.claims {
+            assert!(self.0.watched.contains(&key.port()), "{key:?} is skipped");
+            assert!(self.0.counted.contains(key), "{key:?} is not counted");
+            let protocol = if key.protocol == 6 { Protocol::Tcp } else { Protocol::Udp };
+            let pod = ClaimKey::new(value.pod, protocol, value.target().port());
+            assert!(self.0.claims.contains_key(&pod), "{key:?} leads to no pod");
+        }
+    }
+}
+
+impl Table for Fake {
+    const BACKEND: BackendKind = BackendKind::Ebpf;
+
+    fn change(&mut self, change: &Change) {
+        let (keys, after) = target(change);
+        let before = self.0.claims.clone();
+        let former = plan::losers(&self.0, &keys, &after);
+        let mut present = self.0.clone();
+        // The fast path looks at nothing else.
+        present
+            .claims
+            .retain(|key, _| keys.contains(key) || keys.iter().any(|other| other.of_any() == *key));
+        present.uses.retain(|port, _| keys.iter().any(|key| key.port() == *port));
+        present.watched.clear();
+        present.counted.clear();
+        assert_eq!(plan::losers(&present, &keys, &after), former);
+        self.apply(&plan::change(&present, &keys, &after));
+        for packet in super::packets() {
+            assert_noticed(&before, &self.0.claims, &packet, &former);
+        }
+    }
+
+    fn verify(&self, live: &[Record]) {
+        assert_eq!(self.0, wanted(live), "not what the records alone lead to");
+    }
+
+    fn resolve(&self, packet: &Packet, _matching: bool) -> Option<SocketAddr> {
+        find(&self.0.claims, packet).map(ClaimValue::target)
+    }
+}
+
+/// Who loses packets is looked at for connections.
+fn assert_noticed(before: &Claims, after: &Claims, packet: &Packet, former: &[Former]) {
+    let owner = |claims| find(claims, packet).map(|value| (value.owner, value.target()));
+    let (Some((was, target)), next) = (owner(before), owner(after)) else {
+        return;
+    };
+    let noticed = former.iter().any(|former| former.value.owner == was);
+    assert!(noticed || next == Some((was, target)), "{packet:?}: {former:?}");
+}
+
+/// The slow path from the maps of some records, damaged, to those of others.
+pub fn assert_restored(from: &[Record], to: &[Record], damage: u64) {
+    let mut fake = Fake(wanted(from));
+    let mut damage = (0..64).map(|bit| damage >> bit & 1 == 1).cycle();
+    let mut survives = || damage.next() == Some(true);
+    fake.0.claims.retain(|_, _| survives());
+    fake.0.uses.retain(|_, uses| {
+        *uses += u32::from(survives());
+        survives()
+    });
+    fake.0.watched.retain(|_| survives());
+    fake.0.watched.extend([7, 65535].into_iter().filter(|_| survives()));
+    fake.0.counted.retain(|_| survives());
+    let wanted = wanted(to);
+    // What is damaged is not sound before the end.
+    plan::restore(&fake.0, &wanted.claims).into_iter().for_each(|write| fake.write(write));
+    assert_eq!(fake.0, wanted);
+    assert_eq!(plan::losers(&fake.0, &wanted.counted, &wanted.claims), []);
+}
+
+/// Maps of the kernel, which nothing else knows of.
+pub struct Kernel(Maps);
+
+impl Default for Kernel {
+    fn default() -> Self {
+        let object = Object::parse(OWN.object).unwrap();
+        let definitions = object.maps();
+        let map = |name: &str| Map::create(&definitions[name]).unwrap();
+        Kernel(Maps {
+            claims: map("pm_claims"),
+            ports: map("pm_ports"),
+            port_uses: map("pm_port_uses"),
+            traffic: map("pm_traffic"),
+            addresses: map("pm_addresses"),
+            config: map("pm_config"),
+        })
+    }
+}
+
+impl Table for Kernel {
+    const BACKEND: BackendKind = BackendKind::Ebpf;
+
+    fn change(&mut self, change: &Change) {
+        let (keys, after) = target(change);
+        entries::change(&self.0, &keys, &after).unwrap();
+    }
+
+    fn verify(&self, live: &[Record]) {
+        assert_eq!(entries::present(&self.0).unwrap(), wanted(live));
+        // The slow path finds nothing to do.
+        let claims = objects::claims(&live.iter().collect::<Vec<_>>());
+        entries::restore(&self.0, &claims).unwrap();
+        assert_eq!(entries::present(&self.0).unwrap(), wanted(live));
+    }
+
+    fn resolve(&self, packet: &Packet, _matching: bool) -> Option<SocketAddr> {
+        let value = entries::in_effect(&self.0, &key(packet)).unwrap();
+        value.map(|value| value.target())
+    }
+}
