@@ -19,18 +19,22 @@ impl Engine<'_> {
     }
 
     /// Tells the host what was found out about the kernel earlier, or finds it out.
-    pub(super) fn know_kernel(&self) -> Result<()> {
-        if self.host.knows_kernel() {
-            return Ok(());
-        }
-        let known = self.store.note(NOTE)?;
-        if let Some(features) = known.and_then(|text| serde_json::from_str::<Features>(&text).ok())
-        {
-            self.host.remember_kernel(features);
+    fn know_kernel(&self) -> Result<()> {
+        if self.recall_kernel()? {
             return Ok(());
         }
         let text = serde_json::to_string(self.host.kernel()?)
             .map_err(|error| Error::Decode(error.to_string()))?;
         self.store.set_note(NOTE, Some(&text))
+    }
+
+    /// Tells the host what was found out about the kernel earlier; false if nothing was.
+    pub(super) fn recall_kernel(&self) -> Result<bool> {
+        if self.host.knows_kernel() {
+            return Ok(true);
+        }
+        let known = self.store.note(NOTE)?;
+        let known = known.and_then(|text| serde_json::from_str::<Features>(&text).ok());
+        Ok(known.map(|features| self.host.remember_kernel(features)).is_some())
     }
 }

@@ -148,7 +148,11 @@ impl<'a> Engine<'a> {
         if flush::concerns(record) || old.is_some_and(flush::concerns) {
             self.flush_conntrack(Some(record), old, facts);
         }
-        self.finish()
+        if let Err(error) = self.finish() {
+            // All is done, and the next call will look whether it is.
+            self.host.warn(format!("{error}: {}", error.details()));
+        }
+        Ok(())
     }
 
     /// Takes a record's rules out of the kernel, and then the record away.
@@ -198,6 +202,8 @@ impl<'a> Engine<'a> {
                 Err(error) => errors.push(error),
             }
         }
+        // No more than that: eBPF need not work where rules are taken away.
+        errors.extend(self.recall_kernel().err());
         for kind in BackendKind::ALL {
             if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
                 errors.extend(backend::of(kind).unload(self.host).err());

@@ -13,6 +13,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod faults;
+mod forced;
 mod group;
 mod rights;
 mod talks;

@@ -19,7 +19,7 @@ use super::{Scene, TIMEOUT, lab};
 
 impl Scene<'_> {
     /// A call, with a command in front of it that takes something away.
-    fn command(&self, words: &[&str], verb: &str, pod: usize) -> Command {
+    pub fn command(&self, words: &[&str], verb: &str, pod: usize) -> Command {
         let call = plugin::command(Path::new(PORTMAP), verb, &self.key(pod));
         let mut words = words.iter().chain([&PORTMAP]);
         let mut command = Command::new(words.next().unwrap());
@@ -39,7 +39,7 @@ impl Scene<'_> {
     /// As [`Scene::without`], by system calls that fail.
     fn failing(&self, calls: &str, how: &str, verb: &str, pod: usize) -> Output {
         let command = self.command(&[], verb, pod);
-        strace::tampered(&self.lab.node, &command, &self.config(pod).to_string(), calls, how)
+        strace::tampered(&self.lab.node, &command, &self.config(pod).to_string(), calls, how).0
     }
 
     /// Everything that an ADD which fails must not leave behind.

@@ -11,6 +11,7 @@ use super::{Scene, TIMEOUT};
 /// Open connections to hostPort 8080 of pod-a.
 pub struct Talks<'a> {
     lab: &'a Lab,
+    callers: &'static [&'static str],
     sessions: Vec<(String, Session)>,
 }
 
@@ -18,7 +19,12 @@ impl<'a> Talks<'a> {
     /// From the client, from the node by its addresses and by the loopback's, from another pod, from
     /// the pod itself.
     pub fn open(lab: &'a Lab) -> Self {
-        let mut talks = Talks { lab, sessions: Vec::new() };
+        Self::open_from(lab, &["client", "node", "pod-a", "pod-b"])
+    }
+
+    /// From some of them only.
+    pub fn open_from(lab: &'a Lab, callers: &'static [&'static str]) -> Self {
+        let mut talks = Talks { lab, callers, sessions: Vec::new() };
         for (what, call) in talks.calls() {
             let from = talks.netns(&what);
             let mut session =
@@ -53,6 +59,7 @@ impl<'a> Talks<'a> {
                 }
             }
         }
+        calls.retain(|(what, _)| self.callers.iter().any(|caller| what.starts_with(caller)));
         calls
     }
 

@@ -122,7 +122,7 @@ const DAMAGES: [Damage; 30] = [
         By::Any,
         "the configuration cleared",
         |_| ebpf::map("pm_config").put(&[0; 4], &[0; 24]).unwrap(),
-        "the programs at sockets act in the network namespace none",
+        "the programs at sockets act in no network namespace",
     ),
     damage(
         By::Any,

@@ -48,7 +48,12 @@ impl Filters {
         let made = self.clsact.ensure(device)?;
         // The second direction follows the first one, which made the qdisc.
         let name = if made || self.made_qdisc(device)? { NAME_WITH_QDISC } else { NAME };
-        self.clsact.put(device, direction, free_slot(&filters), name, program)?;
+        let put = self.clsact.put(device, direction, free_slot(&filters), name, program);
+        if made && put.is_err() {
+            // Nothing would remember whose it is. The error of `put` is the one to report.
+            drop(self.clsact.remove_unused(device));
+        }
+        put?;
         for behind in filters.iter().filter(|filter| is_own(filter)) {
             self.clsact.remove(device, direction, behind.slot)?;
         }

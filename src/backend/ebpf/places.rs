@@ -14,8 +14,6 @@ pub struct Places {
     pub cgroups: Vec<Cgroup>,
     /// What each of them gets, by the names of the programs.
     pub hooks: Vec<(SocketHook, &'static str)>,
-    /// Programs act in the network namespace with the cookie in their configuration.
-    pub gated: bool,
     /// Cgroups at which nothing of ours may be, and at which hooks of theirs.
     pub barred: Vec<(Cgroup, Vec<SocketHook>)>,
     /// Why some hooks are left out, if any are.
@@ -46,7 +44,7 @@ pub fn find(host: &Host) -> Result<Places, String> {
         // What may be left at children since Cilium went does no harm: the second one finds nothing
         // to translate.
         let (cgroups, barred) = (vec![root], Vec::new());
-        return Ok(Places { cgroups, hooks, gated, barred, reserved: None });
+        return Ok(Places { cgroups, hooks, barred, reserved: None });
     }
     let mut cgroups = children(&root);
     if !gated {
@@ -69,7 +67,7 @@ pub fn find(host: &Host) -> Result<Places, String> {
             "the root cgroup has a program without BPF_F_ALLOW_MULTI at the hook {hook:?}, which others below it would keep from running"
         )
     });
-    Ok(Places { cgroups, hooks, gated, barred, reserved })
+    Ok(Places { cgroups, hooks, barred, reserved })
 }
 
 /// Everywhere that this plugin's programs may be attached.

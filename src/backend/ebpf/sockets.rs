@@ -8,13 +8,13 @@
 //! Without them everything works but calls by the node's own processes: that is worth a note, and no
 //! reason to leave the pod without its hostPort.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use super::devices::Mode;
 use super::loaded::Loaded;
-use super::places;
-use super::strangers::Strangers;
+use super::places::{self, Places};
+use super::strangers::{Own, Strangers};
 use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::Cgroup;
@@ -33,13 +33,44 @@ pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
     };
     let names: BTreeSet<&str> = places.hooks.iter().map(|(_, name)| *name).collect();
     let ids = loaded.load(&names)?;
-    let mut cookie = own_cookie(host, loaded)?;
-    // Before anything is attached, as far as possible: by the cookie other nodes know whose it is.
-    if places.gated
-        && let Some(cookie) = cookie
-    {
+    let mut own = own(host, Some(loaded))?;
+    if let Own::Cookie(cookie) = own {
+        // Before anything is attached: by it other nodes know whose it is.
         loaded.set_cookie(cookie)?;
     }
+    let mut refused = places.reserved.clone();
+    if !attach(loaded, &places, &ids, own, mode, &mut refused)? {
+        return Ok(false);
+    }
+    if own == Own::Unknown {
+        match learn(loaded)? {
+            Some(cookie) => {
+                own = Own::Cookie(cookie);
+                // What was attached beside can be told from other nodes' now.
+                attach(loaded, &places, &ids, own, Mode::Restore, &mut refused)?;
+            }
+            None => note(host, "the cookie of the node's network namespace cannot be learnt"),
+        }
+    }
+    for (place, hooks) in &places.barred {
+        clear(place, hooks, own)?;
+    }
+    if let Some(reason) = refused {
+        note(host, &reason);
+    }
+    Ok(true)
+}
+
+/// Puts programs at all cgroups. What cannot be attached where others leave no room is told in
+/// `refused`.
+fn attach(
+    loaded: &Loaded,
+    places: &Places,
+    ids: &BTreeMap<String, u32>,
+    own: Own,
+    mode: Mode,
+    refused: &mut Option<String>,
+) -> Result<bool> {
     let mut todo = Vec::new();
     for place in &places.cgroups {
         let mut doubtful = Vec::new();
@@ -61,12 +92,16 @@ pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
         if doubtful.is_empty() {
             continue;
         }
-        let strangers = match Strangers::at(place, cookie) {
+        let strangers = match Strangers::at(place, own) {
             Err(error) if is_gone(&error) => continue,
             other => other.map_err(|error| looking(place, error))?,
         };
         for (hook, name, attached) in doubtful {
-            let mut former = strangers.own(&attached).map_err(|error| looking(place, error))?;
+            let mut former = match own {
+                // Perhaps another node's: there is room beside it.
+                Own::Unknown => Vec::new(),
+                _ => strangers.own(&attached).map_err(|error| looking(place, error))?,
+            };
             former.retain(|program| ids.get(name) != Some(&program.id()));
             if !former.is_empty() && mode == Mode::Extend {
                 return Ok(false);
@@ -76,7 +111,6 @@ pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
             }
         }
     }
-    let mut refused = places.reserved.clone();
     for (place, hook, name, former) in todo {
         let done = loaded.with_program(name, |program| {
             put(place, hook, former, program).map_err(|error| failed(place, name, error))
@@ -90,27 +124,21 @@ pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
             other => other?,
         }
     }
-    if places.gated && cookie.is_none() {
-        cookie = learn(loaded)?;
-        if cookie.is_none() {
-            note(host, "the cookie of the node's network namespace cannot be learnt");
-        }
-    }
-    for (place, hooks) in &places.barred {
-        clear(place, hooks, cookie)?;
-    }
-    if let Some(reason) = refused {
-        note(host, &reason);
-    }
     Ok(true)
 }
 
-/// By what the programs know the node's network namespace, if that is known by now.
-fn own_cookie(host: &Host, loaded: &Loaded) -> Result<Option<u64>> {
-    if host.kernel()?.cookie_option {
-        return cookie::own().map_err(no_cookie);
+/// Whose programs are this node's.
+fn own(host: &Host, loaded: Option<&Loaded>) -> Result<Own> {
+    let kernel = host.kernel()?;
+    if !kernel.cookie_helper {
+        return Ok(Own::Everywhere);
     }
-    loaded.cookie()
+    let cookie = match loaded {
+        _ if kernel.cookie_option => cookie::own().map_err(no_cookie)?,
+        Some(loaded) => loaded.cookie()?,
+        None => None,
+    };
+    Ok(cookie.map_or(Own::Unknown, Own::Cookie))
 }
 
 /// Kernels that do not tell the cookie are asked through the programs.
@@ -160,19 +188,20 @@ pub fn problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
             }
         }
     }
-    if places.gated {
-        let expected = own_cookie(host, loaded)?;
-        let found = loaded.cookie()?;
-        if found.is_none() || found != expected {
-            let text = |cookie: Option<u64>| {
-                cookie.map_or_else(|| "none".to_owned(), |cookie| cookie.to_string())
-            };
-            problems.push(format!(
-                "the programs at sockets act in the network namespace {}, the node's is {}",
-                text(found),
-                text(expected)
-            ));
-        }
+    let found = loaded.cookie()?;
+    let is_right = match own(host, Some(loaded))? {
+        Own::Cookie(cookie) => found == Some(cookie),
+        Own::Unknown => false,
+        Own::Everywhere => true,
+    };
+    if !is_right {
+        problems.push(format!(
+            "the programs at sockets act in {}, which is not the node's",
+            match found {
+                Some(cookie) => format!("the network namespace with the cookie {cookie}"),
+                None => "no network namespace".to_owned(),
+            }
+        ));
     }
     Ok(problems)
 }
@@ -183,11 +212,8 @@ pub fn detach(host: &Host, loaded: Option<&Loaded>) -> Result<()> {
     if places.is_empty() {
         return Ok(());
     }
-    let cookie = match loaded {
-        Some(loaded) => own_cookie(host, loaded)?,
-        None => cookie::own().map_err(no_cookie)?,
-    };
-    places.iter().try_for_each(|place| clear(place, &SocketHook::ALL, cookie))
+    let own = own(host, loaded)?;
+    places.iter().try_for_each(|place| clear(place, &SocketHook::ALL, own))
 }
 
 /// Attaches a program, in the place of another version of it if there is one.
@@ -207,17 +233,21 @@ fn put(
 }
 
 /// Takes this node's programs off some hooks of a cgroup.
-fn clear(place: &Cgroup, hooks: &[SocketHook], cookie: Option<u64>) -> Result<()> {
+fn clear(place: &Cgroup, hooks: &[SocketHook], own: Own) -> Result<()> {
     let clear = || -> io::Result<()> {
-        let strangers = Strangers::at(place, cookie)?;
+        let mut attached = Vec::new();
         for hook in hooks {
-            let attached = match place.query(*hook) {
+            match place.query(*hook) {
                 // A kernel without the hook has nothing attached to it.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
-                other => other?,
-            };
-            for program in strangers.own(&attached.programs)? {
-                place.detach(*hook, &program)?;
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                other => attached.push((*hook, other?.programs)),
+            }
+        }
+        // Only now: whoever has attached anything by then has attached what tells whose it is.
+        let strangers = Strangers::at(place, own)?;
+        for (hook, ids) in attached {
+            for program in strangers.own(&ids)? {
+                place.detach(hook, &program)?;
             }
         }
         Ok(())

@@ -14,10 +14,21 @@ use crate::sys::bpf::cgroup::Cgroup;
 use crate::sys::bpf::map::Map;
 use crate::sys::bpf::program::{Program, SocketHook};
 
-/// The hooks whose programs use the configuration.
-const GATED: [SocketHook; 4] =
+/// The hooks whose programs tell whose they are, by their names or by the configuration that they use.
+const CALLS: [SocketHook; 4] =
     [SocketHook::Connect4, SocketHook::Connect6, SocketHook::Sendmsg4, SocketHook::Sendmsg6];
 const CONFIG: &str = "pm_config";
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// The node whose network namespace has this cookie.
+    Cookie(u64),
+    /// Nobody knows: kernels before 5.14 keep it to themselves until it has been learnt.
+    Unknown,
+    /// The node has programs that act everywhere (kernels before 5.7).
+    Everywhere,
+}
 
 /// What belongs to other nodes.
 #[derive(Debug, Default)]
@@ -27,24 +38,29 @@ pub struct Strangers {
 }
 
 impl Strangers {
-    /// Looks at what is attached to a cgroup. Without a cookie, which kernels before 5.14 keep to
-    /// themselves until it has been learnt, nobody is a stranger.
+    /// Looks at what is attached to a cgroup. Connect4 comes first when a node attaches its programs, so
+    /// that of programs that were listed before this call the owner is known. To [`Own::Unknown`]
+    /// nobody is a stranger.
     ///
     /// # Errors
     ///
     /// What bpf(2) returns.
-    pub fn at(place: &Cgroup, cookie: Option<u64>) -> io::Result<Self> {
+    pub fn at(place: &Cgroup, own: Own) -> io::Result<Self> {
         let mut strangers = Self::default();
-        let Some(cookie) = cookie else {
-            return Ok(strangers);
-        };
-        for hook in GATED {
+        for hook in CALLS {
             for id in place.query(hook)?.programs {
-                if let Some(program) = Program::from_id(id)?.filter(is_named_as_ours) {
-                    let maps = program.map_ids()?;
-                    if acts_in(&maps)?.is_some_and(|theirs| theirs != cookie) {
-                        strangers.maps.extend(maps);
-                    }
+                let Some(program) = Program::from_id(id)?.filter(is_named_as_ours) else {
+                    continue;
+                };
+                let maps = program.map_ids()?;
+                let gated = program.name() == super::places::program(hook, true);
+                let strange = match own {
+                    Own::Cookie(cookie) => !gated || acts_in(&maps)?.is_some_and(|it| it != cookie),
+                    Own::Unknown => !gated,
+                    Own::Everywhere => gated,
+                };
+                if strange {
+                    strangers.maps.extend(maps);
                 }
             }
         }

@@ -59,50 +59,75 @@ impl Features {
         })?;
         let classifier = load(Hook::Classifier, &[set_result(0), exit()])?;
         let socket = |hook, instructions: &[bpf_insn]| load(Hook::Socket(hook), instructions);
-        let connect = socket(SocketHook::Connect4, &[set_result(1), exit()]);
+        let connect = lasting(socket(SocketHook::Connect4, &[set_result(1), exit()]))?;
         let cookie = [call(bpf_func_id::BPF_FUNC_get_netns_cookie), set_result(1), exit()];
+        let peername = socket(SocketHook::Getpeername4, &[set_result(1), exit()]);
         Ok(Self {
-            tcx: tcx::query(LOOPBACK, Direction::Ingress).is_ok(),
-            clsact: has_clsact(&classifier),
-            cookie_helper: socket(SocketHook::Connect4, &cookie).is_ok(),
+            tcx: lasting(tcx::query(LOOPBACK, Direction::Ingress))?.is_ok(),
+            clsact: has_clsact(&classifier)?,
+            cookie_helper: lasting(socket(SocketHook::Connect4, &cookie))?.is_ok(),
             cookie_option: cookie::own()?.is_some(),
             batches: map.has_batches()?,
-            cgroup_replace: connect.as_ref().is_ok_and(replaces),
-            getpeername: socket(SocketHook::Getpeername4, &[set_result(1), exit()]).is_ok(),
+            cgroup_replace: connect.as_ref().map_or(Ok(false), replaces)?,
+            getpeername: lasting(peername)?.is_ok(),
             no_socket_hooks: match connect {
-                Ok(_) => not_at_cgroups(),
+                Ok(_) => not_at_cgroups()?,
                 Err(error) => Some(format!("this kernel has no programs on socket calls: {error}")),
             },
         })
     }
 }
 
+/// A result that will be the same the next time. What fails for want of memory and the like says
+/// nothing of the kernel, and must not be remembered.
+fn lasting<T>(result: io::Result<T>) -> io::Result<io::Result<T>> {
+    use libc::{EAGAIN, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    match result {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(EAGAIN | EINTR | EMFILE | ENFILE | ENOBUFS | ENOMEM)
+            ) =>
+        {
+            Err(error)
+        }
+        other => Ok(other),
+    }
+}
+
 /// Why programs cannot be attached to cgroups.
-fn not_at_cgroups() -> Option<String> {
+fn not_at_cgroups() -> io::Result<Option<String>> {
+    let Ok(root) = cgroup::root() else {
+        return Ok(None);
+    };
     // EINVAL without CONFIG_CGROUP_BPF.
-    let error = cgroup::root().ok()?.query(SocketHook::Connect4).err()?;
-    Some(format!("programs of the root of cgroup v2 cannot be read: {error}"))
+    let queried = lasting(root.query(SocketHook::Connect4))?;
+    let reason = |error| format!("programs of the root of cgroup v2 cannot be read: {error}");
+    Ok(queried.err().map(reason))
 }
 
 /// Modules that are missing answer with `ENOENT`. Whatever else fails will be reported when filters
 /// are used.
-fn has_clsact(program: &Program) -> bool {
+fn has_clsact(program: &Program) -> io::Result<bool> {
     let tried = namespace::in_scratch_netns(|| {
         let mut clsact = Clsact::open()?;
         clsact.ensure(LOOPBACK)?;
         let slot = Slot { priority: 1, handle: 1 };
         clsact.put(LOOPBACK, Direction::Ingress, slot, "pm_probe", program)
     });
-    !matches!(tried, Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound)
+    let Ok(tried) = tried else {
+        return Ok(true);
+    };
+    Ok(!lasting(tried)?.is_err_and(|error| error.kind() == io::ErrorKind::NotFound))
 }
 
 /// A kernel that does not know the flag refuses it (`EINVAL`) before it looks at the cgroup, of
 /// which the descriptor is none (`EBADF`).
-fn replaces(program: &Program) -> bool {
+fn replaces(program: &Program) -> io::Result<bool> {
     let target = Target { number: u32::MAX, attach_type: SocketHook::Connect4.attach_type() };
     let flags = BPF_F_ALLOW_MULTI | BPF_F_REPLACE;
-    let refused = syscall::attach(target, program.fd(), flags, Some(program.fd()), 0);
-    refused.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+    let refused = lasting(syscall::attach(target, program.fd(), flags, Some(program.fd()), 0))?;
+    Ok(refused.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF)))
 }
 
 fn load(hook: Hook, instructions: &[bpf_insn]) -> io::Result<Program> {

@@ -1,0 +1,238 @@
+//! Kernels that can do less than this one, as the note of what the kernel can do says it.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
+use portmap::sys::bpf::cookie;
+use portmap::sys::bpf::features::Features;
+
+use super::group::Group;
+use super::support::ebpf;
+use super::talks::Talks;
+use super::{Scene, TIMEOUT, lab};
+
+impl Scene<'_> {
+    /// Says of the kernel what is not so, before the first ADD would find it out.
+    fn pretend(&self, change: impl FnOnce(&mut Features)) {
+        let mut features = Features::probe().unwrap();
+        change(&mut features);
+        let notes = self.node.state_dir.join("notes");
+        std::fs::create_dir_all(&notes).unwrap();
+        std::fs::write(notes.join("kernel"), serde_json::to_string(&features).unwrap()).unwrap();
+    }
+
+    fn come(&self) {
+        for pod in 0..2 {
+            let note = self.ok("ADD", pod);
+            assert!(note.is_empty(), "{note}");
+        }
+        (0..2).for_each(|pod| drop(self.ok("CHECK", pod)));
+    }
+
+    /// Everything is as it should be until it goes.
+    fn go(&self, mut talks: Talks) {
+        self.ok("ADD", 0);
+        self.ok("ADD", 2);
+        talks.go_on();
+        self.ok("DEL", 1);
+        talks.go_on();
+        // The hostPort goes to another pod, and back when that goes.
+        self.node.ok("ADD", &self.config_with(1, 8080), &self.key(1));
+        for transport in [Transport::Tcp, Transport::Udp] {
+            assert_eq!(self.answering(transport).as_deref(), Some("pod-b"));
+        }
+        self.node.ok("DEL", &self.config_with(1, 8080), &self.key(1));
+        for transport in [Transport::Tcp, Transport::Udp] {
+            assert_eq!(self.answering(transport).as_deref(), Some("pod-a"));
+        }
+        self.ok("DEL", 0);
+        for transport in [Transport::Tcp, Transport::Udp] {
+            assert_eq!(self.answering(transport), None);
+        }
+        self.ok("DEL", 2);
+        let entries = ebpf::entries(&self.lab.node);
+        let left = entries.iter().filter(|entry| !entry.starts_with("pm_addresses "));
+        assert_eq!(left.count(), 0, "{entries:#?}");
+    }
+
+    fn answering(&self, transport: Transport) -> Option<String> {
+        let target = self.lab.node_socket(Family::V4, 8080);
+        let reply = reach(&self.lab.client, Call::new(transport, target, TIMEOUT));
+        reply.ok().map(|reply| reply.server)
+    }
+
+    fn hooks(&self) -> Vec<String> {
+        ebpf::hooks(&self.lab.node)
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_tcx() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.pretend(|kernel| kernel.tcx = false);
+    scene.come();
+    let hooks = scene.hooks();
+    assert!(hooks.iter().any(|hook| hook == "eth0 Ingress bpf pm_uplink_in"), "{hooks:#?}");
+    assert!(!hooks.iter().any(|hook| hook.contains(" tcx ")), "{hooks:#?}");
+    scene.go(Talks::open(&lab));
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_so_netns_cookie() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.pretend(|kernel| kernel.cookie_option = false);
+    scene.come();
+    let learnt = lab.node.run(|| ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap()).unwrap();
+    let cookie = lab.node.run(|| cookie::own().unwrap().unwrap()).unwrap();
+    assert_eq!(learnt[..8], cookie.to_ne_bytes());
+    scene.go(Talks::open(&lab));
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_batches() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.pretend(|kernel| kernel.batches = false);
+    scene.come();
+    scene.go(Talks::open(&lab));
+}
+
+/// Whom a socket of the node says that it is connected to.
+fn peer(scene: &Scene, target: SocketAddr) -> SocketAddr {
+    scene.lab.node.run(|| TcpStream::connect(target).unwrap().peer_addr().unwrap()).unwrap()
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_getpeername() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    let target = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+    scene.come();
+    assert_eq!(peer(&scene, target), target);
+    assert!(scene.node.flush().success());
+    scene.pretend(|kernel| kernel.getpeername = false);
+    scene.come();
+    let hooks = scene.hooks();
+    assert!(!hooks.iter().any(|hook| hook.contains("Getpeername")), "{hooks:#?}");
+    // As documented: the pod instead of what was called.
+    let pod = lab.pods[0].address(Family::V4).unwrap();
+    assert_eq!(peer(&scene, target), SocketAddr::new(pod, 80));
+    scene.go(Talks::open(&lab));
+}
+
+/// Called by [`called_from`] in a process of its own.
+const CALL: &str = "PORTMAP_TEST_CALL";
+
+#[test]
+#[ignore = "privileged: a part of another test"]
+fn caller() {
+    let Ok(target) = std::env::var(CALL) else {
+        return;
+    };
+    let target: SocketAddr = target.parse().unwrap();
+    // This process is in the namespaces that it was started in.
+    for answer in [by_tcp(target), by_udp(target, true), by_udp(target, false)] {
+        println!("reached {answer:?}");
+    }
+}
+
+fn by_tcp(target: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&target, TIMEOUT)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.write_all(b"who am I?\n")?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    Ok(line)
+}
+
+fn by_udp(target: SocketAddr, connected: bool) -> io::Result<String> {
+    let any: IpAddr = match target {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.set_read_timeout(Some(Duration::from_millis(700)))?;
+    let mut buffer = [0; 512];
+    let length = if connected {
+        socket.connect(target)?;
+        socket.send(b"who am I?")?;
+        socket.recv(&mut buffer)?
+    } else {
+        socket.send_to(b"who am I?", target)?;
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        assert_eq!(from, target);
+        length
+    };
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Calls TCP and UDP on the node by a process in a cgroup; says how many calls were answered.
+fn called_from(scene: &Scene, group: &Group, target: SocketAddr) -> usize {
+    let this = std::env::current_exe().unwrap();
+    let script = format!("echo $$ >{}/cgroup.procs && exec \"$0\" \"$@\"", group.path().display());
+    let mut command = Command::new("sh");
+    command.args(["-c", &script]).arg(this);
+    command.args(["--ignored", "--exact", "--nocapture", "forced::caller"]);
+    command.env(CALL, target.to_string()).stdout(Stdio::piped());
+    let output = scene.lab.node.spawn(&mut command).unwrap().wait_with_output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    text.matches("reached Ok(\"pod-a ").count()
+}
+
+/// As before Linux 5.7: programs cannot tell whose a socket is, and are attached only where systemd
+/// keeps the node's own processes.
+#[test]
+#[ignore = "privileged: makes network namespaces and cgroups"]
+fn without_cookies_at_all() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    if !std::path::Path::new("/run/systemd/system").exists() {
+        // Without a cgroup for services only the node's own processes are left out.
+        scene.pretend(|kernel| (kernel.cookie_helper, kernel.cookie_option) = (false, false));
+        let note = scene.ok("ADD", 0);
+        assert!(note.contains("no cgroup is known to hold the node's own processes"), "{note}");
+        Talks::open_from(&lab, &["client", "pod-a", "pod-b"]).go_on();
+        assert!(scene.node.flush().success());
+    }
+    let services = Group::new("system.slice");
+    let pods = Group::new(&format!("portmap-test-pods-{}", std::process::id()));
+    scene.pretend(|kernel| {
+        (kernel.cookie_helper, kernel.cookie_option) = (false, false);
+        (kernel.batches, kernel.tcx, kernel.getpeername) = (false, false, false);
+    });
+    scene.come();
+    let targets = [
+        SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
+        SocketAddr::from((Ipv6Addr::LOCALHOST, 8080)),
+        lab.node_socket(Family::V4, 8080),
+        lab.node_socket(Family::V6, 8080),
+    ];
+    for target in targets {
+        assert_eq!(called_from(&scene, &services, target), 3, "{target}");
+        assert_eq!(called_from(&scene, &pods, target), 0, "{target}");
+    }
+    scene.go(Talks::open_from(&lab, &["client", "pod-a", "pod-b"]));
+    assert!(scene.node.flush().success());
+    let left = attached_to(&services);
+    assert_eq!(left, Vec::<String>::new());
+}
+
+/// Names of this plugin's programs at a cgroup.
+fn attached_to(group: &Group) -> Vec<String> {
+    use portmap::sys::bpf::cgroup::Cgroup;
+    use portmap::sys::bpf::program::SocketHook;
+    let cgroup = Cgroup::open(group.path()).unwrap();
+    let ids = SocketHook::ALL.into_iter().flat_map(|hook| cgroup.query(hook).unwrap().programs);
+    ids.map(ebpf::name).filter(|name| name.starts_with("pm_")).collect()
+}
