@@ -1,4 +1,7 @@
-//! The iptables tools, reading and writing.
+//! The iptables tools. Reading goes through the `iptables` crate; it is given no part in decisions,
+//! because most of its functions take every failure for an empty answer.
+
+use iptables::IPTables;
 
 use super::Host;
 use super::command::ToolError;
@@ -69,7 +72,7 @@ fn with_failed_line(stderr: &str, text: &str) -> String {
 
 /// All chains of a table.
 pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolError> {
-    read(host, family, table, None)
+    execute(host, family, table, "-S")
 }
 
 /// Whether the tool is the variant that keeps its rules in nf_tables (xtables-nft-multi).
@@ -93,7 +96,7 @@ pub fn list_chains(
     }
     let mut listing = Listing::default();
     for chain in chains {
-        match read(host, family, table, Some(chain)) {
+        match execute(host, family, table, &format!("-S {chain}")) {
             Ok(found) => listing.chains.extend(found.chains),
             // Of a chain that does not exist (exit status 1 since iptables 1.8).
             Err(ToolError::Failed { status: Some(1), .. }) => {}
@@ -117,21 +120,25 @@ pub fn lacks_chain(host: &Host, family: Family, table: &str, chain: &str) -> boo
     std::fs::read_to_string(names).is_ok_and(|names| names.lines().all(|name| name != table))
 }
 
-/// What `-S` prints of a chain, or of all chains.
-fn read(
-    host: &Host,
-    family: Family,
-    table: &str,
-    chain: Option<&str>,
-) -> Result<Listing, ToolError> {
-    let wait = WAIT_SECONDS.to_string();
-    let mut args = vec!["-w", &wait, "-t", table, "-S"];
-    args.extend(chain);
-    match host.tools.run(tool(family), &args, "") {
-        Ok(text) => Ok(Listing::parse(&text)),
-        Err(ToolError::Failed { tool, status, stderr }) => Err(classify(&tool, status, &stderr)),
-        Err(error) => Err(error),
+fn execute(host: &Host, family: Family, table: &str, command: &str) -> Result<Listing, ToolError> {
+    let tool = tool(family);
+    if host.tools.find(tool).is_none() {
+        return Err(ToolError::Missing { tool: tool.to_owned() });
     }
+    // Without the crate's own `--wait`, which has no limit.
+    let crate_tool = IPTables { cmd: tool, has_check: true, has_wait: false, is_numeric: false };
+    let output =
+        crate_tool.execute(table, &format!("-w {WAIT_SECONDS} {command}")).map_err(|error| {
+            ToolError::Start {
+                tool: tool.to_owned(),
+                source: std::io::Error::other(error.to_string()),
+            }
+        })?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        return Err(classify(tool, output.status.code(), &stderr));
+    }
+    Ok(Listing::parse(&String::from_utf8_lossy(&output.stdout)))
 }
 
 #[cfg(test)]

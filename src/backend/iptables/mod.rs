@@ -1,6 +1,6 @@
 //! iptables, both variants: byte-compatible with upstream's portmap in table nat.
 //!
-//! Writing is one `iptables-restore --noflush` per family, reading is `iptables -S`.
+//! Writing is one `iptables-restore --noflush` per family, reading goes through the `iptables` crate.
 
 pub mod check;
 pub mod listing;
