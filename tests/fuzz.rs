@@ -1,7 +1,7 @@
 //! No input, however mangled, makes the plugin panic or print anything but one JSON object.
 //!
 //! Nothing here can change the machine: there are no tools in PATH, and where the user could change
-//! sysctls or rules (root), all of it happens in a network namespace of its own.
+//! sysctls, rules or programs (root), all of it happens in namespaces of its own.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -21,7 +21,6 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use mangled::{configuration, mangled};
-use nix::sched::{CloneFlags, unshare};
 use portmap::cni::invocation::Invocation;
 use portmap::cni::json::RawObject;
 use portmap::sys::Host;
@@ -37,9 +36,7 @@ where
 {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            if nix::unistd::geteuid().is_root() {
-                unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            }
+            raw::seclude();
             let config = Config { cases, failure_persistence: None, ..Config::default() };
             TestRunner::new(config)
                 .run(&strategy, |value| {

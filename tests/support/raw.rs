@@ -7,12 +7,15 @@
     reason = "each test program uses a part, and says by a panic that it failed"
 )]
 
+use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 const PORTMAP: &str = env!("CARGO_BIN_EXE_portmap");
@@ -77,9 +80,41 @@ pub fn run_redirected(env: &[(&str, &str)], redirection: &str, stdin: &[u8]) -> 
     communicate(&mut command, stdin)
 }
 
+thread_local! {
+    static SECLUDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Puts the thread where a plugin that works after all changes nothing: root could change rules and
+/// sysctls, which a network namespace keeps in, and eBPF programs at the root of cgroup v2, for which the
+/// plugin finds no place to pin what they need.
+pub fn seclude() {
+    if !nix::unistd::geteuid().is_root() || SECLUDED.get() {
+        return;
+    }
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(Some("tmpfs"), "/sys/fs", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    SECLUDED.set(true);
+}
+
+/// A child has the namespaces of the thread that starts it.
+fn spawn(command: &mut Command) -> Child {
+    if SECLUDED.get() {
+        return command.spawn().unwrap();
+    }
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            seclude();
+            command.spawn().unwrap()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
 fn communicate(command: &mut Command, stdin: &[u8]) -> Answer {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
+    let mut child = spawn(command);
     let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
     let mut errors = child.stderr.take().unwrap();
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
