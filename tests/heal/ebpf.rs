@@ -128,13 +128,13 @@ const DAMAGES: [Damage; 30] = [
         By::Any,
         "a filter deleted",
         |place| tc(&["filter", "del", "dev", &place.link, "ingress"]),
-        "LINK: program pm_pod_in expected as a filter of clsact ingress, found nothing",
+        "LINK: program pm_pod_in expected as the first filter of clsact ingress, found nothing",
     ),
     damage(
         By::Any,
         "a qdisc deleted",
         |place| tc(&["qdisc", "del", "dev", &place.link, "clsact"]),
-        "LINK: program pm_out expected as a filter of clsact egress, found nothing",
+        "LINK: program pm_out expected as the first filter of clsact egress, found nothing",
     ),
     damage(
         By::Any,
