@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::packet::{ACK, Kind, Packet, SYN, bounced, error, error_kinds};
+use crate::packet::{ACK, FRAGMENT, Kind, Packet, SYN, bounced, error, error_kinds, sum};
 use crate::rig::{At, NEXT, REDIRECT, Rig, on_node};
 
 const KINDS: [Kind; 4] = [Kind::Tcp(SYN), Kind::Udp, Kind::UdpWithout, Kind::Sctp(0)];
@@ -131,6 +131,20 @@ fn errors_about_anything_else_pass() {
         // Quoted fragments without ports.
         let fragment = call.turned().sized(100).fragments(48).remove(1);
         let frame = error(rig.client(0).ip(), rig.node(0).ip(), kind, &fragment[14..]);
+        rig.passes(At::UplinkIn, &frame);
+        // The first fragment of an error: its checksum is for more than there is.
+        let mut frame = about(&call.turned(), 20);
+        if rig.is_v4() {
+            frame[20] |= 0x20;
+            frame[24..26].copy_from_slice(&[0, 0]);
+            let checksum = !sum(&frame[14..34], 0);
+            frame[24..26].copy_from_slice(&checksum.to_be_bytes());
+        } else {
+            let length = u16::from_be_bytes([frame[18], frame[19]]) + 8;
+            frame[18..20].copy_from_slice(&length.to_be_bytes());
+            frame[20] = FRAGMENT;
+            frame.splice(54..54, [58, 0, 0, 1, 0, 0, 0, 7]);
+        }
         rig.passes(At::UplinkIn, &frame);
         // An error about an error, and what is no error.
         let inner = about(&call.turned(), 20);

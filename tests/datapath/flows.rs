@@ -77,7 +77,9 @@ fn a_new_call_follows_a_connection_of_the_nodes_own() {
         rig.stays(At::UplinkIn, &call);
         rig.stays(At::Out, &own.with(Kind::Tcp(FIN | ACK)));
         assert_eq!(rig.flow(&call).unwrap().flags, NODE | CLOSED);
+        // What comes late is still the node's, a repeated SYN with ACK too.
         rig.stays(At::UplinkIn, &call.with(Kind::Tcp(FIN | ACK)));
+        rig.stays(At::UplinkIn, &call.with(SYN_ACK));
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
         rig.becomes(
             At::UplinkIn,
@@ -261,6 +263,38 @@ fn a_replaced_port_outlives_the_flow_that_took_the_first() {
         // Evicted itself, it begins anew.
         rig.clear("pm_flows");
         rig.becomes(At::UplinkIn, &second, &second.to(rig.pod(80)));
+    });
+}
+
+/// The two maps evict their entries on their own.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_replaced_port_that_has_become_another_peers_is_not_used() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        rig.claim_any(8081, rig.pod(80));
+        let first = Packet::new(Kind::Udp, rig.client(40000), rig.node(8080));
+        rig.becomes(At::UplinkIn, &first, &first.to(rig.pod(80)));
+        let second = first.to(rig.node(8081));
+        let before = rig.with_new_port(At::UplinkIn, &second, &second.to(rig.pod(80)));
+        // Bytes of `struct flow`: host, peer, and the ports of both.
+        let another = [(0, 3), (16, 3), (32, 1), (34, 1)];
+        for (at, bytes) in another {
+            let (key, mut value) = rig
+                .entries("pm_flows")
+                .into_iter()
+                .find(|(key, _)| key[34..36] == before.to_be_bytes())
+                .unwrap();
+            let whole = value.clone();
+            value[at + bytes - 1] ^= 0x40;
+            rig.put("pm_flows", &key, &value);
+            let after = rig.with_new_port(At::UplinkIn, &second, &second.to(rig.pod(80)));
+            assert_ne!(before, after);
+            // Back to the first port.
+            rig.put("pm_flows", &key, &whole);
+            let remaps = rig.entries("pm_remaps");
+            rig.put("pm_remaps", &remaps[0].0, &[&before.to_be_bytes()[..], &[0, 0]].concat());
+        }
     });
 }
 

@@ -24,6 +24,9 @@ fn all_fragments_go_the_way_of_the_first() {
                 for index in [0, 2, 1] {
                     rig.gives(at, &frames[index], NEXT, &expected.fragments(SIZE)[index]);
                 }
+                // In the other direction, it is another datagram.
+                let other = if at == At::Out { At::UplinkIn } else { At::Out };
+                rig.passes(other, &frames[1]);
             }
             rig.clear("pm_fragments");
         }
