@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::Parser;
 use portmap::cni::invocation::Invocation;
 use portmap::commands::{
-    CommandError, Terminal, Verdict, check_config, flush, install, uninstall, watch,
+    CommandError, Terminal, Verdict, check_config, flush, install, restore, uninstall, watch,
 };
 use portmap::conflist::files::Choice;
 use portmap::demo::{self, DemoOptions};
@@ -84,6 +84,9 @@ fn command(cli: Cli) -> ExitCode {
                 .ok_or_else(|| CommandError::Refused("there is no such command".into()))?;
             terminal.output.write_all(&page)?;
             Ok(Verdict::Fine)
+        }),
+        Command::Restore { json, state_dir } => on_terminal("restore", |host, terminal| {
+            restore::run(host, &restore::Options { json, state_dir: &state_dir }, terminal)
         }),
         Command::Flush { network, all: _, yes, json, state_dir } => {
             let options =

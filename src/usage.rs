@@ -137,6 +137,19 @@ pub enum Command {
         #[arg(value_name = "COMMAND")]
         command: Option<String>,
     },
+    /// Puts back hostPorts that something has removed, such as a reload of the firewall
+    ///
+    /// Compares rules or map entries of every recorded attachment with what they should be, and where
+    /// something is wrong brings all of that backend in order in one transaction. Says what was wrong.
+    /// Changes nothing if all is well, and adds nothing for attachments whose network namespace is gone.
+    Restore {
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
+    },
     /// Removes hostPorts from this node, for decommissioning
     ///
     /// Removes the rules or map entries and the records of every attachment, or of one network's; with

@@ -178,9 +178,18 @@ tests=$(printf '%s\n' "$messages" |
 # As cargo does, for tests that start cargo or look for files of the package while running.
 CARGO_MANIFEST_DIR=$PWD
 export CARGO_MANIFEST_DIR
+# Everything else goes with the namespaces that the tests make; programs at the root of cgroup v2, which is
+# the whole machine's, would stay and act.
+cgroup=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
+[ -n "$cgroup" ] || fail 'cgroup v2 is mounted nowhere'
+programs() { bpftool cgroup show "$cgroup" | awk '$NF ~ /^pm_/' | sort; }
+programs_before=$(programs)
 for test in $tests; do
     printf '%s\n' "$test"
     "$test" --ignored
+    programs_left=$(programs)
+    [ "$programs_left" = "$programs_before" ] ||
+        fail "$test has left programs at $cgroup, or taken some away: $programs_left"
 done
 
 heading 'Installation of a release build'

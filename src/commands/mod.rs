@@ -4,6 +4,7 @@
 pub mod check_config;
 pub mod flush;
 pub mod install;
+pub mod restore;
 pub mod uninstall;
 pub mod watch;
 

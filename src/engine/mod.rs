@@ -5,6 +5,7 @@
 //! when the kernel is not in the state that the records say, everything is brought in order once.
 
 mod effects;
+mod health;
 mod kernel;
 mod step;
 
@@ -20,6 +21,7 @@ use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::store::Store;
 pub use effects::localnet_path;
+pub use health::Restored;
 use step::Lost;
 
 /// Name of the note that says which backend `auto` chose.
@@ -237,7 +239,7 @@ impl<'a> Engine<'a> {
                 .into_iter()
                 .filter(|family| parts.contains(&Part::Base(*family)))
                 .collect();
-            let lost = Lost { chains: named("chains"), families, parts };
+            let lost = Lost { chains: named("chains"), families, parts, ..Lost::default() };
             self.restore_without(kind, None, None, &lost, &facts, &BTreeSet::new())?;
         }
         self.store.forget(id, &keys)

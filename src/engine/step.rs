@@ -15,6 +15,8 @@ pub(super) struct Lost {
     pub chains: BTreeSet<String>,
     pub families: BTreeSet<Family>,
     pub parts: BTreeSet<Part>,
+    /// Ids of records that nothing is put back for, although they are there.
+    pub without: BTreeSet<String>,
 }
 
 impl Lost {
@@ -23,6 +25,7 @@ impl Lost {
             chains: records.iter().map(|record| record.chain.clone()).collect(),
             families: records.iter().flat_map(|record| record.families()).collect(),
             parts: records.iter().flat_map(|record| record.parts()).collect(),
+            without: BTreeSet::new(),
         }
     }
 }
@@ -98,7 +101,9 @@ impl Engine<'_> {
             self.host.warn(problem);
         }
         records.retain(|record| {
-            record.backend == kind && gone.is_none_or(|gone| record.id() != gone.id())
+            record.backend == kind
+                && gone.is_none_or(|gone| record.id() != gone.id())
+                && !lost.without.contains(&record.id())
         });
         let parts = records.iter().flat_map(Record::parts).chain(lost.parts.iter().copied());
         let known = self.kept(kind, &parts.filter(|part| !first.contains(part)).collect())?;

@@ -1,17 +1,14 @@
 //! CHECK: the kernel is compared with what the attachment asked for. Changes nothing.
 
-use std::collections::BTreeSet;
-
-use crate::backend::Observe;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
-use crate::engine::{Engine, localnet_path};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
-use crate::record::{IndexKey, Record, record_id};
+use crate::record::{Record, record_id};
 use crate::request::Request;
+use crate::sys::Host;
 use crate::sys::store::is_recorded;
-use crate::sys::{Host, sysctl};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<()> {
     envelope.version.require("CHECK", "0.4.0")?;
@@ -31,18 +28,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         }
         None => (as_upstream_would(&request), false),
     };
-    let keys: BTreeSet<IndexKey> = expected
-        .index_keys()
-        .into_iter()
-        .filter(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)))
-        .collect();
-    let mut related = engine.store.sharing(&keys, &id)?;
-    related.retain(|other| other.backend == expected.backend);
-    let parts = engine.store.parts(expected.backend)?;
-    let facts = engine.known_facts(expected.backend)?;
-    let observer: &dyn Observe = engine.backend(expected.backend)?;
-    problems.extend(observer.problems(host, &expected, &related, &parts, &facts, recorded)?);
-    problems.extend(localnet_problem(&expected));
+    problems.extend(engine.problems(&expected, recorded)?);
     if problems.is_empty() {
         return Ok(());
     }
@@ -87,11 +73,4 @@ fn differences(request: &Request, record: &Record) -> Vec<String> {
         ));
     }
     problems
-}
-
-fn localnet_problem(record: &Record) -> Option<String> {
-    let device = record.localnet_device.as_ref()?;
-    let value = sysctl::read(&localnet_path(device)).unwrap_or_else(|error| error.to_string());
-    (value != "1")
-        .then(|| format!("127.0.0.1 is not forwarded: net.ipv4.conf.{device}.route_localnet should be 1 and is {value}"))
 }

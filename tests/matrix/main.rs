@@ -61,10 +61,14 @@ macro_rules! on_variants {
 mod conditions;
 mod counters;
 mod flows;
+mod guests;
 mod host_ip;
 mod localhost;
 mod masquerade;
 mod nodes;
+#[allow(dead_code, reason = "a part is needed here")]
+#[path = "../datapath/packet.rs"]
+mod packet;
 mod precedence;
 mod recordings;
 mod replay;

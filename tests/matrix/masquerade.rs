@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use portmap::demo::matrix::{Expect, Place, Source};
 use portmap::demo::snapshot::pins;
-use portmap::demo::topology::Shape;
+use portmap::demo::topology::{Options, Shape};
 use portmap::demo::traffic::{Call, Failure, Transport};
 use portmap::model::Family;
 use serde_json::json;
@@ -194,6 +194,39 @@ fn ebpf_does_without_marks_and_masquerading() {
         container.check();
         container.del();
         assert_unmapped(key, lab, &paths);
+        node.assert_clean(&before);
+    }
+}
+
+/// By eBPF the pod sees the address by which the node itself would call it, on every wiring.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ebpf_shows_the_node_s_address_towards_the_pod() {
+    for shape in [Shape::Ptp, Shape::Bridge, Shape::Mixed] {
+        let mut options = Options::new(shape);
+        options.pods = 4;
+        let stage = Stage::with(options);
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, Variant::Ebpf);
+        let before = node.snapshot();
+        let containers = [0, 1].map(|pod| {
+            Container::new(&node, lab, pod, mapped(PORT + pod as u16, INSIDE))
+                .with("masqAll", json!(true))
+        });
+        containers.iter().for_each(Container::add);
+        let mut cases = Vec::new();
+        for pod in [0, 1] {
+            for mut case in every_path(Variant::Ebpf, lab, pod, PORT + pod as u16) {
+                let to = lab.pods[pod].address(Family::of(&case.target.ip())).unwrap();
+                let route = node.shell(&format!("ip route get {to}"));
+                let source = route.split_whitespace().skip_while(|word| *word != "src").nth(1);
+                case.expect = Expect::Reached(Source::Kept(source.unwrap().parse().unwrap()));
+                cases.push(case);
+            }
+        }
+        assert_calls("masqAll: true", lab, cases);
+        containers.iter().for_each(Container::check);
+        containers.iter().for_each(Container::del);
         node.assert_clean(&before);
     }
 }

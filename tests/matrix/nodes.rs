@@ -101,3 +101,21 @@ fn programs_without_names_are_taken_away() {
     assert_eq!(acting_in(cookie), BTreeSet::new(), "flush finds them without names as well");
     assert_node_calls("nothing", &stage, None);
 }
+
+/// All tests share the root cgroup with the machine that they run on: one that fails leaves nothing there.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_test_that_fails_takes_its_programs_along() {
+    let stage = Stage::new(Shape::Ptp);
+    let lab = &stage.lab;
+    let cookie = lab.node.run(portmap::sys::bpf::cookie::own).unwrap().unwrap().unwrap();
+    let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let node = Node::new(&lab.node, Variant::Ebpf);
+        Container::new(&node, lab, 0, mapped(PORT, INSIDE)).add();
+        assert_eq!(acting_in(cookie).len(), 1);
+        panic!("as a test fails");
+    }));
+    assert!(failed.is_err());
+    assert_eq!(acting_in(cookie), BTreeSet::new());
+    assert_node_calls("nothing", &stage, None);
+}

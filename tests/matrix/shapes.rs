@@ -1,10 +1,12 @@
 //! The whole life of two pods with hostPorts, on every wiring that common networks use.
 
+use portmap::demo::matrix::Place;
 use portmap::demo::topology::{Options, Shape};
 use portmap::model::Family;
 
 use crate::rig::{
-    Container, INSIDE, PORT, Stage, assert_calls, assert_unmapped, every_path, mapped, shell,
+    Container, INSIDE, PORT, Stage, assert_calls, assert_unmapped, every_path, mapped, pod_seen,
+    reaches, shell,
 };
 use crate::support::{Node, Variant};
 
@@ -97,6 +99,41 @@ on_each_variant! {
     fn ipv6_only(variant: Variant) {
         one_family(variant, Shape::Cilium, Family::V6);
     }
+}
+
+/// Whichever address of the node they call, pods of both kinds are seen as themselves, and so they see
+/// each other in their answers.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn every_pod_calls_every_address() {
+    let mut options = Options::new(Shape::Mixed);
+    options.pods = 4;
+    let stage = Stage::with(options);
+    let lab = &stage.lab;
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let before = node.snapshot();
+    let ports = [PORT, PORT + 1];
+    let containers = [0, 1].map(|pod| Container::new(&node, lab, pod, mapped(ports[pod], INSIDE)));
+    containers.iter().for_each(Container::add);
+    // The bridge's gateway and that of the others.
+    let bridge = ["10.0.3.254", "fd00:30::fe"].map(|ip| ip.parse().unwrap());
+    let mut cases = Vec::new();
+    for (family, bridge) in Family::ALL.into_iter().zip(bridge) {
+        let own = [lab.node_address(family), lab.second_node_address(family), lab.gateway(family)];
+        for ip in own.into_iter().chain([bridge]) {
+            assert!(lab.is_node_address(ip));
+            for (called, port) in ports.iter().enumerate() {
+                let server = &lab.pods[called].name;
+                for caller in 0..lab.pods.len() {
+                    let seen = pod_seen(Variant::Ebpf, lab, caller, called, family);
+                    cases.extend(reaches(Place::Pod(caller), ip, *port, server, seen));
+                }
+            }
+        }
+    }
+    assert_calls("every address", lab, cases);
+    containers.iter().for_each(Container::del);
+    node.assert_clean(&before);
 }
 
 /// The tools differ in families no more than shown above: here it is the wiring that differs.

@@ -14,7 +14,7 @@ pub mod entries;
 pub mod foreign;
 pub mod strace;
 
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -124,6 +124,12 @@ pub struct Node<'a> {
 
 impl<'a> Node<'a> {
     pub fn new(netns: &'a Netns, variant: Variant) -> Self {
+        // A flush of the machine's own would take it out of service.
+        let device = || std::fs::metadata("/sys/fs/bpf").unwrap().dev();
+        assert!(
+            variant != Variant::Ebpf || netns.run(device).unwrap() != device(),
+            "the namespace has no bpffs of its own"
+        );
         let scratch = Scratch::new();
         Node {
             netns,
@@ -227,7 +233,10 @@ impl<'a> Node<'a> {
 
 impl Drop for Node<'_> {
     fn drop(&mut self) {
-        if self.variant != Variant::Ebpf {
+        // Where the tools of a variant do not work, eBPF may have been chosen instead.
+        let device = || std::fs::metadata("/sys/fs/bpf/portmap").map(|meta| meta.dev()).ok();
+        let used = self.netns.run(device).is_ok_and(|own| own.is_some() && own != device());
+        if self.variant != Variant::Ebpf && !used {
             return;
         }
         let output = self.flush();

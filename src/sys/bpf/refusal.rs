@@ -127,7 +127,7 @@ fn is_mapped(text: &str) -> bool {
     !text.is_empty() && text.split_whitespace().ne(["0", "0", "4294967295"])
 }
 
-/// `text`: the chosen mode is in brackets, "none [integrity] confidentiality".
+/// `text`: the chosen mode is in brackets, `none [integrity] confidentiality`.
 fn lockdown_mode(text: &str) -> Option<String> {
     let (_, rest) = text.split_once('[')?;
     let (mode, _) = rest.split_once(']')?;

@@ -1,0 +1,58 @@
+//! `portmap restore`: what a firewall's reload has taken away comes back.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::{CommandError, Terminal, Verdict, notes};
+use crate::engine::{Engine, Restored};
+use crate::record::Record;
+use crate::sys::Host;
+
+/// Where the records are, and how to report.
+#[derive(Debug, Clone, Copy)]
+pub struct Options<'a> {
+    pub json: bool,
+    pub state_dir: &'a Path,
+}
+
+/// Compares, and repairs where something is wrong.
+pub fn run(
+    host: &Host,
+    options: &Options,
+    terminal: &mut Terminal,
+) -> Result<Verdict, CommandError> {
+    let engine = Engine::lock_to_change(host, options.state_dir)?;
+    let Restored { attachments, repaired, dead } = engine.restore()?;
+    if options.json {
+        let name = |record: &Record| json!(record.attachment);
+        let repaired: Vec<_> = repaired
+            .iter()
+            .map(|(record, problems)| json!({"attachment": name(record), "problems": problems}))
+            .collect();
+        let report = json!({
+            "attachments": attachments,
+            "repaired": repaired,
+            "dead": dead.iter().map(name).collect::<Vec<_>>(),
+            "notes": host.take_warnings(),
+        });
+        writeln!(terminal.output, "{report}")?;
+        return Ok(Verdict::Fine);
+    }
+    for (record, problems) in &repaired {
+        writeln!(terminal.output, "repaired {}:", record.attachment)?;
+        for problem in problems {
+            writeln!(terminal.output, "  {problem}")?;
+        }
+    }
+    for record in &dead {
+        writeln!(
+            terminal.output,
+            "left alone {}: its network namespace {} is gone",
+            record.attachment, record.netns
+        )?;
+    }
+    writeln!(terminal.output, "{attachments} attachments, {} repaired", repaired.len())?;
+    notes(host, terminal)?;
+    Ok(Verdict::Fine)
+}

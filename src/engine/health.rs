@@ -1,0 +1,86 @@
+//! Whether the kernel holds what the records ask for, and bringing it there without any call of a
+//! runtime: after a reload of the node's firewall, say.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::step::Lost;
+use super::{Engine, localnet_path};
+use crate::backend::Observe;
+use crate::error::{Error, Result};
+use crate::model::BackendKind;
+use crate::record::{IndexKey, Record};
+use crate::sys::{namespace, sysctl};
+
+/// What a restoration came to.
+#[derive(Debug, Default)]
+pub struct Restored {
+    /// Attachments that were looked at.
+    pub attachments: usize,
+    /// What was wrong with which, and is right now.
+    pub repaired: Vec<(Record, Vec<String>)>,
+    /// Attachments whose network namespace is gone: nothing was put back for them.
+    pub dead: Vec<Record>,
+}
+
+impl Engine<'_> {
+    /// Where the kernel differs from what an attachment asks for, in the field's terms. `recorded` is
+    /// false for one that upstream's plugin made.
+    pub fn problems(&self, record: &Record, recorded: bool) -> Result<Vec<String>> {
+        let keys: BTreeSet<IndexKey> = record
+            .index_keys()
+            .into_iter()
+            .filter(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)))
+            .collect();
+        let mut related = self.store.sharing(&keys, &record.id())?;
+        related.retain(|other| other.backend == record.backend);
+        let parts = self.store.parts(record.backend)?;
+        let facts = self.known_facts(record.backend)?;
+        let observer: &dyn Observe = self.backend(record.backend)?;
+        let mut problems =
+            observer.problems(self.host, record, &related, &parts, &facts, recorded)?;
+        problems.extend(localnet_problem(record));
+        Ok(problems)
+    }
+
+    /// Brings the kernel to what the records of live attachments ask for, one transaction for each
+    /// backend in which something is wrong. Where nothing is, nothing is changed.
+    pub fn restore(&self) -> Result<Restored> {
+        let (records, notes) = self.store.all()?;
+        for note in notes {
+            self.host.warn(note);
+        }
+        // Without a path there is nothing to tell by, and the attachment counts as alive.
+        let (live, dead): (Vec<Record>, Vec<Record>) = records
+            .into_iter()
+            .partition(|record| record.netns.is_empty() || namespace::exists(&record.netns));
+        let mut restored = Restored { attachments: live.len(), dead, ..Restored::default() };
+        let mut wrong: BTreeMap<BackendKind, Vec<(Record, Vec<String>)>> = BTreeMap::new();
+        for record in live {
+            let problems = self.problems(&record, true)?;
+            if !problems.is_empty() {
+                wrong.entry(record.backend).or_default().push((record, problems));
+            }
+        }
+        let facts = self.host.node_facts()?;
+        let mut errors = Vec::new();
+        for (kind, records) in wrong {
+            let lost =
+                Lost { without: restored.dead.iter().map(Record::id).collect(), ..Lost::default() };
+            match self.restore_without(kind, None, None, &lost, &facts, &BTreeSet::new()) {
+                Ok(()) => restored.repaired.extend(records),
+                Err(error) => errors.push(error),
+            }
+        }
+        match errors.is_empty() {
+            true => Ok(restored),
+            false => Err(Error::Several { what: "restoring hostPorts".into(), errors }),
+        }
+    }
+}
+
+fn localnet_problem(record: &Record) -> Option<String> {
+    let device = record.localnet_device.as_ref()?;
+    let value = sysctl::read(&localnet_path(device)).unwrap_or_else(|error| error.to_string());
+    (value != "1")
+        .then(|| format!("127.0.0.1 is not forwarded: net.ipv4.conf.{device}.route_localnet should be 1 and is {value}"))
+}

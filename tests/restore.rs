@@ -1,0 +1,95 @@
+//! `portmap restore` after what firewalls and people do to rules, on every backend.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+use std::process::Command;
+
+use portmap::demo::plugin::{self, Attachment, Output};
+use portmap::demo::topology::{Lab, Options, Shape};
+use serde_json::{Value, json};
+
+#[path = "support/mod.rs"]
+mod support;
+use support::{Node, PORTMAP, VARIANTS, Variant, attachment, prev_result};
+
+fn restore(node: &Node, json: bool) -> Output {
+    let mut command = Command::new(PORTMAP);
+    command.env_clear().env("PATH", &node.path).args(["restore", "--state-dir"]);
+    command.arg(&node.state_dir).args(json.then_some("--json"));
+    let output = plugin::run(&mut command, b"", node.netns).unwrap();
+    assert!(output.success(), "{:?} {} {}", node.variant, output.stdout, output.stderr);
+    output
+}
+
+/// What takes everything away that the plugin has made in the kernel.
+fn damage(node: &Node) {
+    node.shell(match node.variant {
+        Variant::IptablesNft | Variant::IptablesLegacy => {
+            "for t in iptables ip6tables; do $t -t nat -F; $t -t nat -X; done"
+        }
+        Variant::Nftables => "nft flush ruleset",
+        Variant::Ebpf => "rm -r /sys/fs/bpf/portmap",
+    });
+}
+
+fn last_line(output: &Output) -> &str {
+    output.stdout.lines().last().unwrap_or_default()
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_was_removed_comes_back_for_live_attachments() {
+    for variant in VARIANTS {
+        let lab = Lab::build(Options { pods: 3, ..Options::new(Shape::Ptp) }).unwrap();
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let config = |pod: usize, port: u16| {
+            let mappings = json!([{"hostPort": port, "containerPort": 80}]);
+            node.config(mappings, prev_result(&lab, pod, "1.0.0"))
+        };
+        let live: Vec<(Value, Attachment)> = (0..2)
+            .map(|pod: usize| {
+                let port = 8080 + u16::try_from(pod).unwrap();
+                (config(pod, port), attachment(&lab.pods[pod], &format!("live-{pod}")))
+            })
+            .collect();
+        let mut gone = attachment(&lab.pods[2], "gone");
+        gone.netns = "/run/netns/no-such-namespace".into();
+        let gone = (config(2, 9090), gone);
+        for (config, pod) in live.iter().chain([&gone]) {
+            node.ok("ADD", config, pod);
+        }
+
+        let whole = node.snapshot();
+        assert_eq!(last_line(&restore(&node, false)), "2 attachments, 0 repaired", "{variant:?}");
+        assert_eq!(node.snapshot(), whole, "{variant:?}: nothing was wrong");
+
+        damage(&node);
+        let (code, text) = node.fails("CHECK", &live[0].0, &live[0].1);
+        assert_eq!(code, 102, "{variant:?} {text}");
+        let output = restore(&node, false);
+        assert_eq!(last_line(&output), "2 attachments, 2 repaired", "{variant:?}");
+        assert!(output.stdout.contains("left alone container gone"), "{}", output.stdout);
+        for (config, pod) in &live {
+            node.ok("CHECK", config, pod);
+        }
+        let (code, text) = node.fails("CHECK", &gone.0, &gone.1);
+        assert_eq!(code, 102, "{variant:?}: nobody lives there: {text}");
+
+        let report: Value = serde_json::from_str(&restore(&node, true).stdout).unwrap();
+        assert_eq!(report["attachments"], 2, "{variant:?}");
+        assert_eq!(report["repaired"], json!([]), "{variant:?}");
+        assert_eq!(report["dead"][0]["containerID"], "gone", "{variant:?}");
+
+        for (config, pod) in live.iter().chain([&gone]) {
+            node.ok("DEL", config, pod);
+        }
+        node.assert_clean(&before);
+        assert_eq!(last_line(&restore(&node, false)), "0 attachments, 0 repaired");
+        node.assert_clean(&before);
+    }
+}
