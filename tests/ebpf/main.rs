@@ -14,6 +14,7 @@
 mod support;
 
 mod faults;
+mod flows;
 mod forced;
 mod group;
 mod rights;

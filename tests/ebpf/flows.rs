@@ -1,0 +1,355 @@
+//! What programs remember of connections: too many of them, ports that are used again, and connections
+//! of the node itself.
+
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
+use portmap::backend::ebpf::loaded::OWN;
+use portmap::demo::netns::Netns;
+use portmap::demo::topology::Lab;
+use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
+use portmap::model::Family;
+use portmap::sys::bpf::object::Object;
+use portmap::sys::bpf::pins::Pins;
+use serde_json::json;
+
+use super::support::{ebpf, prev_result};
+use super::talks::Talks;
+use super::{Scene, TIMEOUT, lab};
+
+/// Flows that the small map has room for.
+const ROOM: u32 = 2048;
+
+impl Scene<'_> {
+    /// Makes maps before the first ADD does, with room for few flows.
+    fn with_little_room(&self) {
+        let make = || {
+            let mut definitions = Object::parse(OWN.object).unwrap().maps();
+            definitions.get_mut("pm_flows").unwrap().max_entries = ROOM;
+            Pins::open()
+                .unwrap()
+                .create_maps(OWN.layout, definitions.values(), |_| Ok(()))
+                .unwrap();
+        };
+        self.lab.node.run(make).unwrap();
+    }
+
+    fn flows(&self) -> usize {
+        self.lab.node.run(|| ebpf::map("pm_flows").entries().unwrap().len()).unwrap()
+    }
+}
+
+/// A socket of the client's with this source port.
+fn udp_from(lab: &Lab, port: u16) -> UdpSocket {
+    let local = SocketAddr::new(lab.client_address(Family::V4), port);
+    lab.client.run(|| UdpSocket::bind(local).unwrap()).unwrap()
+}
+
+/// A flood of flows evicts those that nobody uses; a connection that is used goes on, and one that was
+/// forgotten goes on when its client speaks.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_flood_of_flows_does_not_break_connections() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.with_little_room();
+    scene.ok("ADD", 0);
+    let sink = json!([{"hostPort": 9000, "containerPort": 9, "protocol": "udp"}]);
+    let sink = scene.node.config(sink, prev_result(&lab, 1, "1.1.0"));
+    scene.node.ok("ADD", &sink, &scene.key(1));
+    // It takes everything and reads nothing.
+    let _sink = lab.pods[1].netns.run(|| UdpSocket::bind("0.0.0.0:9").unwrap()).unwrap();
+    let mut active = Talks::open(&lab);
+    let mut idle = Talks::open(&lab);
+    let target = lab.node_socket(Family::V4, 9000);
+    for port in 1024..32_768 {
+        udp_from(&lab, port).send_to(b"flood", target).unwrap();
+        if port % 512 == 0 {
+            active.go_on();
+        }
+    }
+    assert!(scene.flows() <= ROOM as usize, "{}", scene.flows());
+    assert!(scene.flows() > ROOM as usize / 2, "{}: the flood was none", scene.flows());
+    active.go_on();
+    idle.go_on();
+}
+
+/// Calls from one and the same port of the client's.
+fn call_from(lab: &Lab, transport: Transport, family: Family, port: u16, to: u16) -> Session {
+    let mut call = Call::new(transport, lab.node_socket(family, to), TIMEOUT);
+    call.bind = Some(SocketAddr::new(lab.client_address(family), port));
+    Session::open(&lab.client, call).unwrap_or_else(|failure| panic!("{port} to {to}: {failure}"))
+}
+
+/// A connected socket inside a namespace, from a certain address and port.
+fn open_from(
+    inside: &Netns,
+    kind: SockType,
+    local: SocketAddr,
+    to: SocketAddr,
+) -> std::io::Result<OwnedFd> {
+    let open = || {
+        let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(local))?;
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
+        Ok(fd)
+    };
+    inside.run(open).unwrap()
+}
+
+/// Who answers on a TCP connection from the client's port 5000.
+fn tcp_from_5000(lab: &Lab, family: Family, to: u16) -> std::io::Result<(TcpStream, String)> {
+    let local = SocketAddr::new(lab.client_address(family), 5000);
+    let to = lab.node_socket(family, to);
+    let mut stream = TcpStream::from(open_from(&lab.client, SockType::Stream, local, to)?);
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.write_all(b"who am I?\n")?;
+    let mut line = String::new();
+    BufReader::new(&stream).read_line(&mut line)?;
+    assert!(line.trim_end().ends_with(":5000"), "{line}");
+    Ok((stream, line.split(' ').next().unwrap_or_default().to_owned()))
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_client_s_port_is_used_again_at_once() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    for family in [Family::V4, Family::V6] {
+        for round in 0..20 {
+            for pod in [0, 1] {
+                let what = format!("{family} round {round}");
+                let (stream, server) = tcp_from_5000(&lab, family, Scene::port(pod)).expect(&what);
+                assert_eq!(server, lab.pods[pod].name, "{what}");
+                // Ends with a reset, so that the client's kernel does not keep the port.
+                let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+                setsockopt(&stream, sockopt::Linger, &linger).unwrap();
+                drop(stream);
+                let mut session = call_from(&lab, Transport::Udp, family, 5000, Scene::port(pod));
+                assert_eq!(session.ask().unwrap().server, lab.pods[pod].name, "{what}");
+            }
+        }
+        // After an orderly end, as soon as the client's kernel lets it (RFC 6191: a second).
+        lab.client.set_sysctl("ipv4/tcp_tw_reuse", "1").unwrap();
+        for pod in [0, 1, 1, 0] {
+            let server = loop {
+                match tcp_from_5000(&lab, family, Scene::port(pod)) {
+                    Err(error) if error.kind() == ErrorKind::AddrNotAvailable => {
+                        std::thread::sleep(std::time::Duration::from_millis(20));
+                    }
+                    other => break other.unwrap().1,
+                }
+            };
+            assert_eq!(server, lab.pods[pod].name, "{family}");
+        }
+    }
+}
+
+/// Two hostPorts of one containerPort, both called from one port of a client, and the pod itself from
+/// that port as well.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn two_hostports_of_one_pod_s_port_are_told_apart() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    let mut mappings = Vec::new();
+    for port in [8080, 9080] {
+        mappings.push(json!({"hostPort": port, "containerPort": 80, "protocol": "tcp"}));
+        mappings.push(json!({"hostPort": port, "containerPort": 53, "protocol": "udp"}));
+    }
+    let config = scene.node.config(json!(mappings), prev_result(&lab, 0, "1.1.0"));
+    scene.node.ok("ADD", &config, &scene.key(0));
+    for family in [Family::V4, Family::V6] {
+        for (transport, inside) in [(Transport::Tcp, 80), (Transport::Udp, 53)] {
+            let mut sessions: Vec<Session> = [8080, 9080]
+                .map(|to| call_from(&lab, transport, family, 5000, to))
+                .into_iter()
+                .collect();
+            let pod = SocketAddr::new(lab.pods[0].address(family).unwrap(), inside);
+            let mut direct = Call::new(transport, pod, TIMEOUT);
+            direct.bind = Some(SocketAddr::new(lab.client_address(family), 5000));
+            sessions.push(Session::open(&lab.client, direct).unwrap());
+            let mut seen = std::collections::BTreeSet::new();
+            for _ in 0..3 {
+                for session in &mut sessions {
+                    let reply = session.ask().unwrap();
+                    assert_eq!(reply.local.port(), 5000);
+                    seen.insert(reply.seen);
+                }
+            }
+            // The pod has to tell them apart as well.
+            assert_eq!(seen.len(), 3, "{seen:?}");
+        }
+    }
+}
+
+/// Both ends of connections between the node's `port` and the client, by TCP and by UDP.
+struct Ends {
+    tcp: (TcpStream, TcpStream),
+    udp: (UdpSocket, UdpSocket),
+}
+
+impl Ends {
+    fn open(lab: &Lab, port: u16) -> Self {
+        let any = SocketAddr::new(lab.client_address(Family::V4), 0);
+        let listener = lab.client.run(|| TcpListener::bind(any).unwrap()).unwrap();
+        let outer = lab.client.run(|| UdpSocket::bind(any).unwrap()).unwrap();
+        let local = SocketAddr::new(lab.node_address(Family::V4), port);
+        let open = |kind, to| open_from(&lab.node, kind, local, to).unwrap();
+        let tcp = TcpStream::from(open(SockType::Stream, listener.local_addr().unwrap()));
+        let udp = UdpSocket::from(open(SockType::Datagram, outer.local_addr().unwrap()));
+        outer.connect(SocketAddr::new(lab.node_address(Family::V4), port)).unwrap();
+        let ends = Ends { tcp: (tcp, listener.accept().unwrap().0), udp: (udp, outer) };
+        for stream in [&ends.tcp.0, &ends.tcp.1] {
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        }
+        for socket in [&ends.udp.0, &ends.udp.1] {
+            socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        }
+        ends
+    }
+
+    /// The client's end speaks, and the node's hears it.
+    fn client_speaks(&mut self) {
+        let mut buffer = [0; 5];
+        self.tcp.1.write_all(b"hello").unwrap();
+        self.tcp.0.read_exact(&mut buffer).expect("by TCP");
+        assert_eq!(&buffer, b"hello");
+        self.udp.1.send(b"world").unwrap();
+        self.udp.0.recv(&mut buffer).expect("by UDP");
+        assert_eq!(&buffer, b"world");
+    }
+
+    fn node_speaks(&mut self) {
+        let mut buffer = [0; 5];
+        self.tcp.0.write_all(b"hello").unwrap();
+        self.tcp.1.read_exact(&mut buffer).expect("by TCP");
+        assert_eq!(&buffer, b"hello");
+        self.udp.0.send(b"world").unwrap();
+        self.udp.1.recv(&mut buffer).expect("by UDP");
+        assert_eq!(&buffer, b"world");
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn connections_of_the_node_from_a_hostport_s_number_stay_its_own() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    // A port that sockets get by themselves: such connections may be open already.
+    const PORT: u16 = 40_000;
+    let mut before = Ends::open(&lab, PORT);
+    before.node_speaks();
+    scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
+    before.client_speaks();
+    let mut after = Ends::open(&lab, PORT);
+    after.node_speaks();
+    after.client_speaks();
+    for transport in [Transport::Tcp, Transport::Udp] {
+        let call = Call::new(transport, lab.node_socket(Family::V4, PORT), TIMEOUT);
+        assert_eq!(reach(&lab.client, call).unwrap().server, "pod-a");
+    }
+    before.client_speaks();
+    after.client_speaks();
+    // Also when the claim is put there anew, and when it goes.
+    scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
+    before.client_speaks();
+    scene.node.ok("DEL", &scene.config_with(0, PORT), &scene.key(0));
+    before.client_speaks();
+    after.client_speaks();
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+fn udp_session(from: &Netns, target: SocketAddr, server: &str) -> Session {
+    let mut session = Session::open(from, Call::new(Transport::Udp, target, TIMEOUT)).unwrap();
+    assert_eq!(session.ask().unwrap().server, server);
+    session
+}
+
+/// An error instead of waiting for an answer that will not come.
+fn assert_told(session: &mut Session) {
+    let told = session.ask().unwrap_err();
+    assert_ne!(told, Failure::TimedOut);
+}
+
+/// A connected socket of the node has the pod's address, which no claim can change: the kernel tells
+/// its owner that the connection is gone, and the next one leads to the new pod.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn udp_that_is_open_during_a_takeover_follows_or_is_told() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    let outer = lab.node_socket(Family::V4, 8080);
+    let outer6 = lab.node_socket(Family::V6, 8080);
+    scene.ok("ADD", 0);
+    let mut connected =
+        [loopback(8080), outer, outer6].map(|to| udp_session(&lab.node, to, "pod-a"));
+    let unconnected = Call::new(Transport::UdpUnconnected, loopback(8080), TIMEOUT);
+    let mut unconnected = Session::open(&lab.node, unconnected).unwrap();
+    unconnected.ask().unwrap();
+    let mut others =
+        [&lab.client, &lab.pods[1].netns].map(|from| udp_session(from, outer, "pod-a"));
+    // A connection of the node to the pod itself is nobody's business.
+    let pod = SocketAddr::new(lab.pods[0].address(Family::V4).unwrap(), 53);
+    let mut direct = udp_session(&lab.node, pod, "pod-a");
+
+    let taking = scene.config_with(1, 8080);
+    scene.node.ok("ADD", &taking, &scene.key(1));
+
+    for session in &mut others {
+        assert_eq!(session.ask().unwrap().server, "pod-b");
+    }
+    assert_eq!(unconnected.ask().unwrap().server, "pod-b");
+    assert_eq!(direct.ask().unwrap().server, "pod-a");
+    for session in &mut connected {
+        assert_told(session);
+    }
+    let mut connected = udp_session(&lab.node, loopback(8080), "pod-b");
+    scene.node.ok("DEL", &taking, &scene.key(1));
+    assert_told(&mut connected);
+    // The first pod has it back.
+    let mut connected = udp_session(&lab.node, loopback(8080), "pod-a");
+    for session in &mut others {
+        assert_eq!(session.ask().unwrap().server, "pod-a");
+    }
+    scene.ok("DEL", 0);
+    assert_told(&mut connected);
+    for session in &mut others {
+        session.ask().unwrap_err();
+    }
+    assert_eq!(direct.ask().unwrap().server, "pod-a");
+    let call = Call::new(Transport::Udp, loopback(8080), TIMEOUT);
+    reach(&lab.node, call).unwrap_err();
+}
+
+/// TCP has its own end: connections to a pod that is gone end with it, and those to a pod that lost its
+/// port go on.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn tcp_that_is_open_during_a_takeover_ends_and_begins_anew() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let outer = lab.node_socket(Family::V4, 8080);
+    let call =
+        |from: &Netns, to| reach(from, Call::new(Transport::Tcp, to, TIMEOUT)).unwrap().server;
+    let mut inner =
+        Session::open(&lab.node, Call::new(Transport::Tcp, loopback(8080), TIMEOUT)).unwrap();
+    inner.ask().unwrap();
+    scene.node.ok("ADD", &scene.config_with(1, 8080), &scene.key(1));
+    assert_eq!(call(&lab.client, outer), "pod-b");
+    assert_eq!(call(&lab.node, loopback(8080)), "pod-b");
+    // The node's own packets meet no claim.
+    assert_eq!(inner.ask().unwrap().server, "pod-a");
+}
