@@ -120,9 +120,9 @@ fn pain_05_the_first_call_reads_one_table() {
         let log = Log::new(site);
         site.add(0, "a", &[tcp(8080)]);
         let expected = [
-            "ip6tables -w 15 -t nat -S",
+            "ip6tables -t nat -w 15 -S",
             "ip6tables-restore --noflush -w 15",
-            "iptables -w 15 -t nat -S",
+            "iptables -t nat -w 15 -S",
             "iptables-restore --noflush -w 15",
         ];
         assert_eq!(log.take(), expected);
