@@ -109,12 +109,6 @@ impl Host {
         nanoseconds(ClockId::CLOCK_BOOTTIME)
     }
 
-    /// Nanoseconds of CLOCK_MONOTONIC, the clock that eBPF programs read.
-    #[must_use]
-    pub fn monotonic(&self) -> u64 {
-        nanoseconds(ClockId::CLOCK_MONOTONIC)
-    }
-
     /// The ports that sockets get by themselves; Linux's default where /proc does not tell.
     #[must_use]
     pub fn ephemeral_ports(&self) -> std::ops::RangeInclusive<u16> {
@@ -205,6 +199,12 @@ impl Host {
         };
         answer.map_err(|error| Error::io(action(), error))
     }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, the clock that eBPF programs read.
+#[must_use]
+pub fn monotonic() -> u64 {
+    nanoseconds(ClockId::CLOCK_MONOTONIC)
 }
 
 fn nanoseconds(clock: ClockId) -> u64 {

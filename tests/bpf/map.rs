@@ -203,14 +203,18 @@ fn another_layout_takes_over_the_beginning_of_values() {
                 old.put(&key(number), &each(&[number as u8 + 1; 8])).unwrap();
             }
             longer.put(&key(7), &each(&[0xff; 16])).unwrap();
-            assert_eq!(longer.take_over(&old).unwrap(), 99);
-            assert_eq!(longer.take_over(&old).unwrap(), 0);
+            assert_eq!(longer.take_over(&old, &[]).unwrap(), 99);
+            assert_eq!(longer.take_over(&old, &[]).unwrap(), 0);
             assert_eq!(longer.get(&key(7)).unwrap(), Some(each(&[0xff; 16])));
             let mut expected = [9_u8; 16];
             expected[8..].fill(0);
             assert_eq!(longer.get(&key(8)).unwrap(), Some(each(&expected)));
+            let other = create(16);
+            assert_eq!(other.take_over(&old, &[5; 16]).unwrap(), 100);
+            expected[8..].fill(5);
+            assert_eq!(other.get(&key(8)).unwrap(), Some(each(&expected)));
 
-            assert_eq!(shorter.take_over(&longer).unwrap(), 100);
+            assert_eq!(shorter.take_over(&longer, &[]).unwrap(), 100);
             let found = shorter.get(&key(8)).unwrap().unwrap();
             assert_eq!(found.len(), shorter.value_bytes());
             for value in found.chunks_exact(shorter.stride()) {
@@ -222,11 +226,11 @@ fn another_layout_takes_over_the_beginning_of_values() {
         for number in 0..100 {
             many.put(&key(number), &[1; 8]).unwrap();
         }
-        assert_eq!(full.take_over(&many).unwrap(), 10);
+        assert_eq!(full.take_over(&many, &[]).unwrap(), 10);
         let other = Definition {
             key_size: 8,
             ..definition("pm_test", bpf_map_type::BPF_MAP_TYPE_HASH, 10)
         };
-        assert!(Map::create(&other).unwrap().take_over(&many).is_err());
+        assert!(Map::create(&other).unwrap().take_over(&many, &[]).is_err());
     });
 }

@@ -143,7 +143,9 @@ fn a_layout_that_lacks_a_map_is_made_anew_without_its_programs() {
         assert!(refused.is_err());
         assert_eq!(names(), ["m1", "m1/pm_one", "p-abc", "p-abc/pm_in"]);
         let new = pins
-            .create_maps(1, &definitions(), |new| new["pm_one"].take_over(&old["pm_one"]).map(drop))
+            .create_maps(1, &definitions(), |new| {
+                new["pm_one"].take_over(&old["pm_one"], &[]).map(drop)
+            })
             .unwrap();
         assert_ne!(new["pm_one"].id(), old["pm_one"].id());
         assert_eq!(names(), ["m1", "m1/pm_one", "m1/pm_two"]);

@@ -192,13 +192,13 @@ fn two_hostports_of_one_pod_s_port_are_told_apart() {
 }
 
 /// Both ends of connections between the node's `port` and the client, by TCP and by UDP.
-struct Ends {
+pub struct Ends {
     tcp: (TcpStream, TcpStream),
     udp: (UdpSocket, UdpSocket),
 }
 
 impl Ends {
-    fn open(lab: &Lab, port: u16) -> Self {
+    pub fn open(lab: &Lab, port: u16) -> Self {
         let any = SocketAddr::new(lab.client_address(Family::V4), 0);
         let listener = lab.client.run(|| TcpListener::bind(any).unwrap()).unwrap();
         let outer = lab.client.run(|| UdpSocket::bind(any).unwrap()).unwrap();
@@ -218,7 +218,7 @@ impl Ends {
     }
 
     /// The client's end speaks, and the node's hears it.
-    fn client_speaks(&mut self) {
+    pub fn client_speaks(&mut self) {
         let mut buffer = [0; 5];
         self.tcp.1.write_all(b"hello").unwrap();
         self.tcp.0.read_exact(&mut buffer).expect("by TCP");
@@ -228,7 +228,7 @@ impl Ends {
         assert_eq!(&buffer, b"world");
     }
 
-    fn node_speaks(&mut self) {
+    pub fn node_speaks(&mut self) {
         let mut buffer = [0; 5];
         self.tcp.0.write_all(b"hello").unwrap();
         self.tcp.1.read_exact(&mut buffer).expect("by TCP");

@@ -13,8 +13,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod choice;
 mod faults;
 mod flows;
+mod flush;
 mod forced;
 mod group;
 mod rights;

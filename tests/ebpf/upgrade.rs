@@ -14,6 +14,7 @@ use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cgroup, tcx};
 use portmap::sys::store::Store;
 
+use super::flows::Ends;
 use super::support::ebpf::{self, PINS};
 use super::talks::Talks;
 use super::{Scene, lab};
@@ -172,8 +173,12 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     scene.ok("ADD", 1);
     foreign.attach_another();
     let older = build(&OLDER.0, 0, 0);
+    // A connection of the node from a hostPort's number is remembered, too.
+    scene.node.ok("ADD", &scene.config_with(2, 40_000), &scene.key(2));
     scene.loaded_by(&older);
     let mut talks = Talks::open(&lab);
+    let mut ends = Ends::open(&lab, 40_000);
+    ends.node_speaks();
     let (maps, programs) = scene.ids();
     let places = ebpf::hooks(&lab.node);
     assert_eq!(foreign.before(programs["pm_connect4"]), 1);
@@ -194,7 +199,8 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
         .retain(|key, old| now.get(key).is_none_or(|new| new[..COMMON - 8] != old[..COMMON - 8]));
     assert!(remembered.is_empty(), "forgotten: {remembered:?}");
     talks.go_on();
-    scene.ok("ADD", 2);
+    ends.client_speaks();
+    scene.ok("DEL", 2);
     scene.ok("DEL", 0);
 }
 

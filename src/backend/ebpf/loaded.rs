@@ -11,12 +11,13 @@ use std::net::SocketAddrV4;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::layout::{Config, LAYOUT, REVISION, config_flags};
+use super::layout::{Config, FlowValue, LAYOUT, REVISION, config_flags};
 use crate::error::{Error, Result};
 use crate::sys::bpf::map::{Definition, Map};
 use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::bpf::program::Program;
+use crate::sys::monotonic;
 
 /// An object, and what this and other versions of the plugin know it by.
 #[derive(Debug, Clone, Copy)]
@@ -355,7 +356,7 @@ fn make_maps(
     pins.create_maps(layout, definitions.values(), |maps| {
         for name in CARRIED {
             if let (Some(old), Some(new)) = (present.get(name), maps.get(name)) {
-                new.take_over(old)?;
+                take_over(name, old, new)?;
             }
         }
         older.iter().try_for_each(|old| carry(pins, *old, maps))
@@ -366,10 +367,18 @@ fn make_maps(
 fn carry(pins: &Pins, layout: u32, maps: &BTreeMap<String, Map>) -> io::Result<()> {
     for name in CARRIED {
         if let (Some(old), Some(new)) = (pins.map(layout, name)?, maps.get(name)) {
-            new.take_over(&old)?;
+            take_over(name, &old, new)?;
         }
     }
     Ok(())
+}
+
+fn take_over(name: &str, old: &Map, new: &Map) -> io::Result<()> {
+    // A flow whose last packet nobody has noted would pass for one that is long forgotten.
+    let now = u32::try_from(monotonic() >> 30).unwrap_or_default();
+    let flow = FlowValue::of_node(now);
+    let rest = if name == "pm_flows" { flow.as_bytes() } else { &[] };
+    new.take_over(old, rest).map(drop)
 }
 
 fn config(maps: &Maps) -> Result<Config> {

@@ -42,8 +42,8 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::Protocol;
 use crate::record::{Part, Record};
-use crate::sys::Host;
 use crate::sys::netlink::socket_diag;
+use crate::sys::{Host, monotonic};
 
 /// The backend.
 pub struct Ebpf;
@@ -247,7 +247,7 @@ fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
     if !record.mappings.iter().any(|mapping| ephemeral.contains(&mapping.host_port)) {
         return;
     }
-    let now = u32::try_from(host.monotonic() >> 30).unwrap_or_default();
+    let now = u32::try_from(monotonic() >> 30).unwrap_or_default();
     let seeded = loaded.flows().and_then(|flows| {
         flows::seed(&flows, record, now, socket_diag::connected_from)
             .map_err(failed("list the node's connections (netlink)"))

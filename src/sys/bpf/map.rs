@@ -288,12 +288,15 @@ impl Map {
     }
 
     /// Puts the entries of `from` into this map unless their keys are there already; says how many
-    /// were put. Values keep as much of their beginning as both have room for, and are zero behind
-    /// that: between two layouts, keys stay what they are and values change at their end only. A map
-    /// that is full takes no more.
-    pub fn take_over(&self, from: &Map) -> io::Result<usize> {
+    /// were put. Values keep as much of their beginning as both have room for: between two layouts,
+    /// keys stay what they are and values change at their end only. Behind that they have what `rest`,
+    /// which is a whole value, has there, or zeros where it is empty. A map that is full takes no more.
+    pub fn take_over(&self, from: &Map, rest: &[u8]) -> io::Result<usize> {
         let ((to_stride, from_stride), mut value) =
             ((self.stride(), from.stride()), vec![0; self.value_bytes()]);
+        for value in value.chunks_exact_mut(to_stride).filter(|value| value.len() == rest.len()) {
+            value.copy_from_slice(rest);
+        }
         let common = self.definition.value_size.min(from.definition.value_size) as usize;
         let mut failure = Ok(());
         let mut taken = 0;

@@ -1,0 +1,193 @@
+//! `portmap flush` where programs outlive the last pod.
+
+use std::path::Path;
+use std::process::Command;
+
+use portmap::demo::plugin::{self, Output};
+use portmap::demo::snapshot::pins;
+use portmap::demo::topology::UPLINK;
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
+use portmap::sys::bpf::program::{Program, SocketHook};
+use portmap::sys::bpf::{Direction, cgroup, tcx};
+use serde_json::{Value, json};
+
+use super::support::{Node, PORTMAP, Variant, attachment, ebpf, files_of, prev_result, strace};
+use super::{Scene, TIMEOUT, lab};
+
+impl Scene<'_> {
+    fn flush_with(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(PORTMAP);
+        command.env_clear().arg("flush").args(arguments);
+        command.arg("--state-dir").arg(&self.node.state_dir);
+        plugin::run(&mut command, b"", &self.lab.node).unwrap()
+    }
+
+    /// A pod's configuration on another network.
+    fn on_network(&self, pod: usize, network: &str) -> Value {
+        let mut config = self.config(pod);
+        config["name"] = json!(network);
+        config
+    }
+
+    fn reached(&self, pod: usize) -> bool {
+        let target = self.lab.node_socket(Family::V4, Self::port(pod));
+        reach(&self.lab.client, Call::new(Transport::Tcp, target, TIMEOUT)).is_ok()
+    }
+
+    fn everything(&self) -> (Vec<String>, usize, usize) {
+        let pins = pins(&self.lab.node).unwrap().len();
+        (ebpf::state(&self.lab.node), pins, files_of(&self.node.state_dir).len())
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_network_is_flushed_alone_and_the_last_one_takes_all_with_it() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.node.ok("ADD", &scene.on_network(0, "blue"), &scene.key(0));
+    scene.node.ok("ADD", &scene.on_network(1, "green"), &scene.key(1));
+    let hooks = ebpf::hooks(&lab.node);
+    let nobody = scene.flush_with(&["--network", "red", "--yes"]);
+    assert!(nobody.success(), "{}", nobody.stderr);
+    assert!(scene.reached(0) && scene.reached(1));
+    let flushed = scene.flush_with(&["--network", "blue", "--yes"]);
+    assert!(flushed.success(), "{}", flushed.stderr);
+    assert!(flushed.stdout.contains("on blue (ebpf)"), "{}", flushed.stdout);
+    assert!(!scene.reached(0) && scene.reached(1));
+    assert_eq!(ebpf::hooks(&lab.node), hooks);
+    scene.node.ok("CHECK", &scene.on_network(1, "green"), &scene.key(1));
+    // The runtime's DEL comes later, or never.
+    scene.node.ok("DEL", &scene.on_network(0, "blue"), &scene.key(0));
+    let flushed = scene.flush_with(&["--network", "green", "--yes"]);
+    assert!(flushed.success(), "{}", flushed.stderr);
+    assert_eq!(ebpf::state(&lab.node), Vec::<String>::new());
+    assert_eq!(pins(&lab.node).unwrap(), Vec::<std::path::PathBuf>::new());
+    assert!(!scene.reached(1));
+    // And again, with nothing there.
+    assert!(scene.flush_with(&["--all", "--yes"]).success());
+    scene.ok("ADD", 0);
+    assert!(scene.reached(0));
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn nobody_to_confirm_means_no() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let before = scene.everything();
+    for arguments in [&["--all"] as &[&str], &["--network", "portmap"], &["--all", "--json"]] {
+        let refused = scene.flush_with(arguments);
+        assert_eq!(refused.status, Some(1), "{arguments:?}");
+        let expected = "the hostPorts of 1 attachment would be removed: nobody is there to confirm it, repeat with --yes";
+        assert!(refused.stderr.contains(expected), "{arguments:?}: {}", refused.stderr);
+        assert_eq!(scene.everything(), before, "{arguments:?}");
+    }
+    // What is to be flushed has to be said.
+    let refused = scene.flush_with(&["--yes"]);
+    assert_eq!(refused.status, Some(2), "{}", refused.stderr);
+    assert_eq!(scene.everything(), before);
+    scene.ok("CHECK", 0);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn the_report_can_be_read_by_programs() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    let flushed = scene.flush_with(&["--all", "--yes", "--json"]);
+    assert!(flushed.success(), "{}", flushed.stderr);
+    let report: Value = serde_json::from_str(&flushed.stdout).unwrap();
+    let removed = |pod: usize| json!({"network": "portmap", "containerID": format!("container-{pod}"), "ifname": "eth0"});
+    assert_eq!(report, json!({"removed": [removed(0), removed(1)], "notes": []}));
+    let flushed = scene.flush_with(&["--all", "--yes", "--json"]);
+    let report: Value = serde_json::from_str(&flushed.stdout).unwrap();
+    assert_eq!(report, json!({"removed": [], "notes": []}));
+}
+
+const HOOK: SocketHook = SocketHook::Connect4;
+
+/// A program at the root cgroup, which is not the node's alone.
+struct AtRoot(Program);
+
+impl AtRoot {
+    fn is_there(&self) -> bool {
+        cgroup::root().unwrap().query(HOOK).unwrap().programs.contains(&self.0.id())
+    }
+}
+
+impl Drop for AtRoot {
+    fn drop(&mut self) {
+        cgroup::root().unwrap().detach(HOOK, &self.0).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_others_have_attached_stays() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    let [first, second] = [0, 1].map(|pod: usize| lab.pods[pod].host_link.clone());
+    // Before this plugin: a qdisc with a filter, one without, programs by tcx and at sockets.
+    scene.node.shell(&format!(
+        "tc qdisc add dev {first} clsact
+         tc filter add dev {first} ingress prio 7 protocol ip u32 match u32 0 0 flowid :1
+         tc qdisc add dev cilium_host clsact"
+    ));
+    let at_device = |name: &str, direction: Direction| {
+        let attach = || {
+            let program = ebpf::classifier(name, -1);
+            tcx::attach_first(ebpf::index_of(UPLINK), direction, &program).unwrap();
+            program
+        };
+        lab.node.run(attach).unwrap()
+    };
+    let _before = at_device("foreign_in", Direction::Ingress);
+    let root = AtRoot(ebpf::socket_program("foreign_sock", HOOK));
+    cgroup::root().unwrap().attach(HOOK, &root.0).unwrap();
+    let before = ebpf::hooks(&lab.node);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    // After it, in what it has made: the qdisc stays with them.
+    let _after = at_device("foreign_out", Direction::Egress);
+    scene.node.shell(&format!(
+        "tc filter add dev {second} egress prio 9 protocol all u32 match u32 0 0 flowid :1"
+    ));
+    scene.ok("ADD", 0);
+    let flushed = scene.flush_with(&["--all", "--yes"]);
+    assert!(flushed.success(), "{}", flushed.stderr);
+    let mut expected = before;
+    expected.push(format!("{second} clsact"));
+    expected.push(format!("{UPLINK} Egress tcx foreign_out"));
+    // Its table and the filter in it.
+    expected.extend([format!("{second} Egress u32 "), format!("{second} Egress u32 ")]);
+    let mut now = ebpf::hooks(&lab.node);
+    expected.sort();
+    now.sort();
+    assert_eq!(now, expected);
+    assert!(root.is_there());
+}
+
+/// A node that forwards by rules need not be one on which eBPF works.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs strace"]
+fn a_node_without_ebpf_is_flushed() {
+    let lab = lab(1);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let mappings = json!([{"hostPort": 8080, "containerPort": 80}]);
+    let config = node.config(mappings, prev_result(&lab, 0, "1.0.0"));
+    let before = node.snapshot();
+    node.ok("ADD", &config, &attachment(&lab.pods[0], "c"));
+    let mut command = Command::new(PORTMAP);
+    command.env_clear().args(["flush", "--all", "--yes", "--state-dir"]).arg(&node.state_dir);
+    command.env("PATH", &node.path);
+    let (flushed, met) = strace::tampered(&lab.node, &command, "", "bpf", "error=ENOSYS");
+    assert!(flushed.success(), "{}", flushed.stderr);
+    assert!(met, "eBPF was not asked whether anything is attached");
+    node.assert_clean(&before);
+    assert!(!Path::new("/sys/fs/bpf/portmap").exists());
+}
