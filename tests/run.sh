@@ -96,11 +96,16 @@ cc gcc
 readelf binutils
 shellcheck shellcheck
 dash dash
-busybox busybox
+/usr/share/doc/busybox-static busybox-static
 curl curl
 buildah buildah
 systemd-analyze systemd
 python3 python3
+qemu-system-x86_64 qemu-system-x86
+cpio cpio
+xz xz-utils
+zstd zstd
+lz4 lz4
 clang-19 clang-19
 llvm-strip-19 llvm-19
 /usr/include/bpf/bpf_helpers.h libbpf-dev
@@ -184,9 +189,22 @@ cgroup=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
 [ -n "$cgroup" ] || fail 'cgroup v2 is mounted nowhere'
 programs() { bpftool cgroup show "$cgroup" | awk '$NF ~ /^pm_/' | sort; }
 programs_before=$(programs)
+matrix=
+kernels=
 for test in $tests; do
+    case ${test##*/} in
+        matrix-*) matrix=$test ;;
+        # For guests: this kernel may lack what it needs.
+        kernels-*)
+            kernels=$test
+            continue
+            ;;
+    esac
     printf '%s\n' "$test"
-    "$test" --ignored
+    suite_started=$(date +%s)
+    # A test that waits for ever would be found by nobody: this says which one it was.
+    timeout --foreground --kill-after=10 1800 "$test" --ignored
+    printf '%5ds\n' "$(($(date +%s) - suite_started))"
     programs_left=$(programs)
     [ "$programs_left" = "$programs_before" ] ||
         fail "$test has left programs at $cgroup, or taken some away: $programs_left"
@@ -205,6 +223,11 @@ readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the r
 ./install.sh --uninstall --force --dest "$installed"
 rmdir "$installed"
 installed=
+
+heading 'Other kernels'
+release=$(as_caller cargo build --release --locked --message-format=json-render-diagnostics |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+as_caller tests/kernels/run.sh "$release" "$matrix" "$kernels"
 
 heading 'Summary'
 printf '%s%5ds  all of it\n' "$timings" "$(($(date +%s) - started))"

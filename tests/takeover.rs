@@ -21,6 +21,7 @@ use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
 use support::bare::mapping;
+use support::ending::Ending;
 use support::{Node, VARIANTS, Variant, attachment, prev_result};
 
 /// Less than a second, after which Linux sends a lost SYN again: a lost one is a failure.
@@ -110,10 +111,8 @@ fn calling(lab: &Lab, targets: &[SocketAddr], lost: usize, steps: impl FnOnce(&C
             });
         }
         let callers = Callers { seen: seen.iter().collect(), lost };
-        // The clients must end also if a step fails, or the scope would wait for ever.
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| steps(&callers)));
-        stop.store(true, Ordering::Relaxed);
-        result.unwrap_or_else(|payload| std::panic::resume_unwind(payload));
+        let _ending = Ending(&stop);
+        steps(&callers);
     });
 }
 
@@ -335,8 +334,7 @@ fn udp_steps(mut flow: Session, steps: impl FnOnce(&dyn Fn(&str))) {
                 std::thread::sleep(Duration::from_millis(2));
             }
         };
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| steps(&expect)));
-        stop.store(true, Ordering::Relaxed);
-        result.unwrap_or_else(|payload| std::panic::resume_unwind(payload));
+        let _ending = Ending(&stop);
+        steps(&expect);
     });
 }

@@ -13,6 +13,8 @@ mod cgroup;
 mod cgroups;
 mod clsact;
 mod cookie;
+#[path = "../support/ending.rs"]
+mod ending;
 mod features;
 mod map;
 mod object;

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use aya_obj::generated::bpf_map_type;
 use portmap::sys::bpf::map::{Definition, Map};
 
+use crate::ending::Ending;
 use crate::{definition, hash_map, isolated};
 
 const KINDS: [bpf_map_type; 4] = [
@@ -137,6 +138,7 @@ fn a_map_that_changes_meanwhile_can_be_walked() {
                         map.put(&key(999), &value(&map, 1)).unwrap();
                     }
                 });
+                let _ending = Ending(&done);
                 for _ in 0..50 {
                     // Those that stay are found.
                     let mut stayed = BTreeSet::new();
@@ -149,7 +151,6 @@ fn a_map_that_changes_meanwhile_can_be_walked() {
                     assert!(stayed.len() >= 999, "{} {batches}", stayed.len());
                     map.remove_where(|_, value| value[0] == 2).unwrap();
                 }
-                done.store(true, Ordering::Relaxed);
             });
         }
     });

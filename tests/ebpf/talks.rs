@@ -89,10 +89,11 @@ impl<'a> Talks<'a> {
                 // Not before the talks have begun, and not before they have gone on for a while.
                 wait_for(rounds, 1);
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
-                wait_for(rounds, rounds.load(Ordering::SeqCst) + 2);
+                wait_for(rounds, rounds.load(Ordering::SeqCst).saturating_add(2));
                 done.store(true, Ordering::SeqCst);
                 result
             });
+            let _freed = Freed(rounds);
             let calls = self.calls();
             while !done.load(Ordering::SeqCst) {
                 self.go_on();
@@ -106,6 +107,15 @@ impl<'a> Talks<'a> {
                 std::panic::resume_unwind(panic);
             }
         });
+    }
+}
+
+/// Lets the actor end also where a talk fails: the scope waits for it.
+struct Freed<'a>(&'a AtomicUsize);
+
+impl Drop for Freed<'_> {
+    fn drop(&mut self) {
+        self.0.store(usize::MAX, Ordering::SeqCst);
     }
 }
 

@@ -8,8 +8,9 @@
 #            Files the test leaves under /out come back to LOGS/<label>.out/.
 #   -t BIN   also ship this program of the host, with its libraries (repeatable)
 #   -f PATH  also ship this file or directory, at the same path (repeatable)
-#   -l DIR   logs                              (default ./kernel-matrix-logs)
-#   -c DIR   cache     (default ${XDG_CACHE_HOME:-~/.cache}/kernel-matrix)
+#   -l DIR   logs                              (default ./logs)
+#   -c DIR   cache of kernels                  (default target/kernels of this
+#            repository)
 #   -T SEC   limit for one boot                (default 120)
 #   -j N     boots at a time                   (default 1; each uses one core)
 #   -a ACC   tcg or kvm                        (default tcg)
@@ -20,7 +21,8 @@
 #   -i       serial console on this terminal: a shell instead of test.sh
 #
 # KERNEL is VERSION[,OPTION...]. VERSION is one of
-#   6.1  6.12.117  7.2                         newest Debian package that matches
+#   6.1  6.12.117                              newest Debian package that matches
+#   newest                                     the newest of all
 #   debian:linux-image-6.1.0-56-cloud-amd64    exactly this package
 # and the options are
 #   no=REGEX      leave out modules whose name matches, e.g. no=nf_tables|nft_.*
@@ -35,10 +37,10 @@
 # run could not be set up.
 set -euo pipefail
 
-die() { echo "kernel-matrix: $*" >&2; exit 2; }
+die() { echo "boot.sh: $*" >&2; exit 2; }
 
-payload='' logs=$PWD/kernel-matrix-logs limit=120 jobs=1 accel=tcg mem=512
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/kernel-matrix
+payload='' logs=$PWD/logs limit=120 jobs=1 accel=tcg mem=512
+cache=$(dirname "$0")/../../target/kernels
 update='' offline='' only_download='' interactive=''
 tools=() files=()
 while getopts p:t:f:l:c:T:j:a:m:undih o; do
@@ -65,9 +67,9 @@ if ldd "$busybox" >/dev/null 2>&1 || ! "$busybox" --list | grep -qx depmod; then
 fi
 mkdir -p "$cache/kernels" "$cache/choice" "$logs"
 cache=$(realpath "$cache") logs=$(realpath "$logs")
-work=$(mktemp -d "${TMPDIR:-/tmp}/kernel-matrix.XXXXXX")
+work=$(mktemp -d "${TMPDIR:-/tmp}/boot.XXXXXX")
 trap 'kill $(jobs -rp) 2>/dev/null || true; wait; rm -rf "$work" "$cache"/apt/*/*.bin' EXIT
-trap 'echo "kernel-matrix: failed at line $LINENO" >&2' ERR
+trap 'echo "boot.sh: failed at line $LINENO" >&2' ERR
 trap 'exit 130' INT TERM
 
 # ---- packages ---------------------------------------------------------------
@@ -83,6 +85,9 @@ KM_DEBIAN=${KM_DEBIAN:-$(mirror '^[a-z]+$')}
 KM_DEBIAN_SECURITY=${KM_DEBIAN_SECURITY:-$(mirror '-security$')}
 KM_DEBIAN_SUITES=${KM_DEBIAN_SUITES:-bullseye bookworm bookworm-backports trixie trixie-backports}
 KM_DEBIAN_SECURITY_SUITES=${KM_DEBIAN_SECURITY_SUITES:-bullseye-security bookworm-security trixie-security}
+# Where releases go when they leave the mirrors. Their lists are not signed anew.
+KM_ARCHIVE=${KM_ARCHIVE:-http://archive.debian.org}
+KM_ARCHIVE_SUITES=${KM_ARCHIVE_SUITES:-bullseye}
 
 # An apt of its own under the cache: the system's lists are not touched.
 apt_for() { # distro
@@ -99,7 +104,7 @@ apt_for() { # distro
 # Fetches the lists once a run, and only when a kernel has to be looked for.
 declare -A updated
 apt_ready() { # distro
-  local d=$cache/apt/$1 s k
+  local d=$cache/apt/$1 s k=/usr/share/keyrings/debian-archive-keyring.gpg
   apt_for "$1"
   [[ ${updated[$1]:-} ]] && return
   [[ $offline ]] && return 1
@@ -107,12 +112,18 @@ apt_ready() { # distro
   touch "$d/status"
   case $1 in
     debian)
-      k=/usr/share/keyrings/debian-archive-keyring.gpg
       for s in $KM_DEBIAN_SUITES; do echo "deb [signed-by=$k] $KM_DEBIAN $s main"; done
       for s in $KM_DEBIAN_SECURITY_SUITES; do echo "deb [signed-by=$k] $KM_DEBIAN_SECURITY $s main"; done
       ;;
+    archive)
+      for s in $KM_ARCHIVE_SUITES; do
+        echo "deb [signed-by=$k check-valid-until=no] $KM_ARCHIVE/debian $s main"
+        echo "deb [signed-by=$k check-valid-until=no] $KM_ARCHIVE/debian-security $s-security main"
+      done
+      ;;
   esac >"$d/sources.list"
-  apt-get "${APT[@]}" update >&2 || return 1
+  # A suite may be gone from a mirror: what is missing then will be said by name.
+  apt-get "${APT[@]}" update >&2 || true
   updated[$1]=1
 }
 
@@ -129,11 +140,12 @@ choose() { # version
   local want=$1 flavour re kept=$cache/choice/$1
   if [[ $want == *:linux-image-* ]]; then distro=${want%%:*} pkg=${want#*:}; return; fi
   if [[ -s $kept && ! $update ]]; then read -r distro pkg <"$kept"; return; fi
-  for distro in ${KM_DISTROS:-debian}; do
+  for distro in ${KM_DISTROS:-debian archive}; do
     [[ $want == *:* && $want != "$distro":* ]] && continue
     apt_ready "$distro" || continue
     flavour=cloud-amd64
     re=${want#*:} re=${re//./\\.}
+    [[ $re != newest ]] || re='[0-9]+'
     for pkg in $(apt-cache "${APT[@]}" search --names-only "^linux-image-$re([.+-].*)?-$flavour\$" |
       awk '$1 ~ /^linux-image-[0-9]+\.[0-9]+\.[0-9]/ {print $1}' | sort -rV); do
       [[ $(parts "$pkg") == *'<'* ]] && continue # backports keep images whose modules are gone
@@ -160,7 +172,7 @@ fetch() { # distro package -> $cache/kernels/<package>
   done
   (cd "$work/deb" && sha256sum ./*.deb) >"$dir/sha256"
   tree=$(echo "$work"/deb/x/usr/lib/modules/*/ "$work"/deb/x/lib/modules/*/ | tr ' ' '\n' | grep -v '\*' | head -n 1)
-  [[ -d $tree/kernel ]] || { echo "kernel-matrix: no modules in ${want[*]}" >&2; return 1; }
+  [[ -d $tree/kernel ]] || { echo "boot.sh: no modules in ${want[*]}" >&2; return 1; }
   cp "$work"/deb/x/boot/vmlinuz-* "$dir/vmlinuz" 2>/dev/null || cp "$tree/vmlinuz" "$dir/vmlinuz" || return 1
   cp "$work"/deb/x/boot/config-* "$dir/config" 2>/dev/null || cp "$tree/config" "$dir/config" 2>/dev/null || true
   rel=$(basename "$tree") mod=$work/deb/m/usr/lib/modules/$rel
@@ -258,7 +270,7 @@ case $KM_CGROUP in
   hybrid) v1; mkdir /sys/fs/cgroup/unified; mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified ;;
 esac
 ip link set lo up
-hostname kernel-matrix
+hostname guest
 cd /payload
 if [ "$KM_INTERACTIVE" ]; then
   setsid -c sh <>/dev/ttyS0 >&0 2>&1
@@ -322,7 +334,7 @@ boot() { # label kerneldir regex cgroup smp append
   rm "$base.mod"
   kernel=$dir/vmlinux
   [[ -s $kernel ]] || kernel=$dir/vmlinuz
-  cmdline="console=ttyS0 quiet loglevel=5 reboot=t panic=-1 random.trust_cpu=on KM_KERNEL=$(<"$dir/release") KM_LABEL=$label KM_CGROUP=$4"
+  cmdline="console=ttyS0 quiet loglevel=5 reboot=t panic=-1 random.trust_cpu=on mitigations=off init_on_alloc=0 KM_KERNEL=$(<"$dir/release") KM_LABEL=$label KM_CGROUP=$4"
   [[ $4 == v2 ]] && cmdline+=" cgroup_no_v1=all"
   cmdline+=$6
   if [[ $interactive ]]; then
@@ -338,7 +350,8 @@ boot() { # label kerneldir regex cgroup smp append
     "${serial[@]}" -serial "file:$base.rc" -serial "file:$base.tgz"
     -kernel "$kernel" -initrd "$base.initrd" -append "$cmdline")
   case $accel in
-    tcg) qemu+=(-accel "tcg,thread=single,tb-size=128" -cpu max) ;;
+    # Emulated, string instructions go byte by byte: without these the kernel uses others.
+    tcg) qemu+=(-accel "tcg,thread=single,tb-size=128" -cpu "max,-erms,-fsrm,-la57") ;;
     *) qemu+=(-accel "$accel" -cpu host) ;;
   esac
   if [[ $interactive ]]; then

@@ -1,38 +1,65 @@
 #!/bin/sh
-# Shows the eBPF backend on other kernels: the demonstration and the whole traffic matrix in a guest
-# of each, with no tool in reach of the plugin.
+# Shows the eBPF backend on other kernels: in a guest of each the demonstration, with no tool in reach
+# of the plugin, the whole traffic matrix, and what not every machine's kernel can do (SCTP, VLAN,
+# ipvlan, netkit).
 #
-# usage: run.sh PORTMAP MATRIX [KERNEL...]
+# usage: run.sh PORTMAP MATRIX KERNELS [KERNEL...]
 #
 #   PORTMAP  the plugin, a static binary
-#   MATRIX   the test program of tests/matrix, which finds the plugin by the path it was built with
-#   KERNEL   as boot.sh takes it; by default Debian's from the oldest to the newest
+#   MATRIX   the test program of tests/matrix
+#   KERNELS  the test program of tests/kernels
+#   KERNEL   as boot.sh takes it; by default Debian's from the oldest to the newest. One with options
+#            gets the demonstration alone.
 #
-# The guests run under software emulation and need neither root nor KVM. Kernels are downloaded once.
+# The guests run under software emulation and need neither root nor KVM. Kernels are downloaded once,
+# to target/kernels.
 set -eu
 
-here=$(cd -- "$(dirname -- "$0")" && pwd)
-portmap=$(realpath "$1")
-matrix=$(realpath "$2")
-shift 2
-[ $# -gt 0 ] || set -- 5.10 6.1 6.12 7.2
+cd -- "$(dirname -- "$0")/../.."
+
+portmap=$1
+matrix=$2
+kernels=$3
+shift 3
+# By default also: cgroup v2 mounted nowhere, and a kernel without netfilter.
+[ $# -gt 0 ] || set -- 5.10 6.1 6.12 newest \
+    '5.10,cgroup=v1,name=5.10-cgroup-v1' \
+    '6.12,no=nf_.*|nft_.*|nfnetlink.*|ip_tables|ip6_tables|ip6?table_.*|x_tables|xt_.*,name=6.12-without-netfilter'
 
 payload=$(mktemp -d)
 trap 'rm -rf -- "$payload"' EXIT
-cp -- "$matrix" "$payload/matrix"
+# Symbols and debugging information would be carried into the guests' memory.
+strip -o "$payload/portmap" "$portmap"
+strip -o "$payload/matrix" "$matrix"
+strip -o "$payload/kernels" "$kernels"
+# Where the test programs look for the plugin: beside the directory that cargo put them into.
+plugin=$(dirname "$(dirname "$(realpath "$matrix")")")/portmap
 cat >"$payload/test.sh" <<END
 #!/bin/sh
 set -eu
-uname -r
-# An empty PATH: nothing but the kernel forwards.
-env -i $portmap demo --backend ebpf
+mkdir -p '$(dirname "$plugin")'
+cp portmap '$plugin'
+# Nothing but the kernel forwards.
+env -i '$plugin' demo --backend ebpf
+case \$KM_LABEL in *[!0-9.newst]*) exit 0 ;; esac
+case \$(uname -r) in
+    5.* | 6.[0-7].*) netkit='--skip netkit' ;;
+    *) netkit= ;;
+esac
+./kernels --ignored --test-threads 1 \$netkit
 ./matrix --ignored --test-threads 1 ebpf
 END
 chmod 755 "$payload/test.sh"
 
-# The traffic matrix needs more memory than boot.sh gives by default: its maps are sized for a node.
-"$here/boot.sh" -m 1536 -T 900 -j "$(nproc)" -l "$payload/logs" -p "$payload" -f "$portmap" "$@" || {
+# The maps are sized for a node, and every test makes its own.
+logs=target/kernels/logs
+tests/kernels/boot.sh -m 1536 -T 900 -j "$(nproc)" -l "$logs" -p "$payload" \
+    -t bash -t ip -t iptables -t ip6tables -t nft -t tc -f /usr/lib/*-linux-gnu/xtables \
+    -f "$PWD/testdata/samples" "$@" || {
     status=$?
-    tail -n 60 "$payload"/logs/*.log >&2
+    for log in "$logs"/*.log; do
+        printf '\n--- %s\n' "$log"
+        tail -n 60 "$log"
+    done >&2
     exit "$status"
 }

@@ -10,6 +10,7 @@ use portmap::record::{chain_name, old_snat_chain};
 use serde_json::{Value, json};
 
 use crate::site::{at, bridge, on_each, tcp, udp, with};
+use crate::support::ending::Ending;
 use crate::support::{IPTABLES, RULES, UPSTREAM, VARIANTS, Variant};
 
 /// The rules of a chain of table nat, in order.
@@ -123,8 +124,9 @@ fn history_udp_entries_are_flushed_after_the_rules_are_in() {
                     }
                     session.ask()
                 });
+                let ending = Ending(&stop);
                 site.add(0, "a", &[udp(8053)]);
-                stop.store(true, Ordering::Relaxed);
+                drop(ending);
                 let last = asking.join().unwrap();
                 assert_eq!(last.map(|reply| reply.server), Ok("pod-a".into()), "round {round}");
             });

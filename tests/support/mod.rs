@@ -10,6 +10,7 @@
 
 pub mod bare;
 pub mod ebpf;
+pub mod ending;
 pub mod entries;
 pub mod foreign;
 pub mod strace;

@@ -1,0 +1,154 @@
+//! Associations of SCTP with a hostPort. Where its number is not the pod's, programs correct the CRC32c of
+//! every packet, unless that is left to a device.
+#![allow(unsafe_code, reason = "SIOCETHTOOL has no safe call")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, listen, setsockopt,
+    socket, sockopt,
+};
+use nix::sys::time::TimeVal;
+use portmap::demo::netns::Netns;
+use portmap::demo::topology::{Shape, UPLINK};
+use portmap::model::Family;
+use serde_json::json;
+
+use crate::rig::{Container, Stage};
+use crate::support::{Node, Variant};
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// Ports of the pod, and the hostPorts that lead to them.
+const PORTS: [(u16, u16); 2] = [(3868, 3868), (3869, 9000)];
+
+/// An SCTP socket of the kind that is used like TCP's.
+fn sctp(address: SocketAddr) -> OwnedFd {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    // SAFETY: no addresses; the descriptor belongs to nobody else.
+    let fd = unsafe {
+        use std::os::fd::FromRawFd;
+        let flags = SockType::Stream as i32 | SockFlag::SOCK_CLOEXEC.bits();
+        let fd = libc::socket(family as i32, flags, libc::IPPROTO_SCTP);
+        assert!(fd >= 0, "socket(SCTP): {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    };
+    let timeout = TimeVal::new(TIMEOUT.as_secs() as i64, 0);
+    setsockopt(&fd, sockopt::SendTimeout, &timeout).unwrap();
+    setsockopt(&fd, sockopt::ReceiveTimeout, &timeout).unwrap();
+    fd
+}
+
+/// Answers every association at an address with the caller's.
+fn serve(inside: &Netns, address: SocketAddr) {
+    let make = || {
+        let fd = sctp(address);
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(address)).unwrap();
+        listen(&fd, Backlog::new(8).unwrap()).unwrap();
+        TcpListener::from(fd)
+    };
+    let listener = inside.run(make).unwrap();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, peer)) = listener.accept() {
+            let mut line = String::new();
+            if BufReader::new(&stream).read_line(&mut line).is_ok() {
+                writeln!(stream, "{} {peer}", line.trim_end()).ok();
+            }
+        }
+    });
+}
+
+/// What a server answers: what it was sent, and whom it saw.
+fn ask(from: &Netns, source: IpAddr, target: SocketAddr) -> Result<String, std::io::Error> {
+    let call = || -> std::io::Result<TcpStream> {
+        let fd = sctp(target);
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(source, 0)))?;
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(target))?;
+        Ok(TcpStream::from(fd))
+    };
+    let mut stream = from.run(call).unwrap()?;
+    // More than one packet has room for.
+    let text = "who am I? ".repeat(500);
+    writeln!(stream, "{text}")?;
+    let mut answer = String::new();
+    BufReader::new(&stream).read_line(&mut answer)?;
+    let seen = answer.trim_end().strip_prefix(text.trim_end()).unwrap_or("?").trim().to_owned();
+    Ok(seen)
+}
+
+/// Whether checksums of what a device sends are left to it.
+fn offload(netns: &Netns, device: &str, on: bool) {
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+    netns
+        .run(|| {
+            let mut value = Value { command: ETHTOOL_STXCSUM, data: on.into() };
+            // SAFETY: the kernel reads `value`, whose address is in the request, and nothing else.
+            unsafe {
+                let mut request: libc::ifreq = std::mem::zeroed();
+                for (to, from) in request.ifr_name.iter_mut().zip(device.bytes()) {
+                    *to = from as libc::c_char;
+                }
+                request.ifr_ifru.ifru_data = (&raw mut value).cast();
+                let fd = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+                // linux/sockios.h
+                let result = libc::ioctl(fd.as_raw_fd(), 0x8946, &raw mut request);
+                assert_eq!(result, 0, "SIOCETHTOOL: {}", std::io::Error::last_os_error());
+            }
+        })
+        .unwrap();
+}
+
+#[test]
+#[ignore = "guest: needs SCTP sockets"]
+fn associations_are_made_through_host_ports() {
+    for on in [true, false] {
+        let stage = Stage::new(Shape::Ptp);
+        let lab = &stage.lab;
+        let [pod, other] = [&lab.pods[0], &lab.pods[1]];
+        for (netns, device) in
+            [(&lab.client, UPLINK), (&pod.netns, "eth0"), (&other.netns, "eth0")]
+        {
+            offload(netns, device, on);
+        }
+        let node = Node::new(&lab.node, Variant::Ebpf);
+        let mappings = PORTS.map(|(inside, outside)| {
+            json!({"hostPort": outside, "containerPort": inside, "protocol": "sctp"})
+        });
+        let container = Container::new(&node, lab, 0, mappings.into());
+        container.add();
+        for family in Family::ALL {
+            for (inside, outside) in PORTS {
+                let own = pod.address(family).unwrap();
+                serve(&pod.netns, SocketAddr::new(own, inside));
+                let target = lab.node_socket(family, outside);
+                let callers = [
+                    (&lab.client, lab.client_address(family)),
+                    (&other.netns, other.address(family).unwrap()),
+                ];
+                for (caller, source) in callers {
+                    let seen = ask(caller, source, target)
+                        .unwrap_or_else(|error| panic!("{source} to {target}: {error}"));
+                    let seen: SocketAddr = seen.parse().unwrap();
+                    assert_eq!(seen.ip(), source, "offload {on}, {target}");
+                }
+            }
+        }
+        let target = lab.node_socket(Family::V4, PORTS[0].1);
+        let refused = |from: &Netns, source: IpAddr| {
+            let error = ask(from, source, target).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED), "{error}");
+        };
+        // A limit: at the node's own sockets, TCP and UDP are translated alone.
+        refused(&lab.node, lab.node_address(Family::V4));
+        container.check();
+        container.del();
+        refused(&lab.client, lab.client_address(Family::V4));
+    }
+}
