@@ -105,8 +105,10 @@ fn host_ports_of_netkit_pods_are_reached() {
         for family in Family::ALL {
             for transport in [Transport::Tcp, Transport::Udp] {
                 let target = lab.node_socket(family, PORT);
-                let reply = reach(&pod, Call::new(transport, target, TIMEOUT))
-                    .unwrap_or_else(|error| panic!("itself, {mode:?} {transport} {target}: {error}"));
+                let reply =
+                    reach(&pod, Call::new(transport, target, TIMEOUT)).unwrap_or_else(|error| {
+                        panic!("itself, {mode:?} {transport} {target}: {error}")
+                    });
                 assert_eq!(reply.server, "netkit");
             }
         }

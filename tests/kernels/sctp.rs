@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, listen, setsockopt,
-    socket, sockopt,
+    sockopt,
 };
 use nix::sys::time::TimeVal;
 use portmap::demo::netns::Netns;
@@ -112,8 +112,7 @@ fn associations_are_made_through_host_ports() {
         let stage = Stage::new(Shape::Ptp);
         let lab = &stage.lab;
         let [pod, other] = [&lab.pods[0], &lab.pods[1]];
-        for (netns, device) in
-            [(&lab.client, UPLINK), (&pod.netns, "eth0"), (&other.netns, "eth0")]
+        for (netns, device) in [(&lab.client, UPLINK), (&pod.netns, "eth0"), (&other.netns, "eth0")]
         {
             offload(netns, device, on);
         }
