@@ -85,9 +85,6 @@ KM_DEBIAN=${KM_DEBIAN:-$(mirror '^[a-z]+$')}
 KM_DEBIAN_SECURITY=${KM_DEBIAN_SECURITY:-$(mirror '-security$')}
 KM_DEBIAN_SUITES=${KM_DEBIAN_SUITES:-bullseye bookworm bookworm-backports trixie trixie-backports}
 KM_DEBIAN_SECURITY_SUITES=${KM_DEBIAN_SECURITY_SUITES:-bullseye-security bookworm-security trixie-security}
-# Where releases go when they leave the mirrors. Their lists are not signed anew.
-KM_ARCHIVE=${KM_ARCHIVE:-http://archive.debian.org}
-KM_ARCHIVE_SUITES=${KM_ARCHIVE_SUITES:-bullseye}
 
 # An apt of its own under the cache: the system's lists are not touched.
 apt_for() { # distro
@@ -115,12 +112,6 @@ apt_ready() { # distro
       for s in $KM_DEBIAN_SUITES; do echo "deb [signed-by=$k] $KM_DEBIAN $s main"; done
       for s in $KM_DEBIAN_SECURITY_SUITES; do echo "deb [signed-by=$k] $KM_DEBIAN_SECURITY $s main"; done
       ;;
-    archive)
-      for s in $KM_ARCHIVE_SUITES; do
-        echo "deb [signed-by=$k check-valid-until=no] $KM_ARCHIVE/debian $s main"
-        echo "deb [signed-by=$k check-valid-until=no] $KM_ARCHIVE/debian-security $s-security main"
-      done
-      ;;
   esac >"$d/sources.list"
   # A suite may be gone from a mirror: what is missing then will be said by name.
   apt-get "${APT[@]}" update >&2 || true
@@ -140,7 +131,7 @@ choose() { # version
   local want=$1 flavour re kept=$cache/choice/$1
   if [[ $want == *:linux-image-* ]]; then distro=${want%%:*} pkg=${want#*:}; return; fi
   if [[ -s $kept && ! $update ]]; then read -r distro pkg <"$kept"; return; fi
-  for distro in ${KM_DISTROS:-debian archive}; do
+  for distro in ${KM_DISTROS:-debian}; do
     [[ $want == *:* && $want != "$distro":* ]] && continue
     apt_ready "$distro" || continue
     flavour=cloud-amd64

@@ -39,10 +39,11 @@ fn outside_clients_reach_an_ipvlan_pod() {
         ),
     );
     let _servers = Servers::start(&pod, "ipvlan", &[INSIDE], &[INSIDE]).unwrap();
-    let mac = shell(&pod, "cat /sys/class/net/eth0/address");
+    let brief = shell(&pod, "ip -brief link show eth0");
+    let mac = brief.split_whitespace().nth(2).unwrap();
     let result = json!({
         "cniVersion": "1.0.0",
-        "interfaces": [{"name": "eth0", "mac": mac.trim(), "sandbox": pod.path()}],
+        "interfaces": [{"name": "eth0", "mac": mac, "sandbox": pod.path()}],
         "ips": [
             {"address": format!("{v4}/24"), "interface": 0},
             {"address": format!("{v6}/64"), "interface": 0},

@@ -53,13 +53,17 @@ chmod 755 "$payload/test.sh"
 
 # The maps are sized for a node, and every test makes its own.
 logs=target/kernels/logs
+mkdir -p "$logs"
 tests/kernels/boot.sh -m 1536 -T 900 -j "$(nproc)" -l "$logs" -p "$payload" \
     -t bash -t ip -t iptables -t ip6tables -t nft -t tc -f /usr/lib/*-linux-gnu/xtables \
-    -f "$PWD/testdata/samples" "$@" || {
+    -f "$PWD/testdata/samples" "$@" >"$payload/summary" || {
     status=$?
-    for log in "$logs"/*.log; do
+    cat "$payload/summary"
+    # Label, release, verdict, seconds and log of each.
+    sed -n 's/.* FAIL .* //p' "$payload/summary" | while read -r log; do
         printf '\n--- %s\n' "$log"
         tail -n 60 "$log"
     done >&2
     exit "$status"
 }
+cat "$payload/summary"

@@ -91,6 +91,11 @@ pub fn sync(
         let Some(id) = ids.get(hook.program).copied() else {
             continue;
         };
+        // Not a word with the kernel about filters for each of the node's devices, at every ADD: what a
+        // killed call may have left as a filter, too, goes by what restores after it.
+        if mode == Mode::Extend && plan.leads(hook, id) {
+            continue;
+        }
         match plan.look(&mut filters, hook, id)? {
             Found::Right => {}
             Found::Former(_) | Found::Twice if mode == Mode::Extend => return Ok(false),
@@ -225,6 +230,14 @@ impl Plan {
 
     fn chain(&self, hook: &Hook) -> &[Chained] {
         self.chains.get(&(hook.index, hook.direction)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether the program is in its place by tcx, and none of another version beside it.
+    fn leads(&self, hook: &Hook, id: u32) -> bool {
+        let mut ours = self.chain(hook).iter().filter(|one| one.ours);
+        hook.mechanism == Mechanism::Tcx
+            && self.chain(hook).first().is_some_and(|first| first.id == id)
+            && ours.all(|one| one.id == id)
     }
 
     fn look(&self, filters: &mut Filters, hook: &Hook, id: u32) -> Result<Found> {

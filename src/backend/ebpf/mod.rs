@@ -240,10 +240,10 @@ fn forget(host: &Host, loaded: &Loaded, former: &[Former]) -> Result<()> {
 /// Connections that the node has open from the record's hostPorts go on. Only ports that sockets get by
 /// themselves are looked for: a listing costs milliseconds on a node with many connections.
 fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
-    let ephemeral = host.ephemeral_ports();
     let Some(record) = added else {
         return;
     };
+    let ephemeral = host.ephemeral_ports();
     if !record.mappings.iter().any(|mapping| ephemeral.contains(&mapping.host_port)) {
         return;
     }

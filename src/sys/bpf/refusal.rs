@@ -4,7 +4,7 @@
 //! of them hold.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -35,12 +35,27 @@ pub(super) fn explained(error: io::Error) -> io::Error {
 ///
 /// `PermissionDenied`, with what is missing.
 pub fn require_capabilities() -> io::Result<()> {
-    let causes = Causes::read();
+    let causes = Causes { effective: effective(), ..Causes::default() };
     let missing = [CAP_NET_ADMIN, CAP_SYS_ADMIN].into_iter().any(|number| !causes.has(number));
     match missing {
-        true => Err(io::Error::new(io::ErrorKind::PermissionDenied, causes.describe())),
+        true => Err(io::Error::new(io::ErrorKind::PermissionDenied, Causes::read().describe())),
         false => Ok(()),
     }
+}
+
+/// The thread's effective capabilities, as [`Causes::effective`].
+fn effective() -> u64 {
+    let status = text("/proc/thread-self/status");
+    let bits = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(u64::MAX)
+}
+
+/// A file of /proc or of securityfs; nothing if it cannot be read.
+fn text(path: &str) -> String {
+    // Such files have no size, and would be read in small pieces.
+    let mut text = String::with_capacity(4096);
+    let read = fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text));
+    read.map_or_else(|_| String::new(), |_| text)
 }
 
 /// What is known of this process and the kernel that can be a cause.
@@ -59,14 +74,9 @@ struct Causes {
 
 impl Causes {
     fn read() -> Self {
-        let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let status = text("/proc/thread-self/status");
-        let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
         let limit = getrlimit(Resource::RLIMIT_MEMLOCK).ok().map(|(soft, _)| soft);
         Self {
-            effective: effective
-                .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
-                .unwrap_or(u64::MAX),
+            effective: effective(),
             last_capability: text("/proc/sys/kernel/cap_last_cap")
                 .trim()
                 .parse()
