@@ -93,20 +93,7 @@ fn is_link_local(ip: &IpAddr) -> bool {
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::*;
-
-    fn link(index: u32, name: &str, kind: Option<&str>, master: Option<u32>) -> Link {
-        Link {
-            index,
-            name: name.into(),
-            kind: kind.map(Into::into),
-            master,
-            peer: None,
-            up: true,
-            loopback: name == "lo",
-            hardware: 1,
-            mac: None,
-        }
-    }
+    use crate::sys::netlink::route::tests::a_link as link;
 
     fn address(index: u32, text: &str) -> Address {
         let (ip, prefix) = text.split_once('/').unwrap();

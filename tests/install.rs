@@ -8,16 +8,20 @@
     reason = "these tests run a script and look at the files that it leaves"
 )]
 
+#[path = "support/running.rs"]
+mod running;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use running::Running;
 
 const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/install.sh");
 
@@ -76,16 +80,6 @@ impl Drop for Dir {
         if !std::thread::panicking() {
             drop(fs::remove_dir_all(&self.0));
         }
-    }
-}
-
-/// A program that ends with the test, however that ends.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
     }
 }
 

@@ -8,11 +8,14 @@
     reason = "these tests run the program and look at the files that it leaves"
 )]
 
+#[path = "support/running.rs"]
+mod running;
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
@@ -23,6 +26,7 @@ use portmap::model::{Attachment, BackendKind, Mapping, Protocol};
 use portmap::record::Record;
 use portmap::sys::Host;
 use portmap::sys::store::Store;
+use running::Running;
 use serde_json::{Value, json};
 
 const PORTMAP: &str = env!("CARGO_BIN_EXE_portmap");
@@ -89,16 +93,6 @@ impl Drop for Node {
         if !std::thread::panicking() {
             drop(fs::remove_dir_all(&self.0));
         }
-    }
-}
-
-/// A program that ends with the test, however that ends.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
     }
 }
 

@@ -5,16 +5,13 @@ use std::process::{Child, Command};
 
 use nix::sched::{CloneFlags, setns};
 use portmap::sys::bpf::cgroup::{Cgroup, root, root_by};
-use portmap::sys::bpf::program::{Hook, Program, SocketHook};
+use portmap::sys::bpf::program::{Program, SocketHook};
 
 use crate::cgroups::{Group, mounted};
-use crate::{isolated, returning, run};
+use crate::programs::socket_program as program;
+use crate::{isolated, run};
 
 const HOOK: SocketHook = SocketHook::Connect4;
-
-fn program(name: &str, hook: SocketHook) -> Program {
-    Program::load(Hook::Socket(hook), name, &returning(1), c"GPL").unwrap()
-}
 
 #[test]
 #[ignore = "privileged: needs bpf(2) and cgroup v2"]

@@ -20,16 +20,18 @@ mod map;
 mod object;
 mod pins;
 mod program;
+#[path = "../support/programs.rs"]
+mod programs;
 mod refusal;
 mod tcx;
 
 use std::process::Command;
 
-use aya_obj::generated::{bpf_insn, bpf_map_type};
+use aya_obj::generated::bpf_map_type;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::map::{Definition, Map};
-use portmap::sys::bpf::program::{Hook, Program};
+use programs::{classifier, instruction, returning};
 
 /// Runs `test` in a network namespace with a bpffs of its own at /sys/fs/bpf.
 fn isolated(test: impl FnOnce() + Send) {
@@ -45,27 +47,6 @@ fn kernel() -> (u32, u32) {
     let mut numbers = name.release().to_str().unwrap().split(['.', '-']);
     let mut number = || numbers.next().unwrap().parse().unwrap();
     (number(), number())
-}
-
-/// An instruction: code, destination and source register, offset, immediate value.
-fn instruction(code: u8, to: u8, from: u8, offset: i16, value: i32) -> bpf_insn {
-    bpf_insn {
-        code,
-        _bitfield_align_1: [],
-        _bitfield_1: bpf_insn::new_bitfield_1(to, from),
-        off: offset,
-        imm: value,
-    }
-}
-
-/// `return value`.
-fn returning(value: i32) -> [bpf_insn; 2] {
-    [instruction(0xb7, 0, 0, 0, value), instruction(0x95, 0, 0, 0, 0)]
-}
-
-/// A classifier with this verdict.
-fn classifier(name: &str, verdict: i32) -> Program {
-    Program::load(Hook::Classifier, name, &returning(verdict), c"GPL").unwrap()
 }
 
 /// Keys of 4 bytes, values of 8.

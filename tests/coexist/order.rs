@@ -13,7 +13,8 @@ use portmap::sys::bpf::{Direction, tcx};
 use crate::rig::{
     Container, INSIDE, PORT, Stage, assert_calls, client, mapped, reaches, refused, shell,
 };
-use crate::standins::{Cilium, chain, classifier, link};
+use crate::standins::{Cilium, chain, link};
+use crate::support::programs::classifier;
 use crate::support::{Node, Variant};
 use portmap::demo::matrix::{Case, Place, Source};
 

@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 
 use crate::cgroups::Group;
 use crate::rig::{Container, INSIDE, PORT, Stage, assert_calls, client, mapped, reaches};
-use crate::standins::{Cilium, attach_alone, socket_program};
+use crate::standins::{Cilium, attach_alone};
+use crate::support::programs::socket_program;
 use crate::support::{Node, PORTMAP, Variant};
 
 /// What the mounts of a container show of cgroups.

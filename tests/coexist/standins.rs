@@ -6,12 +6,12 @@ use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use aya_obj::generated::{BPF_F_AFTER, bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn};
+use aya_obj::generated::{BPF_F_AFTER, bpf_attach_type, bpf_attr, bpf_cmd};
 use portmap::demo::links::{Link, Links};
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::object::{Aligned, Object, load};
-use portmap::sys::bpf::program::{Hook, Program, SocketHook};
+use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, tcx};
 
 static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!("../../testdata/bpf/standins.bpf.o"));
@@ -94,28 +94,6 @@ impl Cilium {
 
 pub fn link(netns: &Netns, name: &str) -> Link {
     Links::open(netns).unwrap().link(name).unwrap()
-}
-
-/// A program that ends the chain with this verdict.
-pub fn classifier(name: &str, verdict: i32) -> Program {
-    Program::load(Hook::Classifier, name, &returning(verdict), c"GPL").unwrap()
-}
-
-/// A program on socket calls that lets them be.
-pub fn socket_program(name: &str, hook: SocketHook) -> Program {
-    Program::load(Hook::Socket(hook), name, &returning(1), c"GPL").unwrap()
-}
-
-/// `return value`.
-fn returning(value: i32) -> [bpf_insn; 2] {
-    let instruction = |code, imm| bpf_insn {
-        code,
-        _bitfield_align_1: [],
-        _bitfield_1: bpf_insn::new_bitfield_1(0, 0),
-        off: 0,
-        imm,
-    };
-    [instruction(0xb7, value), instruction(0x95, 0)]
 }
 
 /// Attaches by tcx behind all others, as Cilium does ("anchor tail").

@@ -78,12 +78,7 @@ fn errors_about_calls_reach_the_peer() {
 #[ignore = "privileged: loads BPF programs"]
 fn errors_of_a_peer_with_another_port_have_its_own_again() {
     on_node(|rig| {
-        rig.claim_any(8080, rig.pod(80));
-        rig.claim_any(8081, rig.pod(80));
-        let first = Packet::new(Kind::Udp, rig.client(40000), rig.node(8080));
-        rig.becomes(At::UplinkIn, &first, &first.to(rig.pod(80)));
-        let second = first.to(rig.node(8081));
-        let port = rig.with_new_port(At::UplinkIn, &second, &second.to(rig.pod(80)));
+        let (second, port) = rig.call_two_host_ports();
         let forwarded = second.between(rig.client(port), rig.pod(80));
         let (client, node, pod) = (rig.client(0), rig.node(0), rig.pod(0));
         translated(rig, At::Out, (pod, client), &forwarded, (node, client), &second);

@@ -50,12 +50,8 @@ fn only_addresses_of_the_node_make_connections_of_its_own() {
 #[ignore = "privileged: loads BPF programs"]
 fn answers_that_have_the_hosts_address_are_not_the_nodes_own() {
     on_node(|rig| {
-        rig.claim_any(8080, rig.pod(80));
-        rig.claim_any(8081, rig.pod(80));
-        let call = Packet::new(Kind::Udp, rig.client(40000), rig.node(8080));
-        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
-        let second = call.to(rig.node(8081));
-        let port = rig.with_new_port(At::UplinkIn, &second, &second.to(rig.pod(80)));
+        let (second, port) = rig.call_two_host_ports();
+        let call = second.to(rig.node(8080));
         // They pass a second device of ours.
         rig.stays(At::Out, &call.turned());
         rig.stays(At::Out, &second.turned());
@@ -243,12 +239,7 @@ fn one_port_calls_two_hostports_of_one_pod() {
 #[ignore = "privileged: loads BPF programs"]
 fn a_replaced_port_outlives_the_flow_that_took_the_first() {
     on_node(|rig| {
-        rig.claim_any(8080, rig.pod(80));
-        rig.claim_any(8081, rig.pod(80));
-        let first = Packet::new(Kind::Udp, rig.client(40000), rig.node(8080));
-        rig.becomes(At::UplinkIn, &first, &first.to(rig.pod(80)));
-        let second = first.to(rig.node(8081));
-        let port = rig.with_new_port(At::UplinkIn, &second, &second.to(rig.pod(80)));
+        let (second, port) = rig.call_two_host_ports();
         let forwarded = second.between(rig.client(port), rig.pod(80));
         // The first one is evicted.
         let flows = rig.entries("pm_flows");
@@ -271,12 +262,7 @@ fn a_replaced_port_outlives_the_flow_that_took_the_first() {
 #[ignore = "privileged: loads BPF programs"]
 fn a_replaced_port_that_has_become_another_peers_is_not_used() {
     on_node(|rig| {
-        rig.claim_any(8080, rig.pod(80));
-        rig.claim_any(8081, rig.pod(80));
-        let first = Packet::new(Kind::Udp, rig.client(40000), rig.node(8080));
-        rig.becomes(At::UplinkIn, &first, &first.to(rig.pod(80)));
-        let second = first.to(rig.node(8081));
-        let before = rig.with_new_port(At::UplinkIn, &second, &second.to(rig.pod(80)));
+        let (second, before) = rig.call_two_host_ports();
         // Bytes of `struct flow`: host, peer, and the ports of both.
         let another = [(0, 3), (16, 3), (32, 1), (34, 1)];
         for (at, bytes) in another {

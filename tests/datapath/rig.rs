@@ -13,7 +13,7 @@ use portmap::sys::bpf::program::Trial;
 use zerocopy::IntoBytes;
 
 use crate::object::Object;
-use crate::packet::Packet;
+use crate::packet::{Kind, Packet};
 
 /// `TC_ACT_UNSPEC`: passed on.
 pub const NEXT: u32 = u32::MAX;
@@ -283,6 +283,19 @@ impl Rig {
         assert_eq!(hex(&trial.packet), hex(&expected.from(source).frame()));
         assert_eq!(trial.verdict, NEXT);
         port
+    }
+
+    /// One port of the client calls two hostPorts of one port of a pod: the second packet
+    /// as it was sent, and the port that it has got.
+    #[track_caller]
+    pub fn call_two_host_ports(&self) -> (Packet, u16) {
+        self.claim_any(8080, self.pod(80));
+        self.claim_any(8081, self.pod(80));
+        let first = Packet::new(Kind::Udp, self.client(40000), self.node(8080));
+        self.becomes(At::UplinkIn, &first, &first.to(self.pod(80)));
+        let second = first.to(self.node(8081));
+        let port = self.with_new_port(At::UplinkIn, &second, &second.to(self.pod(80)));
+        (second, port)
     }
 
     pub fn flow(&self, packet: &Packet) -> Option<Flow> {

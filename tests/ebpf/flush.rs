@@ -12,7 +12,9 @@ use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cgroup, tcx};
 use serde_json::{Value, json};
 
-use super::support::{Node, PORTMAP, Variant, attachment, ebpf, files_of, prev_result, strace};
+use super::support::{
+    Node, PORTMAP, Variant, attachment, ebpf, files_of, prev_result, programs, strace,
+};
 use super::{Scene, TIMEOUT, lab};
 
 impl Scene<'_> {
@@ -140,14 +142,14 @@ fn what_others_have_attached_stays() {
     ));
     let at_device = |name: &str, direction: Direction| {
         let attach = || {
-            let program = ebpf::classifier(name, -1);
+            let program = programs::classifier(name, -1);
             tcx::attach_first(ebpf::index_of(UPLINK), direction, &program).unwrap();
             program
         };
         lab.node.run(attach).unwrap()
     };
     let _before = at_device("foreign_in", Direction::Ingress);
-    let root = AtRoot(ebpf::socket_program("foreign_sock", HOOK));
+    let root = AtRoot(programs::socket_program("foreign_sock", HOOK));
     cgroup::root().unwrap().attach(HOOK, &root.0).unwrap();
     let before = ebpf::hooks(&lab.node);
     scene.ok("ADD", 0);

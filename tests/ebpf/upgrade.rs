@@ -16,6 +16,7 @@ use portmap::sys::store::Store;
 
 use super::flows::Ends;
 use super::support::ebpf::{self, PINS};
+use super::support::programs;
 use super::talks::Talks;
 use super::{Scene, lab};
 
@@ -104,7 +105,7 @@ impl Foreign {
     /// Before this plugin has attached anything.
     fn new(scene: &Scene) -> Self {
         let attach = || {
-            let uplink = ebpf::classifier("foreign_in", -1);
+            let uplink = programs::classifier("foreign_in", -1);
             let device = ebpf::index_of(portmap::demo::topology::UPLINK);
             tcx::attach_first(device, Direction::Ingress, &uplink).unwrap();
             uplink
@@ -116,7 +117,7 @@ impl Foreign {
     }
 
     fn attach_another(&mut self) {
-        let program = ebpf::socket_program("foreign_sock", HOOK);
+        let program = programs::socket_program("foreign_sock", HOOK);
         cgroup::root().unwrap().attach(HOOK, &program).unwrap();
         self.sockets.push(program);
     }

@@ -16,6 +16,7 @@ use zerocopy::IntoBytes;
 
 use super::support::Variant;
 use super::support::ebpf::{self, PINS};
+use super::support::programs;
 use super::{By, Scene, TIMEOUT};
 
 /// TC_ACT_UNSPEC: whatever comes next decides.
@@ -223,7 +224,7 @@ fn detach(device: &str, direction: Direction) {
 
 /// A program that passes everything on, and is forgotten by us.
 fn foreign(name: &str) -> Program {
-    ebpf::classifier(name, PASS)
+    programs::classifier(name, PASS)
 }
 
 impl Scene<'_> {

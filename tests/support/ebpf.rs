@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use aya_obj::generated::bpf_insn;
 use portmap::backend::ebpf::layout::LAYOUT;
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::cgroup::{self, Cgroup};
 use portmap::sys::bpf::clsact::Clsact;
 use portmap::sys::bpf::map::Map;
-use portmap::sys::bpf::program::{Hook, Program, SocketHook};
+use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cookie, tcx};
 use portmap::sys::netlink::route::{Link, RouteReader};
 
@@ -196,27 +195,6 @@ pub fn pinned(dir: &Path) -> BTreeMap<String, PathBuf> {
         }
     }
     found
-}
-
-/// A program for packets that always returns the same.
-pub fn classifier(name: &str, verdict: i32) -> Program {
-    Program::load(Hook::Classifier, name, &returning(verdict), c"GPL").unwrap()
-}
-
-/// A program for a call on sockets that lets it pass.
-pub fn socket_program(name: &str, hook: SocketHook) -> Program {
-    Program::load(Hook::Socket(hook), name, &returning(1), c"GPL").unwrap()
-}
-
-fn returning(value: i32) -> [bpf_insn; 2] {
-    let instruction = |code, imm| bpf_insn {
-        code,
-        _bitfield_align_1: [],
-        _bitfield_1: bpf_insn::new_bitfield_1(0, 0),
-        off: 0,
-        imm,
-    };
-    [instruction(0xb7, value), instruction(0x95, 0)]
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -13,6 +13,7 @@ pub mod ebpf;
 pub mod ending;
 pub mod entries;
 pub mod foreign;
+pub mod programs;
 pub mod strace;
 
 use std::os::unix::fs::{MetadataExt, symlink};

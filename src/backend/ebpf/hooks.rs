@@ -101,23 +101,7 @@ fn role(link: &Link, links: &[Link], facts: &NodeFacts) -> Option<Role> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn link(index: u32, name: &str, kind: Option<&str>, master: Option<u32>) -> Link {
-        Link {
-            index,
-            name: name.into(),
-            kind: kind.map(Into::into),
-            master,
-            peer: None,
-            up: true,
-            loopback: name == "lo",
-            hardware: match kind {
-                Some("wireguard") => libc::ARPHRD_NONE,
-                _ => libc::ARPHRD_ETHER,
-            },
-            mac: None,
-        }
-    }
+    use crate::sys::netlink::route::tests::a_link as link;
 
     fn texts(links: &[Link], uplinks: &[&str], means: &Means) -> Vec<String> {
         let facts = NodeFacts {

@@ -312,12 +312,30 @@ fn route(payload: &[u8]) -> Option<Route> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
     use netlink_packet_core::Emitable;
 
     use super::*;
+
+    /// A device as rtnetlink tells it, of the kinds that the plugin tells apart.
+    pub(crate) fn a_link(index: u32, name: &str, kind: Option<&str>, master: Option<u32>) -> Link {
+        Link {
+            index,
+            name: name.into(),
+            kind: kind.map(Into::into),
+            master,
+            peer: None,
+            up: true,
+            loopback: name == "lo",
+            hardware: match kind {
+                Some("wireguard") => libc::ARPHRD_NONE,
+                _ => libc::ARPHRD_ETHER,
+            },
+            mac: None,
+        }
+    }
 
     fn nla(kind: u16, value: &[u8]) -> DefaultNla {
         DefaultNla::new(kind, value.to_vec())
