@@ -1,4 +1,4 @@
-//! Damage to the rules: CHECK names it, and the next ADD repairs it.
+//! Damage to the rules: CHECK names it, and the next ADD repairs it, or `portmap restore`.
 //!
 //! Damage to what all attachments share is repaired by whichever ADD comes next; damage to an
 //! attachment's own rules by its own. Run as root: `cargo test --test heal -- --ignored`.
@@ -273,6 +273,20 @@ impl<'a> Scene<'a> {
             self.ok("ADD", 1);
             self.ok("CHECK", 1);
         }
+        self.node.shell(&self.filled(damage.script));
+        self.restored(&what);
+        self.node.shell(&format!(":; {}", self.filled(damage.after)));
+    }
+
+    /// No runtime calls: everybody who is alive has everything again, and a second time nothing is left
+    /// to do.
+    fn restored(&self, what: &str) {
+        let first = self.node.restore(false).stdout;
+        assert!(first.contains("repaired container container-0"), "{what}: {first}");
+        self.ok("CHECK", 0);
+        self.ok("CHECK", 1);
+        let second = self.node.restore(false).stdout;
+        assert_eq!(second.lines().last(), Some("2 attachments, 0 repaired"), "{what}: {second}");
     }
 }
 

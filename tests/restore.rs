@@ -6,24 +6,13 @@
     reason = "a test says by a panic that it failed"
 )]
 
-use std::process::Command;
-
-use portmap::demo::plugin::{self, Attachment, Output};
+use portmap::demo::plugin::{Attachment, Output};
 use portmap::demo::topology::{Lab, Options, Shape};
 use serde_json::{Value, json};
 
 #[path = "support/mod.rs"]
 mod support;
-use support::{Node, PORTMAP, VARIANTS, Variant, attachment, prev_result};
-
-fn restore(node: &Node, json: bool) -> Output {
-    let mut command = Command::new(PORTMAP);
-    command.env_clear().env("PATH", &node.path).args(["restore", "--state-dir"]);
-    command.arg(&node.state_dir).args(json.then_some("--json"));
-    let output = plugin::run(&mut command, b"", node.netns).unwrap();
-    assert!(output.success(), "{:?} {} {}", node.variant, output.stdout, output.stderr);
-    output
-}
+use support::{Node, VARIANTS, Variant, attachment, prev_result};
 
 /// What takes everything away that the plugin has made in the kernel.
 fn damage(node: &Node) {
@@ -65,13 +54,13 @@ fn what_was_removed_comes_back_for_live_attachments() {
         }
 
         let whole = node.snapshot();
-        assert_eq!(last_line(&restore(&node, false)), "2 attachments, 0 repaired", "{variant:?}");
+        assert_eq!(last_line(&node.restore(false)), "2 attachments, 0 repaired", "{variant:?}");
         assert_eq!(node.snapshot(), whole, "{variant:?}: nothing was wrong");
 
         damage(&node);
         let (code, text) = node.fails("CHECK", &live[0].0, &live[0].1);
         assert_eq!(code, 102, "{variant:?} {text}");
-        let output = restore(&node, false);
+        let output = node.restore(false);
         assert_eq!(last_line(&output), "2 attachments, 2 repaired", "{variant:?}");
         assert!(output.stdout.contains("left alone container gone"), "{}", output.stdout);
         for (config, pod) in &live {
@@ -80,7 +69,7 @@ fn what_was_removed_comes_back_for_live_attachments() {
         let (code, text) = node.fails("CHECK", &gone.0, &gone.1);
         assert_eq!(code, 102, "{variant:?}: nobody lives there: {text}");
 
-        let report: Value = serde_json::from_str(&restore(&node, true).stdout).unwrap();
+        let report: Value = serde_json::from_str(&node.restore(true).stdout).unwrap();
         assert_eq!(report["attachments"], 2, "{variant:?}");
         assert_eq!(report["repaired"], json!([]), "{variant:?}");
         assert_eq!(report["dead"][0]["containerID"], "gone", "{variant:?}");
@@ -89,7 +78,7 @@ fn what_was_removed_comes_back_for_live_attachments() {
             node.ok("DEL", config, pod);
         }
         node.assert_clean(&before);
-        assert_eq!(last_line(&restore(&node, false)), "0 attachments, 0 repaired");
+        assert_eq!(last_line(&node.restore(false)), "0 attachments, 0 repaired");
         node.assert_clean(&before);
     }
 }

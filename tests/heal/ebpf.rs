@@ -258,6 +258,10 @@ impl Scene<'_> {
         }
         self.inflict(damage.after);
         assert_eq!(ebpf::state(&self.lab.node), whole, "{what}");
+        self.inflict(damage.act);
+        self.restored(what);
+        self.inflict(damage.after);
+        assert_eq!(ebpf::state(&self.lab.node), whole, "{what}");
     }
 }
 

@@ -195,6 +195,16 @@ impl<'a> Node<'a> {
         plugin::run(&mut self.flush_command(), b"", self.netns).unwrap()
     }
 
+    /// `portmap restore`, which must succeed.
+    pub fn restore(&self, json: bool) -> Output {
+        let mut command = std::process::Command::new(PORTMAP);
+        command.env_clear().env("PATH", &self.path).args(["restore", "--state-dir"]);
+        command.arg(&self.state_dir).args(json.then_some("--json"));
+        let output = plugin::run(&mut command, b"", self.netns).unwrap();
+        assert!(output.success(), "{:?} {} {}", self.variant, output.stdout, output.stderr);
+        output
+    }
+
     pub fn flush_command(&self) -> std::process::Command {
         let mut command = std::process::Command::new(PORTMAP);
         command.env_clear().args(["flush", "--all", "--yes", "--state-dir"]).arg(&self.state_dir);
