@@ -8,9 +8,12 @@
     reason = "a test says by a panic that it failed"
 )]
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
+#[path = "support/golden.rs"]
+mod golden;
 
+use std::collections::BTreeSet;
+
+use golden::holds as compare;
 use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue};
 use portmap::backend::ebpf::objects as ebpf;
 use portmap::backend::iptables::listing::Listing;
@@ -26,16 +29,6 @@ use serde_json::json;
 use zerocopy::IntoBytes;
 
 const ID: &str = "d629b42b837dcb40bc6a45f2486e76616c72ca15a3dc5cefe2f881ebd0d8222c";
-
-fn compare(name: &str, actual: &str) {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testdata/golden").join(name);
-    if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        std::fs::write(&path, actual).unwrap();
-    }
-    let expected = std::fs::read_to_string(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    assert!(expected == actual, "{name} differs.\nexpected:\n{expected}\nactual:\n{actual}");
-}
 
 /// An attachment; mappings are `protocol hostPort containerPort [hostIP]`.
 fn record(id: &str, order: u64, addresses: &[&str], mappings: &[&str]) -> Record {

@@ -8,6 +8,8 @@
     reason = "these tests run the program and look at the files that it leaves"
 )]
 
+#[path = "support/golden.rs"]
+mod golden;
 #[path = "support/running.rs"]
 mod running;
 
@@ -628,33 +630,28 @@ fn check_config_tells_by_its_status_what_is_wrong() {
 
 /// Compares what a command says with `testdata/golden/commands`; `UPDATE_GOLDEN=1` writes it.
 #[track_caller]
-fn golden(node: &Node, name: &str, said: &str) {
+fn says(node: &Node, name: &str, said: &str) {
     let said = said
         .replace(node.0.to_str().unwrap(), "NODE")
         .replace(concat!("portmap ", env!("CARGO_PKG_VERSION")), "portmap VERSION");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/golden/commands").join(name);
-    if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, &said).unwrap();
-    }
-    assert_eq!(said, fs::read_to_string(&path).unwrap(), "{}", path.display());
+    golden::holds(&format!("commands/{name}"), &said);
 }
 
 #[test]
 fn what_install_and_uninstall_say_is_golden() {
     let node = Node::new("golden");
     let list = node.write("05-cilium.conflist", CILIUM);
-    golden(&node, "install", &succeeds(node.install().arg("--conflist")));
-    golden(&node, "install-again", &succeeds(node.install().arg("--conflist")));
+    says(&node, "install", &succeeds(node.install().arg("--conflist")));
+    says(&node, "install-again", &succeeds(node.install().arg("--conflist")));
     let refusal = fails(&mut node.uninstall(), "names it");
-    golden(&node, "uninstall-refused", &text(&refusal.stderr));
-    golden(&node, "uninstall", &succeeds(node.uninstall().arg("--conflist")));
-    golden(
+    says(&node, "uninstall-refused", &text(&refusal.stderr));
+    says(&node, "uninstall", &succeeds(node.uninstall().arg("--conflist")));
+    says(
         &node,
         "install.json",
         &succeeds(node.install().arg("--json").arg("--conflist").arg(&list)),
     );
-    golden(&node, "uninstall.json", &succeeds(node.uninstall().args(["--json", "--conflist"])));
+    says(&node, "uninstall.json", &succeeds(node.uninstall().args(["--json", "--conflist"])));
 }
 
 #[test]
@@ -668,12 +665,12 @@ fn what_check_config_says_is_golden() {
     };
     let sound = CILIUM_WITH.replace("\"portmap\",", "\"portmap\", \"backend\": \"nftables\",");
     let list = node.write("05-cilium.conflist", &sound);
-    golden(&node, "check-config", &check(&[], &list));
-    golden(&node, "check-config.json", &check(&["--json"], &list));
+    says(&node, "check-config", &check(&[], &list));
+    says(&node, "check-config.json", &check(&["--json"], &list));
     let bad = sound
         .replace("\"backend\"", "\"snatt\": true, \"backend\"")
         .replace("\"cniVersion\": \"0.3.1\",", "");
     let list = node.write("05-cilium.conflist", &bad.replace("\"portMappings\": true", ""));
-    golden(&node, "check-config-bad", &check(&[], &list));
-    golden(&node, "check-config-bad.json", &check(&["--json"], &list));
+    says(&node, "check-config-bad", &check(&[], &list));
+    says(&node, "check-config-bad.json", &check(&["--json"], &list));
 }

@@ -6,13 +6,13 @@
     reason = "a test says by a panic that it failed"
 )]
 
-use portmap::demo::plugin::{Attachment, Output};
+use portmap::demo::plugin::{self, Attachment, Output};
 use portmap::demo::topology::{Lab, Options, Shape};
 use serde_json::{Value, json};
 
 #[path = "support/mod.rs"]
 mod support;
-use support::{Node, VARIANTS, Variant, attachment, prev_result};
+use support::{Node, PORTMAP, VARIANTS, Variant, attachment, golden, prev_result};
 
 /// What takes everything away that the plugin has made in the kernel.
 fn damage(node: &Node) {
@@ -81,4 +81,47 @@ fn what_was_removed_comes_back_for_live_attachments() {
         assert_eq!(last_line(&node.restore(false)), "0 attachments, 0 repaired");
         node.assert_clean(&before);
     }
+}
+
+/// What people read, of a node with nftables.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_restore_and_flush_say_is_golden() {
+    let lab = Lab::build(Options { pods: 2, ..Options::new(Shape::Ptp) }).unwrap();
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let says = |name: &str, output: &Output| {
+        golden::holds(&format!("commands/{name}"), &format!("{}{}", output.stdout, output.stderr));
+    };
+    let add = |pod: usize| {
+        let port = 8080 + u16::try_from(pod).unwrap();
+        let mappings = json!([
+            {"hostPort": port, "containerPort": 80},
+            {"hostPort": port, "containerPort": 53, "protocol": "udp", "hostIP": "198.51.100.1"},
+        ]);
+        let config = node.config(mappings, prev_result(&lab, pod, "1.0.0"));
+        let mut key = attachment(&lab.pods[pod], ["4e16b3d1", "9f0c2a77"][pod]);
+        key.args = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=".to_owned() + ["web-0", "web-1"][pod];
+        if pod == 1 {
+            key.netns = "/run/netns/gone".into();
+        }
+        node.ok("ADD", &config, &key);
+    };
+    add(0);
+    add(1);
+    node.shell("nft delete element inet portmap any4_addr { tcp . 8080 }; nft flush chain inet portmap guard");
+    says("restore", &node.restore(false));
+    says("restore-again", &node.restore(false));
+    damage(&node);
+    says("restore.json", &node.restore(true));
+    let flush = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(PORTMAP);
+        command.env_clear().env("PATH", &node.path).arg("flush").args(arguments);
+        command.arg("--state-dir").arg(&node.state_dir);
+        plugin::run(&mut command, b"", node.netns).unwrap()
+    };
+    says("flush-nothing", &flush(&["--network", "other", "--yes"]));
+    says("flush.json", &flush(&["--network", "portmap", "--yes", "--json"]));
+    add(0);
+    says("flush-refused", &flush(&["--all"]));
+    says("flush", &flush(&["--all", "--yes"]));
 }

@@ -48,11 +48,12 @@ pub fn run(
     for record in &dead {
         writeln!(
             terminal.output,
-            "left alone {}: its network namespace {} is gone",
+            "left alone {}: its network namespace {} is gone (`portmap gc` removes it)",
             record.attachment, record.netns
         )?;
     }
-    writeln!(terminal.output, "{attachments} attachments, {} repaired", repaired.len())?;
+    let noun = if attachments == 1 { "attachment" } else { "attachments" };
+    writeln!(terminal.output, "{attachments} {noun}, {} repaired", repaired.len())?;
     notes(host, terminal)?;
     Ok(Verdict::Fine)
 }

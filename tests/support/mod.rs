@@ -13,6 +13,7 @@ pub mod ebpf;
 pub mod ending;
 pub mod entries;
 pub mod foreign;
+pub mod golden;
 pub mod programs;
 pub mod strace;
 

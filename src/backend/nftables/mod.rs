@@ -212,15 +212,17 @@ fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
             .collect();
         let found = reader.rule_comments(NftFamily::Inet, TABLE, chain)?;
         if found != expected {
+            let named = |comments: Vec<Option<String>>| {
+                let names = comments.into_iter().map(|one| one.unwrap_or("a foreign one".into()));
+                match names.collect::<Vec<_>>().join(", ") {
+                    none if none.is_empty() => "none".to_owned(),
+                    names => names,
+                }
+            };
             return Ok(Some(format!(
-                "chain {chain} of table inet {TABLE} should have {} rules as this version makes them, found {} ({})",
-                expected.len(),
-                found.len(),
-                found
-                    .into_iter()
-                    .map(|comment| comment.unwrap_or_else(|| "a foreign one".into()))
-                    .collect::<Vec<_>>()
-                    .join(", ")
+                "chain {chain} of table inet {TABLE}: rules expected: {}, found: {}",
+                named(expected),
+                named(found)
             )));
         }
     }
