@@ -197,7 +197,7 @@ fn only_what_has_a_claim_or_a_flow_is_touched() {
             }
         }
         println!("{passed} passed, {changed} changed, {bounced} of them bounced");
-        assert!(passed > PACKETS / 4 && changed > PACKETS / 50 && bounced > 100);
+        assert!(passed > PACKETS / 4 && changed > PACKETS / 50 && bounced > 30);
         let counts = rig.counts();
         println!("{counts:?}");
         assert_eq!(rig.count("dropRewrite"), 0);
