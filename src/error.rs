@@ -100,6 +100,13 @@ impl Error {
         }
     }
 
+    /// Whether only a newer portmap can do what was asked for: it has left records or maps that this one
+    /// does not understand.
+    #[must_use]
+    pub fn is_newer(&self) -> bool {
+        self.code() == 104
+    }
+
     /// The cause: what tools printed, and what the system answered. Empty if `msg` says all.
     #[must_use]
     pub fn details(&self) -> String {

@@ -43,7 +43,8 @@ fn plugin(invocation: portmap::error::Result<Invocation>) -> ExitCode {
     let host = Host::new(std::env::var_os("PATH").as_deref());
     let outcome = verb::run(invocation, &mut std::io::stdin().lock(), &host);
     for note in &outcome.notes {
-        eprintln!("portmap: {note}");
+        // Nobody may be there to read it, which is no reason to fail.
+        drop(writeln!(std::io::stderr(), "portmap: {note}"));
     }
     if let Some(text) = outcome.stdout {
         // A runtime that is gone does not read it.

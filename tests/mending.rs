@@ -208,3 +208,114 @@ fn a_newer_portmap_s_record_is_left_alone() {
     assert!(output.stderr.contains("newer"), "{}", output.stderr);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), newer);
 }
+
+/// After a rollback: what a newer plugin's attachments have is not understood, and is still theirs.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_newer_portmap_s_attachment_keeps_its_hostport_while_others_come_and_go() {
+    for variant in VARIANTS {
+        let lab = lab(Shape::Cilium, 3);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+        let node = Node::new(&lab.node, variant);
+        let call = |pod: usize, port: u16| {
+            let config = node.config(mappings(&[port]), prev_result(&lab, pod, "1.0.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let [newer, other, third] = [call(0, 8080), call(1, 8081), call(2, 8082)];
+        let localnet = || route_localnet(&lab, &lab.pods[0].host_link);
+        node.ok("ADD", &newer.0, &newer.1);
+        let before = localnet();
+        let file = record_file(&node, "c0");
+        let known = std::fs::read_to_string(&file).unwrap();
+        let unknown = known.replacen(r#""format":1,"#, r#""format":99,"new":{},"#, 1);
+        std::fs::write(&file, &unknown).unwrap();
+        node.ok("ADD", &other.0, &other.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        assert_eq!(who_answers(&lab, 8081).as_deref(), Some("pod-b"), "{variant:?}");
+        node.ok("DEL", &other.0, &other.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        assert_eq!(localnet(), before, "{variant:?}");
+        // Where all would have to be made anew from what is known, nothing is done.
+        let damage = match variant {
+            Variant::Nftables => "nft flush chain inet portmap guard",
+            Variant::Ebpf => "rm /sys/fs/bpf/portmap/m1/pm_flows",
+            _ => {
+                std::fs::write(&file, &known).unwrap();
+                node.ok("DEL", &newer.0, &newer.1);
+                continue;
+            }
+        };
+        node.ok("ADD", &other.0, &other.1);
+        node.shell(damage);
+        let (code, text) = node.fails("ADD", &third.0, &third.1);
+        assert!(code == 104 && text.contains("format 99 is a newer portmap's"), "{code} {text}");
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        for (config, pod) in [&third, &other] {
+            node.ok("DEL", config, pod);
+        }
+        // The newer one is back.
+        std::fs::write(&file, &known).unwrap();
+        node.ok("DEL", &newer.0, &newer.1);
+        node.ok("DEL", &third.0, &third.1);
+        node.ok("DEL", &other.0, &other.1);
+        assert_eq!(who_answers(&lab, 8080), None, "{variant:?}");
+        node.flush();
+    }
+}
+
+/// A call was killed half-way, and the next ones have not got the tool to finish it with.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_interrupted_step_waits_for_a_call_that_can_finish_it() {
+    let lab = lab(Shape::Bridge, 2);
+    let mut node = Node::new(&lab.node, Variant::IptablesNft);
+    with_all_tools(&mut node);
+    let before = node.snapshot();
+    let call = |pod: usize, backend: &str| {
+        let mut config = node.config(mappings(&[8080]), prev_result(&lab, pod, "1.0.0"));
+        config["backend"] = json!(backend);
+        (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+    };
+    let [first, second] = [call(0, "iptables"), call(1, "nftables")];
+    node.ok("ADD", &first.0, &first.1);
+    let record = std::fs::read_to_string(record_file(&node, "c0")).unwrap();
+    // As if the record had gone and its rules had not.
+    let pending = node.state_dir.join("notes/pending");
+    std::fs::write(&pending, format!("[{record}]")).unwrap();
+    let tool = node.path.join("iptables");
+    let elsewhere = node.path.join("iptables-that-is-not-here");
+    std::fs::rename(&tool, &elsewhere).unwrap();
+    let mut other = second.0.clone();
+    other["runtimeConfig"]["portMappings"] = mappings(&[9090]);
+    for verb in ["ADD", "DEL"] {
+        let note = node.ok(verb, &other, &second.1).stderr;
+        assert!(note.contains("an interrupted call is not finished yet"), "{note}");
+        let kept = std::fs::read_to_string(&pending).unwrap();
+        assert!(kept.contains("\"c0\"") && !kept.contains("\"c1\""), "{kept}");
+    }
+    std::fs::rename(&elsewhere, &tool).unwrap();
+    let note = node.ok("DEL", &first.0, &first.1).stderr;
+    assert!(!note.contains("interrupted") && !pending.exists(), "{note}");
+    node.assert_clean(&before);
+}
+
+/// Another state directory's attachments are none of this flush's.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_network_that_is_not_there_is_flushed_without_harm() {
+    let lab = lab(Shape::Cilium, 1);
+    let _servers = lab.pods[0].serve(&[80], &[]).unwrap();
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let pod = attachment(&lab.pods[0], "c1");
+    let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+    node.ok("ADD", &config, &pod);
+    let mut flush = std::process::Command::new(support::PORTMAP);
+    flush.env_clear().args(["flush", "--network", "portmap", "--yes", "--state-dir"]);
+    flush.arg(node.state_dir.join("elsewhere"));
+    let output = portmap::demo::plugin::run(&mut flush, b"", node.netns).unwrap();
+    assert!(output.success(), "{}", output.stderr);
+    assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"));
+    node.ok("CHECK", &config, &pod);
+    node.ok("DEL", &config, &pod);
+    node.flush();
+}

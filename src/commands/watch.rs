@@ -137,11 +137,14 @@ fn keep_binary(
     notes: &mut dyn FnMut(String),
 ) -> Result<Looked, CommandError> {
     let path = dest.join(PLUGIN);
-    if seen.is_some() && stamp(&path) == *seen {
+    let now = stamp(&path);
+    if now.is_some() && now == *seen {
         return Ok(Looked::Fine);
     }
     let before = install_binary(dest, notes)?;
-    *seen = stamp(&path);
+    // Only what was compared after its stamp was taken is known: another installer may come between,
+    // and what this one has written is looked at once more.
+    *seen = if before == Before::Same { now } else { None };
     Ok(match before {
         Before::Same => Looked::Fine,
         other => Looked::Repaired(describe_binary(&path, other)),

@@ -34,18 +34,21 @@ const PENDING_NOTE: &str = "pending";
 pub struct Engine<'a> {
     pub host: &'a Host,
     pub store: Store,
+    /// Records of a killed call's step that could not be finished so far.
+    unfinished: Vec<Record>,
 }
 
 impl<'a> Engine<'a> {
     /// Waits for the node's lock.
     pub fn lock(host: &'a Host, state_dir: &Path) -> Result<Self> {
-        Ok(Engine { host, store: Store::open(state_dir, &host.boot_id())? })
+        let store = Store::open(state_dir, &host.boot_id())?;
+        Ok(Engine { host, store, unfinished: Vec::new() })
     }
 
     /// Waits for the node's lock in order to change something, and first finishes what a killed call
     /// has begun.
     pub fn lock_to_change(host: &'a Host, state_dir: &Path) -> Result<Self> {
-        let engine = Self::lock(host, state_dir)?;
+        let mut engine = Self::lock(host, state_dir)?;
         match engine.recover() {
             Err(error @ Error::Busy { .. }) => Err(error),
             // The next call tries again; this one may well have to do with another backend.
@@ -54,6 +57,7 @@ impl<'a> Engine<'a> {
                     "an interrupted call is not finished yet: {error}: {}",
                     error.details()
                 ));
+                engine.unfinished = engine.pending()?.unwrap_or_default();
                 Ok(engine)
             }
             Ok(()) => Ok(engine),
@@ -61,11 +65,9 @@ impl<'a> Engine<'a> {
     }
 
     fn recover(&self) -> Result<()> {
-        let Some(note) = self.store.note(PENDING_NOTE)? else {
+        let Some(pending) = self.pending()? else {
             return Ok(());
         };
-        // A note is written as a whole; one that cannot be read is another version's.
-        let pending: Vec<Record> = serde_json::from_str(&note).unwrap_or_default();
         let facts = self.host.node_facts()?;
         self.release_unused_localnets("")?;
         for kind in BackendKind::ALL {
@@ -78,14 +80,25 @@ impl<'a> Engine<'a> {
         self.store.set_note(PENDING_NOTE, None)
     }
 
+    /// Records of the step that a killed call has begun.
+    fn pending(&self) -> Result<Option<Vec<Record>>> {
+        // A note is written as a whole; one that cannot be read is another version's.
+        let read = |note: String| serde_json::from_str(&note).unwrap_or_default();
+        Ok(self.store.note(PENDING_NOTE)?.map(read))
+    }
+
     fn begin(&self, records: &[&Record]) -> Result<()> {
+        let pending: Vec<&Record> = self.unfinished.iter().chain(records.iter().copied()).collect();
         let text =
-            serde_json::to_string(records).map_err(|error| Error::Decode(error.to_string()))?;
+            serde_json::to_string(&pending).map_err(|error| Error::Decode(error.to_string()))?;
         self.store.set_note(PENDING_NOTE, Some(&text))
     }
 
     fn finish(&self) -> Result<()> {
-        self.store.set_note(PENDING_NOTE, None)
+        match self.unfinished.is_empty() {
+            true => self.store.set_note(PENDING_NOTE, None),
+            false => self.begin(&[]),
+        }
     }
 
     /// The configured backend, or the first that works. What was found is remembered until the next
@@ -159,7 +172,7 @@ impl<'a> Engine<'a> {
     ///
     /// # Errors
     ///
-    /// [`Error::NewerMaps`], and nothing has changed, where only a newer portmap can do that.
+    /// One that [`Error::is_newer`], and nothing has changed, where only a newer portmap can do that.
     pub fn remove(&self, record: &Record) -> Result<()> {
         backend::of(record.backend).admit()?;
         let before = self.store.parts(record.backend)?;
@@ -169,7 +182,12 @@ impl<'a> Engine<'a> {
             self.host.warn(format!("{error}: {}", error.details()));
         }
         self.release_unused_localnets(&record.id())?;
-        self.apply(None, Some(record), &before, &facts, &BTreeSet::new())?;
+        let removed = self.apply(None, Some(record), &before, &facts, &BTreeSet::new());
+        if removed.as_ref().is_err_and(Error::is_newer) {
+            // Nothing has been done that others would have to finish.
+            drop(self.finish());
+        }
+        removed?;
         if flush::concerns(record) {
             // The addresses of now, for what is left behind in conntrack.
             let facts = self.host.node_facts().unwrap_or(facts);
@@ -205,6 +223,10 @@ impl<'a> Engine<'a> {
         // No more than that: eBPF need not work where rules are taken away.
         errors.extend(self.recall_kernel().err());
         for kind in BackendKind::ALL {
+            // A network of which there is nothing here may be of another state directory.
+            if network.is_some() && !removed.iter().any(|record| record.backend == kind) {
+                continue;
+            }
             if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
                 errors.extend(backend::of(kind).unload(self.host).err());
             }
@@ -225,7 +247,7 @@ impl<'a> Engine<'a> {
                 .map(|(_, name)| name.clone())
                 .collect::<BTreeSet<_>>()
         };
-        self.store.remove_file(id)?;
+        // The file goes last: it is what the next call sees if this one does not finish.
         self.release_unused_localnets(id)?;
         let facts = self.host.node_facts()?;
         for kind in

@@ -100,6 +100,15 @@ impl Engine<'_> {
         for problem in problems {
             self.host.warn(problem);
         }
+        // In chains others' rules stay; tables and maps are made anew, from what is known.
+        if kind != BackendKind::Iptables
+            && let Some((path, format)) = self.store.newer(kind)?
+        {
+            let reason = format!(
+                "format {format} is a newer portmap's, whose hostPorts would be lost where those of {kind} are made anew"
+            );
+            return Err(Error::Record { path, reason });
+        }
         records.retain(|record| {
             record.backend == kind
                 && gone.is_none_or(|gone| record.id() != gone.id())
@@ -130,7 +139,14 @@ impl Engine<'_> {
                 self.host.warn(format!("{error}: {}", error.details()));
             }
         }
-        self.remember_facts(kind, &NodeFacts::default(), facts)
+        match self.remember_facts(kind, &NodeFacts::default(), facts) {
+            // The rules are right. Where the disk is full, DEL is what makes room.
+            Err(error) if added.is_none() => {
+                self.host.warn(format!("{error}: {}", error.details()));
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     /// Other records of the same backend that share a port or a pod address with either.

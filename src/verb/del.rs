@@ -25,7 +25,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     match engine.store.get(&id)? {
         // What is a newer version's, its GC will do: an error would be repeated for ever.
         Found::Record(record) => match engine.remove(&record) {
-            Err(error @ Error::NewerMaps { .. }) => {
+            Err(error) if error.is_newer() => {
                 host.warn(format!("{attachment} is left alone: {error}"));
                 return Ok(());
             }

@@ -30,7 +30,7 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
         });
         if attachment.network == envelope.name && !is_valid {
             match engine.remove(record) {
-                Err(error @ Error::NewerMaps { .. }) => {
+                Err(error) if error.is_newer() => {
                     host.warn(format!("{attachment} is left alone: {error}"));
                 }
                 other => errors.extend(other.err()),

@@ -200,6 +200,34 @@ fn a_pod_s_link_has_filters_until_cilium_is_there() {
     }
 }
 
+/// The bandwidth plugin puts an ingress qdisc to the pod's link, where clsact's would be.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_pod_whose_traffic_is_shaped_is_forwarded_to_and_hinders_nobody() {
+    let stage = Stage::new(Shape::Ptp);
+    let lab = &stage.lab;
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+    let other = Container::new(&node, lab, 1, mapped(PORT + 1, INSIDE));
+    let device = &lab.pods[0].host_link;
+    shell(node.netns, &format!("tc qdisc add dev {device} ingress"));
+    container.add();
+    let expected = [vec!["pm_pod_in".to_owned(), "pm_out".to_owned()], Vec::new()];
+    assert_eq!(mechanisms(&node, device), expected);
+    assert_calls("shaped", lab, calls(&stage));
+    container.check();
+    other.add();
+    other.check();
+    container.add();
+    assert_eq!(mechanisms(&node, device), expected);
+    container.del();
+    other.del();
+    node.flush();
+    assert_eq!(mechanisms(&node, device), [Vec::<String>::new(), Vec::new()]);
+    let qdiscs = shell(node.netns, &format!("tc qdisc show dev {device}"));
+    assert!(qdiscs.contains("qdisc ingress ffff:"), "{qdiscs}");
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn filters_of_cilium_s_priority_come_after_ours() {

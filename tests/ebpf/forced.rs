@@ -83,6 +83,30 @@ fn without_tcx() {
     scene.go(Talks::open(&lab));
 }
 
+/// Before Linux 6.6 a pod whose traffic is shaped cannot be forwarded to; others can.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_tcx_beside_an_ingress_qdisc() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.pretend(|kernel| kernel.tcx = false);
+    let device = &lab.pods[1].host_link;
+    scene.node.shell(&format!("tc qdisc add dev {device} ingress"));
+    let note = scene.ok("ADD", 0);
+    assert!(note.contains(&format!("{device} has an ingress qdisc")), "{note}");
+    scene.ok("CHECK", 0);
+    let target = lab.node_socket(Family::V4, Scene::port(0));
+    let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT));
+    assert_eq!(reply.unwrap().server, "pod-a");
+    scene.node.shell(&format!("tc qdisc del dev {device} ingress"));
+    let (code, text) = scene.fails("CHECK", 0);
+    assert!(code == 102 && text.contains(&format!("{device}: program pm_pod_in")), "{text}");
+    assert_eq!(scene.ok("ADD", 0), "");
+    scene.ok("CHECK", 0);
+    scene.ok("DEL", 0);
+    scene.node.flush();
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn without_so_netns_cookie() {

@@ -53,6 +53,8 @@ struct Chained {
 
 /// What is to be where, and what is there.
 struct Plan {
+    /// The kernel has tcx.
+    tcx: bool,
     hooks: Vec<Hook>,
     /// Programs by tcx, in the order in which they run.
     chains: BTreeMap<(u32, Direction), Vec<Chained>>,
@@ -109,8 +111,19 @@ pub fn sync(
     }
     for hook in todo {
         let done = loaded.with_program(hook.program, |program| {
-            put(&mut filters, hook, plan.chain(hook), program)
-                .map_err(|error| failed(hook, "attach", error))
+            let mut put = |mechanism| put(&mut filters, hook, mechanism, plan.chain(hook), program);
+            match put(hook.mechanism) {
+                Err(error) if is_taken(&error) && plan.tcx => put(Mechanism::Tcx),
+                Err(error) if is_taken(&error) => {
+                    host.warn(format!(
+                        "{} has an ingress qdisc (as the bandwidth plugin makes), beside which Linux before 6.6 has no room for programs: hostPorts of its pod are not forwarded",
+                        hook.device
+                    ));
+                    Ok(())
+                }
+                other => other,
+            }
+            .map_err(|error| failed(hook, "attach", error))
         });
         match done {
             Err(Error::Io { source, .. }) if is_gone(&source) => {}
@@ -138,6 +151,16 @@ pub fn problems(
         };
         let found = match plan.look(&mut filters, hook, *id)? {
             Found::Right => continue,
+            // ADD has said so, and other attachments are none the worse for it.
+            Found::Nothing
+                if hook.mechanism == Mechanism::Clsact
+                    && !plan.tcx
+                    && !filters
+                        .have_room(hook.index)
+                        .map_err(|error| failed(hook, "look at the qdisc", error))? =>
+            {
+                continue;
+            }
             Found::Nothing => "nothing".to_owned(),
             Found::Behind(first) => format!("it behind {}", name_of(first)?),
             Found::Former(other) => format!("another version's ({})", name_of(other)?),
@@ -221,7 +244,7 @@ impl Plan {
             .filter(|link| hooks.iter().all(|hook| hook.index != link.index))
             .map(|link| (link.index, link.name.clone()))
             .collect();
-        Ok(Plan { hooks, chains, others })
+        Ok(Plan { tcx, hooks, chains, others })
     }
 
     fn programs(&self) -> BTreeSet<&'static str> {
@@ -253,6 +276,8 @@ impl Plan {
         Ok(match (hook.mechanism, chain.first()) {
             _ if in_chain && filter.is_some() => Found::Twice,
             (Mechanism::Clsact, _) if filter.is_some() => Found::Right,
+            // Where there was no room for a filter.
+            (Mechanism::Clsact, Some(first)) if first.id == id => Found::Right,
             (Mechanism::Tcx, Some(first)) if first.id == id => Found::Right,
             (Mechanism::Tcx, Some(first)) if in_chain => Found::Behind(first.id),
             _ => Found::Nothing,
@@ -320,12 +345,18 @@ fn name_of(id: u32) -> Result<String> {
     Ok(program.map_or_else(|| id.to_string(), |program| format!("{id} {}", program.name())))
 }
 
-fn put(filters: &mut Filters, hook: &Hook, chain: &[Chained], program: &Program) -> io::Result<()> {
+fn put(
+    filters: &mut Filters,
+    hook: &Hook,
+    mechanism: Mechanism,
+    chain: &[Chained],
+    program: &Program,
+) -> io::Result<()> {
     let mut former = Vec::new();
     for one in chain.iter().filter(|one| one.ours) {
         former.extend(own(one.id)?);
     }
-    match hook.mechanism {
+    match mechanism {
         Mechanism::Tcx => {
             // Behind others it is of no use, and cannot be attached twice.
             if let Some(index) = former.iter().position(|one| one.id() == program.id()) {
@@ -355,6 +386,11 @@ fn put(filters: &mut Filters, hook: &Hook, chain: &[Chained], program: &Program)
 /// The device went with its pod meanwhile.
 fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENODEV)
+}
+
+/// Another qdisc has the place of clsact's.
+fn is_taken(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
 }
 
 fn direction(direction: Direction) -> &'static str {

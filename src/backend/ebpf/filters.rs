@@ -25,6 +25,11 @@ impl Filters {
         Ok(Self { clsact: Clsact::open()? })
     }
 
+    /// Whether a clsact qdisc is there, or can be made: an ingress qdisc takes its place.
+    pub fn have_room(&mut self, device: u32) -> io::Result<bool> {
+        Ok(self.clsact.qdisc_kind(device)?.is_none_or(|kind| kind == "clsact"))
+    }
+
     /// The program of this plugin's filter, unless others' programs run before it: they may end a
     /// packet's way, as Cilium's do.
     pub fn program(&mut self, device: u32, direction: Direction) -> io::Result<Option<u32>> {

@@ -39,8 +39,7 @@ pub struct Strangers {
 
 impl Strangers {
     /// Looks at what is attached to a cgroup. Connect4 comes first when a node attaches its programs, so
-    /// that of programs that were listed before this call the owner is known. To [`Own::Unknown`]
-    /// nobody is a stranger.
+    /// that of programs that were listed before this call the owner is known.
     ///
     /// # Errors
     ///
@@ -56,7 +55,8 @@ impl Strangers {
                 let gated = program.name() == super::places::program(hook, true);
                 let strange = match own {
                     Own::Cookie(cookie) => !gated || acts_in(&maps)?.is_some_and(|it| it != cookie),
-                    Own::Unknown => !gated,
+                    // One that acts somewhere is another node's, which has learnt where.
+                    Own::Unknown => !gated || acts_in(&maps)?.is_some(),
                     Own::Everywhere => gated,
                 };
                 if strange {

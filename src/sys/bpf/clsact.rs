@@ -86,14 +86,24 @@ impl Clsact {
     }
 
     /// "clsact" or "ingress", whichever the device has.
-    fn qdisc_kind(&mut self, device: u32) -> io::Result<Option<String>> {
+    ///
+    /// # Errors
+    ///
+    /// What rtnetlink returns.
+    pub fn qdisc_kind(&mut self, device: u32) -> io::Result<Option<String>> {
         let request = message(libc::RTM_GETQDISC, &qdisc(device), Vec::new());
         // The answer is a notification, which comes to the asker if it wants an echo.
         let answers = self.socket.request(&request, NLM_F_ECHO, |found, payload| {
             (found == libc::RTM_NEWQDISC)
                 .then(|| find(payload.get(HEADER..)?, libc::TCA_KIND).map(text))?
-        })?;
-        Ok(answers.into_iter().next())
+        });
+        match answers {
+            // EINVAL: the device has had one.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {
+                Ok(None)
+            }
+            other => Ok(other?.into_iter().next()),
+        }
     }
 
     /// The filters of a device in the order in which they run; none if it has no clsact qdisc, or is

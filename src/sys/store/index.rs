@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::file::{entries, ignore_absent, touch};
-use super::{Store, record_path};
+use super::{Found, Store, record_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::{IndexKey, Part, Record};
@@ -48,11 +48,31 @@ impl Store {
         let dir = self.index_dir(key);
         for other in entries(&dir)? {
             let other = other?;
-            if other != id && self.get(&other)?.record().is_some_and(|record| has_key(&record)) {
+            if other == id {
+                continue;
+            }
+            let has_key = match self.get(&other)? {
+                Found::Record(record) => has_key(&record),
+                // Its entry is all that can be read of it.
+                Found::Newer(_) => true,
+                Found::Damaged(_) | Found::None => false,
+            };
+            if has_key {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    /// A record of a backend that a newer plugin has written in a format of its own, and the format:
+    /// what it asks for is not known.
+    pub fn newer(&self, backend: BackendKind) -> Result<Option<(PathBuf, u32)>> {
+        for id in self.users(&IndexKey::Backend(backend))? {
+            if let Found::Newer(format) = self.get(&id)? {
+                return Ok(Some((record_path(&self.dir, &id), format)));
+            }
+        }
+        Ok(None)
     }
 
     /// The parts of a backend that records need.

@@ -92,7 +92,8 @@ pub fn check_usable(dir: &Path) -> Result<()> {
 
 impl Store {
     /// Waits for the lock and opens the directory, which is made if it is missing. State of an
-    /// earlier boot is discarded: the rules it describes are gone.
+    /// earlier boot is discarded: the rules it describes are gone. `boot_id` is empty where it is not
+    /// known, and then nothing is.
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
         create_state_dir(dir)?;
         let looked_up = RefCell::default();
@@ -100,6 +101,9 @@ impl Store {
         let boot = store.dir.join("boot");
         match fs::read_to_string(&boot) {
             Ok(known) if known == boot_id => return Ok(store),
+            // A call that cannot tell the boot has not seen another one.
+            Ok(_) if boot_id.is_empty() => return Ok(store),
+            Ok(known) if known.is_empty() => {}
             Ok(_) => store.discard()?,
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(format!("read {}", boot.display()), error)),
@@ -416,7 +420,21 @@ mod tests {
         assert!(matches!(store.get("newer").unwrap(), Found::Newer(99)));
         assert!(matches!(store.get("half").unwrap(), Found::Damaged(_)));
         assert_eq!(store.all().unwrap().1.len(), 2);
+        // A newer one uses what its index entries name, a damaged one does not.
+        assert_eq!(store.newer(BackendKind::Iptables).unwrap(), None);
+        store.index_add(&IndexKey::Backend(BackendKind::Iptables), "newer").unwrap();
+        let [newer, damaged] = [28, 24].map(|prefix| Part::Near(crate::model::Family::V4, prefix));
+        for (part, id) in [(newer, "newer"), (damaged, "half")] {
+            store.index_add(&IndexKey::Part(BackendKind::Iptables, part), id).unwrap();
+        }
+        let format = store.newer(BackendKind::Iptables).unwrap().map(|(_, format)| format);
+        assert_eq!(format, Some(99));
+        let parts = store.parts(BackendKind::Iptables).unwrap();
+        assert!(parts.contains(&newer) && !parts.contains(&damaged), "{parts:?}");
         drop(store);
+        assert!(is_recorded(&dir.0, &record.id()));
+        // A call that cannot read the boot's name, in a chroot without /proc say.
+        drop(Store::open(&dir.0, "").unwrap());
         assert!(is_recorded(&dir.0, &record.id()));
         let store = Store::open(&dir.0, "second").unwrap();
         assert!(!is_recorded(&dir.0, &record.id()));
