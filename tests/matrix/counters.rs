@@ -90,6 +90,18 @@ fn datagrams_are_counted_exactly() {
     }
 }
 
+/// The end of the last connection may be on its way still.
+fn settled(count: impl Fn() -> Traffic) -> Traffic {
+    let mut last = count();
+    loop {
+        std::thread::sleep(std::time::Duration::from_millis(150));
+        match count() {
+            now if now == last => return now,
+            now => last = now,
+        }
+    }
+}
+
 /// Streams differ in how many packets they take; the handshake and the end take at least three each way.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
@@ -112,7 +124,7 @@ fn streams_are_counted() {
             assert!(found.bytes_out >= found.packets_out * headers, "{found:?}");
         }
         // Sockets of the node connect to the pod: no packet of theirs has to do with the claim.
-        let before = counted(&lab.node, Protocol::Tcp, family, None).unwrap();
+        let before = settled(|| counted(&lab.node, Protocol::Tcp, family, None).unwrap());
         reach(&lab.node, call).unwrap();
         let after = counted(&lab.node, Protocol::Tcp, family, None).unwrap();
         assert_eq!(after, Traffic { connections: before.connections + 1, ..before });
