@@ -1,0 +1,65 @@
+//! What the documentation shows is what the commands say: the blocks of docs/operating.md that name a
+//! golden file are that file. `UPDATE_GOLDEN=1 cargo test --test docs` writes them anew.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test says by a panic that it failed"
+)]
+
+use std::fs;
+use std::path::Path;
+
+use clap::CommandFactory;
+use portmap::usage::Cli;
+
+const PAGE: &str = "docs/operating.md";
+/// Before a block, with the rest of the line: the file that it shows.
+const MARK: &str = "<!-- testdata/golden/commands/";
+
+fn read(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The page with every block as its file is.
+fn with_blocks(page: &str) -> (String, Vec<String>) {
+    let (mut text, mut names) = (String::new(), Vec::new());
+    let mut lines = page.lines();
+    while let Some(line) = lines.next() {
+        text.push_str(line);
+        text.push('\n');
+        let Some(name) = line.strip_prefix(MARK).and_then(|rest| rest.strip_suffix(" -->")) else {
+            continue;
+        };
+        let fence = lines.next().unwrap();
+        assert!(fence.starts_with("```"), "{name}: a block must follow, not {fence:?}");
+        assert!(lines.any(|line| line == "```"), "{name}: the block does not end");
+        let golden = read(&format!("testdata/golden/commands/{name}"));
+        text.push_str(&format!("{fence}\n{}\n```\n", golden.trim_end()));
+        names.push(name.to_owned());
+    }
+    (text, names)
+}
+
+#[test]
+fn the_output_that_is_shown_is_golden() {
+    let page = read(PAGE);
+    let (expected, names) = with_blocks(&page);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE), &expected).unwrap();
+    } else {
+        assert_eq!(page, expected);
+    }
+    assert!(names.len() >= 8, "{names:?}");
+}
+
+#[test]
+fn every_command_is_explained() {
+    let (page, readme) = (read(PAGE), read("README.md"));
+    for command in Cli::command().get_subcommands() {
+        let name = format!("portmap {}", command.get_name());
+        assert!(page.contains(&name), "{PAGE} does not tell of {name}");
+        assert!(readme.contains(&format!("`{name}")), "README.md does not tell of {name}");
+    }
+}
