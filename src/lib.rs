@@ -10,9 +10,11 @@
 //!
 //! Desired state is a pure function of the records of all attachments; the backends render it and
 //! the kernel gets it in one transaction. `commands` are what people run; those that install work on
-//! plugin lists as text (`conflist`). Only `sys` and `demo` touch the host.
+//! plugin lists as text (`conflist`), and those that
+//! look show what was read (`inventory`, `who`). Only `sys` and `demo` touch the host.
 
 pub mod backend;
+pub mod claims;
 pub mod cni;
 pub mod commands;
 pub mod conf;
@@ -22,6 +24,7 @@ pub mod engine;
 pub mod error;
 pub mod facts;
 pub mod flush;
+pub mod inventory;
 pub mod model;
 pub mod record;
 pub mod request;
@@ -29,3 +32,4 @@ pub mod sys;
 pub mod throttle;
 pub mod usage;
 pub mod verb;
+pub mod who;

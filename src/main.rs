@@ -13,11 +13,12 @@ use std::time::Duration;
 use clap::Parser;
 use portmap::cni::invocation::Invocation;
 use portmap::commands::{
-    CommandError, Terminal, Verdict, check_config, flush, install, restore, uninstall, watch,
+    CommandError, Terminal, Verdict, check_config, flush, gc, install, list, restore, uninstall,
+    watch, who,
 };
 use portmap::conflist::files::Choice;
 use portmap::demo::{self, DemoOptions};
-use portmap::sys::Host;
+use portmap::sys::{Host, terminal};
 use portmap::usage::{Cli, Command, completions, introduction, manual};
 use portmap::verb;
 
@@ -86,6 +87,17 @@ fn command(cli: Cli) -> ExitCode {
             terminal.output.write_all(&page)?;
             Ok(Verdict::Fine)
         }),
+        Command::List { json, state_dir } => on_terminal("list", |host, terminal| {
+            let width = terminal_width();
+            list::run(host, &list::Options { json, state_dir: &state_dir, width }, terminal)
+        }),
+        Command::Who { port, ip, json, state_dir } => on_terminal("who", |host, terminal| {
+            let address = ip.map(|ip| ip.to_canonical());
+            who::run(host, &who::Options { port, address, json, state_dir: &state_dir }, terminal)
+        }),
+        Command::Gc { dry_run, json, state_dir } => on_terminal("gc", |host, terminal| {
+            gc::run(host, &gc::Options { dry_run, json, state_dir: &state_dir }, terminal)
+        }),
         Command::Restore { json, state_dir } => on_terminal("restore", |host, terminal| {
             restore::run(host, &restore::Options { json, state_dir: &state_dir }, terminal)
         }),
@@ -95,6 +107,10 @@ fn command(cli: Cli) -> ExitCode {
             on_terminal("flush", |host, terminal| flush::run(host, &options, terminal))
         }
     }
+}
+
+fn terminal_width() -> Option<usize> {
+    terminal::width(std::env::var("COLUMNS").ok().as_deref())
 }
 
 /// As it is without the working directory.

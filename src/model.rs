@@ -55,6 +55,8 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    pub const ALL: [Protocol; 3] = [Protocol::Sctp, Protocol::Tcp, Protocol::Udp];
+
     /// Lower-case name, as iptables, nft and the CNI conventions spell it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -78,9 +80,7 @@ impl Protocol {
     /// Reads a name without regard to case.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
-        [Protocol::Sctp, Protocol::Tcp, Protocol::Udp]
-            .into_iter()
-            .find(|protocol| protocol.name().eq_ignore_ascii_case(name))
+        Self::ALL.into_iter().find(|protocol| protocol.name().eq_ignore_ascii_case(name))
     }
 }
 

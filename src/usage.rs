@@ -1,5 +1,6 @@
 //! What the binary says of itself, and the commands that people type. Pure.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -9,6 +10,7 @@ use crate::conflist::files::{self, Choice};
 use crate::model::BackendKind;
 use crate::sys::install::DEFAULT_BIN_DIR;
 use crate::sys::store::DEFAULT_DIR;
+use crate::who::Port;
 
 /// Name and version, the first line of `--version` and of the introduction.
 pub const NAME_AND_VERSION: &str = concat!("portmap ", env!("CARGO_PKG_VERSION"));
@@ -136,6 +138,57 @@ pub enum Command {
         /// The command; without one the page is that of portmap itself
         #[arg(value_name = "COMMAND")]
         command: Option<String>,
+    },
+    /// Shows every hostPort of this node, whose it is, and whether it works
+    ///
+    /// One line for each claim: protocol, address and port of the node, pod, where it leads, and the state:
+    /// active; shadowed by a newer claim; missing in the kernel; dead, because the pod's network namespace
+    /// is gone; no record, as upstream's portmap leaves it. PACKETS and BYTES are those to the pod and back,
+    /// where the backend counts them (ebpf). On a narrow terminal columns are left out; into a pipe none.
+    /// Changes nothing. Exits 0 if all is well, 1 if something is missing, dead or could not be read.
+    List {
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
+    },
+    /// Says who answers on a port of this node, and why
+    ///
+    /// Shows what happens to a connection from outside and to one of the node itself, the claims to the
+    /// port, the rules or map entries on the way, and what else would take the packets: Services, published
+    /// ports of Docker, Cilium's own hostPorts, attachments without a record, processes that wait. Changes
+    /// nothing. Exits 0 if a hostPort answers, and 1 if nobody or something else does.
+    Who {
+        /// The port, and the protocol if only one is meant: 8080, 53/udp
+        #[arg(value_name = "PORT[/PROTOCOL]")]
+        port: Port,
+        /// The node's address that is called, if not any
+        #[arg(long, value_name = "ADDRESS")]
+        ip: Option<IpAddr>,
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
+    },
+    /// Removes what containers have left that went without a DEL
+    ///
+    /// Removes rules or map entries and records of attachments whose network namespace is gone; never of
+    /// one that lives, or of which that cannot be told. Rules of upstream's portmap have no record, and
+    /// stay. Exits 0 if all is well, 1 if something could not be removed or read.
+    Gc {
+        /// Only say what would be removed
+        #[arg(long)]
+        dry_run: bool,
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
     },
     /// Puts back hostPorts that something has removed, such as a reload of the firewall
     ///

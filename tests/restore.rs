@@ -14,17 +14,6 @@ use serde_json::{Value, json};
 mod support;
 use support::{Node, PORTMAP, VARIANTS, Variant, attachment, golden, prev_result};
 
-/// What takes everything away that the plugin has made in the kernel.
-fn damage(node: &Node) {
-    node.shell(match node.variant {
-        Variant::IptablesNft | Variant::IptablesLegacy => {
-            "for t in iptables ip6tables; do $t -t nat -F; $t -t nat -X; done"
-        }
-        Variant::Nftables => "nft flush ruleset",
-        Variant::Ebpf => "rm -r /sys/fs/bpf/portmap",
-    });
-}
-
 fn last_line(output: &Output) -> &str {
     output.stdout.lines().last().unwrap_or_default()
 }
@@ -57,7 +46,7 @@ fn what_was_removed_comes_back_for_live_attachments() {
         assert_eq!(last_line(&node.restore(false)), "2 attachments, 0 repaired", "{variant:?}");
         assert_eq!(node.snapshot(), whole, "{variant:?}: nothing was wrong");
 
-        damage(&node);
+        node.damage();
         let (code, text) = node.fails("CHECK", &live[0].0, &live[0].1);
         assert_eq!(code, 102, "{variant:?} {text}");
         let output = node.restore(false);
@@ -111,7 +100,7 @@ fn what_restore_and_flush_say_is_golden() {
     node.shell("nft delete element inet portmap any4_addr { tcp . 8080 }; nft flush chain inet portmap guard");
     says("restore", &node.restore(false));
     says("restore-again", &node.restore(false));
-    damage(&node);
+    node.damage();
     says("restore.json", &node.restore(true));
     let flush = |arguments: &[&str]| {
         let mut command = std::process::Command::new(PORTMAP);

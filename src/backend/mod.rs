@@ -5,12 +5,12 @@ pub mod ebpf;
 pub mod iptables;
 pub mod nftables;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::{Attachment, BackendKind, Family};
-use crate::record::{Part, Record};
+use crate::model::{Attachment, BackendKind, Claim, Family, Forward};
+use crate::record::{IndexKey, Part, Record};
 use crate::sys::Host;
 
 /// A step from one set of records to another.
@@ -87,6 +87,47 @@ pub enum Unusable {
     Busy(Error),
 }
 
+/// What forwards and has no record, as upstream's plugin leaves it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Leftover {
+    /// Where it is, such as `iptables-legacy`.
+    pub place: String,
+    /// Chain or entry, for people who look for it.
+    pub object: String,
+    /// As its comments tell; empty if they do not.
+    pub network: String,
+    pub container_id: String,
+    pub forwards: BTreeSet<Forward>,
+}
+
+impl Leftover {
+    /// How it may have come about, and what takes it away.
+    #[must_use]
+    pub fn explain(&self) -> &'static str {
+        match self.place.as_str() {
+            "ebpf" => "its record is lost; the next repair of the maps removes it",
+            "nftables" => "upstream's portmap made it; the container's DEL removes it",
+            _ => {
+                "upstream's portmap made it, or the record is lost; the container's DEL or its network's GC removes it"
+            }
+        }
+    }
+}
+
+/// One thing that a packet meets on its way to a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// Where, such as `nat PREROUTING`.
+    pub place: String,
+    /// The rule or entry: as it is, or as it should be.
+    pub what: String,
+    /// Whether it is there.
+    pub found: bool,
+}
+
+/// Packets of a claim so far; bytes are those of IP packets.
+pub use ebpf::layout::Traffic as Counters;
+
 /// Reading.
 pub trait Observe {
     /// Whether the backend works on this node, tried out in a network namespace of its own.
@@ -110,6 +151,66 @@ pub trait Observe {
         facts: &NodeFacts,
         recorded: bool,
     ) -> Result<Vec<String>>;
+
+    /// `problems` of each of the backend's records, which are all of them.
+    fn survey(
+        &self,
+        host: &Host,
+        records: &[Record],
+        parts: &BTreeSet<Part>,
+        facts: &NodeFacts,
+    ) -> Result<Vec<Vec<String>>> {
+        records
+            .iter()
+            .zip(related(records))
+            .map(|(record, related)| self.problems(host, record, &related, parts, facts, true))
+            .collect()
+    }
+
+    /// What a backend has counted for claims that are active.
+    fn counters(
+        &self,
+        _host: &Host,
+        _claims: &BTreeSet<Claim>,
+    ) -> Result<BTreeMap<Claim, Counters>> {
+        Ok(BTreeMap::new())
+    }
+
+    /// What forwards and belongs to none of the records, which are all of the backend's. What cannot
+    /// be read is a warning of the host.
+    fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>>;
+
+    /// What a packet to a claim of the record meets here, in its order. The rest is as in `problems`.
+    fn path(
+        &self,
+        host: &Host,
+        record: &Record,
+        claim: &Claim,
+        related: &[Record],
+        parts: &BTreeSet<Part>,
+    ) -> Result<Vec<Step>>;
+}
+
+/// For each of the records, in their order, the others that share a port or a pod's address with it.
+fn related(records: &[Record]) -> Vec<Vec<Record>> {
+    let mut users: BTreeMap<IndexKey, BTreeSet<usize>> = BTreeMap::new();
+    for (index, record) in records.iter().enumerate() {
+        for key in record.index_keys() {
+            if matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)) {
+                users.entry(key).or_default().insert(index);
+            }
+        }
+    }
+    let mut related: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); records.len()];
+    for users in users.values() {
+        for index in users {
+            if let Some(related) = related.get_mut(*index) {
+                related.extend(users.iter().filter(|other| *other != index));
+            }
+        }
+    }
+    let record = |index: usize| records.get(index).cloned();
+    related.into_iter().map(|others| others.into_iter().filter_map(record).collect()).collect()
 }
 
 /// Writing.

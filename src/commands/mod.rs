@@ -3,10 +3,14 @@
 
 pub mod check_config;
 pub mod flush;
+pub mod gc;
 pub mod install;
+pub mod list;
 pub mod restore;
+mod table;
 pub mod uninstall;
 pub mod watch;
+pub mod who;
 
 use std::io::{self, BufRead, Write};
 

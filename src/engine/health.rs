@@ -9,7 +9,8 @@ use crate::backend::Observe;
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::{IndexKey, Record};
-use crate::sys::{namespace, sysctl};
+use crate::sys::namespace::{self, Life};
+use crate::sys::sysctl;
 
 /// What a restoration came to.
 #[derive(Debug, Default)]
@@ -49,16 +50,24 @@ impl Engine<'_> {
         for note in notes {
             self.host.warn(note);
         }
-        // Without a path there is nothing to tell by, and the attachment counts as alive.
-        let (live, dead): (Vec<Record>, Vec<Record>) = records
-            .into_iter()
-            .partition(|record| record.netns.is_empty() || namespace::exists(&record.netns));
-        let mut restored = Restored { attachments: live.len(), dead, ..Restored::default() };
+        let mut restored = Restored::default();
         let mut wrong: BTreeMap<BackendKind, Vec<(Record, Vec<String>)>> = BTreeMap::new();
-        for record in live {
-            let problems = self.problems(&record, true)?;
-            if !problems.is_empty() {
-                wrong.entry(record.backend).or_default().push((record, problems));
+        for kind in BackendKind::ALL {
+            let own: Vec<Record> =
+                records.iter().filter(|record| record.backend == kind).cloned().collect();
+            if own.is_empty() {
+                continue;
+            }
+            let problems = self.problems_of_all(kind, &own)?;
+            for (record, problems) in own.into_iter().zip(problems) {
+                if namespace::life(&record.netns) == Life::Gone {
+                    restored.dead.push(record);
+                    continue;
+                }
+                restored.attachments += 1;
+                if !problems.is_empty() {
+                    wrong.entry(kind).or_default().push((record, problems));
+                }
             }
         }
         let facts = self.host.node_facts()?;
@@ -78,7 +87,7 @@ impl Engine<'_> {
     }
 }
 
-fn localnet_problem(record: &Record) -> Option<String> {
+pub(super) fn localnet_problem(record: &Record) -> Option<String> {
     let device = record.localnet_device.as_ref()?;
     let value = sysctl::read(&localnet_path(device)).unwrap_or_else(|error| error.to_string());
     (value != "1")

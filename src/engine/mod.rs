@@ -5,9 +5,11 @@
 //! when the kernel is not in the state that the records say, everything is brought in order once.
 
 mod effects;
+mod gc;
 mod health;
 mod kernel;
 mod step;
+mod survey;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -21,8 +23,10 @@ use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::store::Store;
 pub use effects::localnet_path;
+pub use gc::Collected;
 pub use health::Restored;
 use step::Lost;
+pub use survey::{lock_to_look, survey};
 
 /// Name of the note that says which backend `auto` chose.
 const BACKEND_NOTE: &str = "backend";

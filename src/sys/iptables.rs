@@ -1,6 +1,8 @@
 //! The iptables tools. Reading goes through the `iptables` crate; it is given no part in decisions,
 //! because most of its functions take every failure for an empty answer.
 
+use std::collections::BTreeSet;
+
 use iptables::IPTables;
 
 use super::Host;
@@ -72,15 +74,84 @@ fn with_failed_line(stderr: &str, text: &str) -> String {
 
 /// All chains of a table.
 pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolError> {
-    execute(host, family, table, "-S")
+    execute(host, tool(family), table, "-S")
 }
 
 /// Whether the tool is the variant that keeps its rules in nf_tables (xtables-nft-multi).
 pub fn is_nft(host: &Host, family: Family) -> bool {
-    let program = host.tools.find(tool(family)).and_then(|path| path.canonicalize().ok());
-    program.is_some_and(|path| {
-        path.file_name().is_some_and(|name| name.to_string_lossy().contains("nft"))
-    })
+    variant(host, tool(family)) == Some(Variant::Nft)
+}
+
+/// Where a tool keeps its rules. Packets meet both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Variant {
+    Nft,
+    Legacy,
+}
+
+impl Variant {
+    pub const ALL: [Variant; 2] = [Variant::Nft, Variant::Legacy];
+
+    /// As people and distributions call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Variant::Nft => "iptables-nft",
+            Variant::Legacy => "iptables-legacy",
+        }
+    }
+
+    /// Names that its tool may have.
+    fn tools(self, family: Family) -> [&'static str; 2] {
+        match (self, family) {
+            (Variant::Nft, Family::V4) => ["iptables", "iptables-nft"],
+            (Variant::Legacy, Family::V4) => ["iptables", "iptables-legacy"],
+            (Variant::Nft, Family::V6) => ["ip6tables", "ip6tables-nft"],
+            (Variant::Legacy, Family::V6) => ["ip6tables", "ip6tables-legacy"],
+        }
+    }
+}
+
+/// Which one a tool is; `None` if it is not installed.
+fn variant(host: &Host, tool: &str) -> Option<Variant> {
+    let program = host.tools.find(tool)?.canonicalize().ok()?;
+    let is_nft = program.file_name()?.to_string_lossy().contains("nft");
+    Some(if is_nft { Variant::Nft } else { Variant::Legacy })
+}
+
+/// The table nat of each variant that has one in this network namespace. Where none is, no tool is
+/// started: it might make one.
+pub fn nat_tables(host: &Host, family: Family) -> Vec<(Variant, Result<Listing, ToolError>)> {
+    let mut tables = Vec::new();
+    for which in Variant::ALL {
+        let there = match which {
+            Variant::Nft => NftReader::open()
+                .and_then(|mut nft| nft.table_exists(family.into(), "nat"))
+                .unwrap_or(false),
+            Variant::Legacy => legacy_tables(family).is_some_and(|names| names.contains("nat")),
+        };
+        if !there {
+            continue;
+        }
+        let names = which.tools(family);
+        let tool = names.into_iter().find(|tool| variant(host, tool) == Some(which));
+        let listing = match tool {
+            Some(tool) => execute(host, tool, "nat", "-S"),
+            None => Err(ToolError::Missing { tool: names[1].to_owned() }),
+        };
+        tables.push((which, listing));
+    }
+    tables
+}
+
+/// The tables that iptables-legacy has in the kernel; `None` if that cannot be read.
+fn legacy_tables(family: Family) -> Option<BTreeSet<String>> {
+    let names = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    let names = std::fs::read_to_string(names).ok()?;
+    Some(names.lines().map(str::to_owned).collect())
 }
 
 /// Some chains of a table; those that do not exist are left out. iptables-nft reads a chain by itself
@@ -96,7 +167,7 @@ pub fn list_chains(
     }
     let mut listing = Listing::default();
     for chain in chains {
-        match execute(host, family, table, &format!("-S {chain}")) {
+        match execute(host, tool(family), table, &format!("-S {chain}")) {
             Ok(found) => listing.chains.extend(found.chains),
             // Of a chain that does not exist (exit status 1 since iptables 1.8).
             Err(ToolError::Failed { status: Some(1), .. }) => {}
@@ -113,15 +184,15 @@ pub fn lacks_chain(host: &Host, family: Family, table: &str, chain: &str) -> boo
         let found = NftReader::open().and_then(|mut nft| nft.chain(family.into(), table, chain));
         return found.is_ok_and(|found| found.is_none());
     }
-    let names = match family {
-        Family::V4 => "/proc/thread-self/net/ip_tables_names",
-        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    std::fs::read_to_string(names).is_ok_and(|names| names.lines().all(|name| name != table))
+    legacy_tables(family).is_some_and(|names| !names.contains(table))
 }
 
-fn execute(host: &Host, family: Family, table: &str, command: &str) -> Result<Listing, ToolError> {
-    let tool = tool(family);
+fn execute(
+    host: &Host,
+    tool: &'static str,
+    table: &str,
+    command: &str,
+) -> Result<Listing, ToolError> {
     if host.tools.find(tool).is_none() {
         return Err(ToolError::Missing { tool: tool.to_owned() });
     }

@@ -9,8 +9,10 @@ pub mod iptables;
 pub mod namespace;
 pub mod netlink;
 pub mod nft;
+pub mod process;
 pub mod store;
 pub mod sysctl;
+pub mod terminal;
 
 use std::ffi::OsStr;
 use std::sync::{Mutex, OnceLock, PoisonError};

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -24,6 +25,40 @@ pub fn is_own(path: &str) -> bool {
 pub fn exists(path: &str) -> bool {
     !path.is_empty()
         && matches!((identity(path), identity("/proc/self/ns/net")), (Ok((theirs, _)), Ok((own, _))) if theirs == own)
+}
+
+/// What is known of a network namespace that a runtime has named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Life {
+    /// It exists, or nobody has named one.
+    Lives,
+    Gone,
+    /// This process must not look, or sees another file system than the runtime: in a container without
+    /// the node's /run/netns not even the directory is there, while all of them live.
+    Unknown,
+}
+
+/// Looks for the network namespace of a path; without a path it counts as alive.
+#[must_use]
+pub fn life(path: &str) -> Life {
+    if path.is_empty() {
+        return Life::Lives;
+    }
+    match (identity(path), identity("/proc/self/ns/net")) {
+        (Ok((theirs, _)), Ok((own, _))) if theirs == own => Life::Lives,
+        (Ok(_), Ok(_)) => Life::Gone,
+        (Err(error), _) if is_absent(&error) => {
+            let path = Path::new(path);
+            // Below /proc a directory goes with its process.
+            let in_sight = path.starts_with("/proc") || path.parent().is_some_and(Path::is_dir);
+            if in_sight { Life::Gone } else { Life::Unknown }
+        }
+        _ => Life::Unknown,
+    }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 /// Runs `action` in a network namespace of its own, which is gone afterwards. Other threads keep
@@ -52,4 +87,27 @@ fn in_scratch<T: Send>(action: impl FnOnce() -> Result<T, String> + Send) -> Res
     std::thread::scope(|scope| {
         scope.spawn(action).join().unwrap_or_else(|_| Err("the trial ended unexpectedly".into()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_could_be_seen_is_gone() {
+        for (path, known) in [
+            ("", Life::Lives),
+            ("/proc/self/ns/net", Life::Lives),
+            ("/proc/self/ns/no-such", Life::Gone),
+            ("/proc/4194305/ns/net", Life::Gone),
+            ("/etc/no-such-namespace", Life::Gone),
+            // A plain file, as `ip netns` leaves it.
+            ("/etc/passwd", Life::Gone),
+            ("/no-such-directory/namespace", Life::Unknown),
+            // ENAMETOOLONG stands for whatever else keeps this process from looking.
+            (&format!("/etc/{}", "x".repeat(300)), Life::Unknown),
+        ] {
+            assert_eq!(life(path), known, "{path}");
+        }
+    }
 }

@@ -223,6 +223,17 @@ impl<'a> Node<'a> {
         output.stdout
     }
 
+    /// Takes everything away that the plugin has made in the kernel.
+    pub fn damage(&self) {
+        self.shell(match self.variant {
+            Variant::IptablesNft | Variant::IptablesLegacy => {
+                "for t in iptables ip6tables; do $t -t nat -F; $t -t nat -X; done"
+            }
+            Variant::Nftables => "nft flush ruleset",
+            Variant::Ebpf => "rm -r /sys/fs/bpf/portmap",
+        });
+    }
+
     /// Rules, sysctls and records, to be compared before and after.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot::take(self.netns, &self.state_dir).unwrap()

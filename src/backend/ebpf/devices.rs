@@ -180,6 +180,24 @@ pub fn problems(
     Ok(problems)
 }
 
+/// What should be attached to devices, and whether it is effective.
+pub fn hooked(
+    host: &Host,
+    loaded: &Loaded,
+    links: &[Link],
+    facts: &NodeFacts,
+) -> Result<Vec<(Hook, bool)>> {
+    let plan = Plan::make(host, links, facts, Scope::All)?;
+    let ids = loaded.loaded(&plan.programs())?;
+    let mut filters = Filters::open().map_err(netlink)?;
+    let is_there = |hook: &Hook| match ids.get(hook.program) {
+        Some(id) => Ok(plan.look(&mut filters, hook, *id)? == Found::Right),
+        None => Ok(false),
+    };
+    let there: Vec<bool> = plan.hooks.iter().map(is_there).collect::<Result<_>>()?;
+    Ok(plan.hooks.into_iter().zip(there).collect())
+}
+
 /// Takes this plugin's programs off all devices, whichever version's they are.
 pub fn detach(host: &Host, links: &[Link]) -> Result<()> {
     let mut filters = Filters::open().map_err(netlink)?;
@@ -393,7 +411,7 @@ fn is_taken(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBUSY)
 }
 
-fn direction(direction: Direction) -> &'static str {
+pub(super) fn direction(direction: Direction) -> &'static str {
     match direction {
         Direction::Ingress => "ingress",
         Direction::Egress => "egress",

@@ -23,13 +23,14 @@ pub mod hooks;
 pub mod layout;
 pub mod loaded;
 pub mod objects;
+mod path;
 mod places;
 pub mod plan;
 pub mod sockets;
 mod strangers;
 pub mod trial;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use devices::{Mode, Scope};
@@ -37,10 +38,12 @@ use layout::ClaimKey;
 use loaded::{Found, Loaded, OWN};
 use plan::Former;
 
-use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
+use super::{
+    Apply, Change, Counters, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable,
+};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::Protocol;
+use crate::model::{Claim, Protocol};
 use crate::record::{Part, Record};
 use crate::sys::netlink::socket_diag;
 use crate::sys::{Host, monotonic};
@@ -70,21 +73,95 @@ impl Observe for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(vec![what]),
         };
-        let keys = objects::keys(record);
-        let expected = objects::claims_at(&keys, related, Some(record));
-        let mut problems = entries::problems(&loaded.maps, &keys, &expected)
-            .map_err(failed("read the eBPF maps"))?;
-        // As they are now: pods and the node's own sockets reach no others.
-        let now = host.node_facts()?;
-        for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(&now))
-            .map_err(failed("read the eBPF maps"))?
-        {
-            problems.push(format!("{} is not known as an address of the node", addr.ip()));
-        }
-        problems.extend(devices::problems(host, &loaded, &host.links()?, &now)?);
-        problems.extend(sockets::problems(host, &loaded)?);
+        let mut problems = entry_problems(&loaded, record, related)?;
+        problems.extend(node_problems(host, &loaded)?);
         Ok(problems)
     }
+
+    /// What is the node's is looked at once.
+    fn survey(
+        &self,
+        host: &Host,
+        records: &[Record],
+        _parts: &BTreeSet<Part>,
+        _facts: &NodeFacts,
+    ) -> Result<Vec<Vec<String>>> {
+        let loaded = match open(host)? {
+            Found::Loaded(loaded) => loaded,
+            Found::Missing(what) => return Ok(vec![vec![what]; records.len()]),
+        };
+        let of_node = node_problems(host, &loaded)?;
+        records
+            .iter()
+            .zip(super::related(records))
+            .map(|(record, related)| {
+                let mut problems = entry_problems(&loaded, record, &related)?;
+                problems.extend(of_node.iter().cloned());
+                Ok(problems)
+            })
+            .collect()
+    }
+
+    fn counters(&self, host: &Host, claims: &BTreeSet<Claim>) -> Result<BTreeMap<Claim, Counters>> {
+        let Found::Loaded(loaded) = open(host)? else {
+            return Ok(BTreeMap::new());
+        };
+        let mut counters = BTreeMap::new();
+        for claim in claims {
+            let counted = entries::traffic(&loaded.maps, &ClaimKey::of(claim))
+                .map_err(failed("read the eBPF maps"))?;
+            counters.extend(counted.map(|counted| (*claim, counted)));
+        }
+        Ok(counters)
+    }
+
+    fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>> {
+        // Where nothing is pinned, nobody has to find out what the kernel can do.
+        if !loaded::is_pinned() {
+            return Ok(Vec::new());
+        }
+        match open(host)? {
+            Found::Loaded(loaded) => path::leftovers(&loaded, records),
+            Found::Missing(_) => Ok(Vec::new()),
+        }
+    }
+
+    fn path(
+        &self,
+        host: &Host,
+        record: &Record,
+        claim: &Claim,
+        _related: &[Record],
+        _parts: &BTreeSet<Part>,
+    ) -> Result<Vec<Step>> {
+        match open(host)? {
+            Found::Loaded(loaded) => path::steps(host, &loaded, record, claim),
+            Found::Missing(what) => {
+                Ok(vec![Step { place: "eBPF maps".into(), what, found: false }])
+            }
+        }
+    }
+}
+
+fn entry_problems(loaded: &Loaded, record: &Record, related: &[Record]) -> Result<Vec<String>> {
+    let keys = objects::keys(record);
+    let expected = objects::claims_at(&keys, related, Some(record));
+    entries::problems(&loaded.maps, &keys, &expected).map_err(failed("read the eBPF maps"))
+}
+
+/// What is wrong for all attachments.
+fn node_problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
+    // As they are now: pods and the node's own sockets reach no others.
+    let now = host.node_facts()?;
+    let mut problems = Vec::new();
+    for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(&now))
+        .map_err(failed("read the eBPF maps"))?
+    {
+        problems.push(format!("{} is not known as an address of the node", addr.ip()));
+    }
+    problems.extend(devices::problems(host, loaded, &host.links()?, &now)?);
+    problems.extend(sockets::problems(host, loaded)?);
+    Ok(problems)
 }
 
 impl Apply for Ebpf {

@@ -115,7 +115,7 @@ pub fn addresses(facts: &NodeFacts) -> BTreeMap<Addr, u32> {
 /// `tcp 192.0.2.1:80`, for messages.
 #[must_use]
 pub fn describe(key: &ClaimKey) -> String {
-    let protocol = [Protocol::Sctp, Protocol::Tcp, Protocol::Udp]
+    let protocol = Protocol::ALL
         .into_iter()
         .find(|protocol| protocol.number() == key.protocol)
         .map_or("?", Protocol::name);

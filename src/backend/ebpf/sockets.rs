@@ -206,6 +206,30 @@ pub fn problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
     Ok(problems)
 }
 
+/// What should be attached to cgroups, and whether it is effective: cgroup, hook, program. None where
+/// nothing can be attached.
+pub fn hooked(
+    host: &Host,
+    loaded: &Loaded,
+) -> Result<Vec<(String, SocketHook, &'static str, bool)>> {
+    let Ok(places) = places::find(host) else {
+        return Ok(Vec::new());
+    };
+    let ids = loaded.loaded(&places.hooks.iter().map(|(_, name)| *name).collect())?;
+    let mut hooked = Vec::new();
+    for place in &places.cgroups {
+        for (hook, name) in &places.hooks {
+            let effective = match place.effective(*hook) {
+                Err(error) if is_gone(&error) => continue,
+                other => other.map_err(|error| looking(place, error))?,
+            };
+            let there = ids.get(*name).is_some_and(|id| effective.contains(id));
+            hooked.push((place.name().to_owned(), *hook, *name, there));
+        }
+    }
+    Ok(hooked)
+}
+
 /// Takes this plugin's programs off all cgroups that they may be attached to.
 pub fn detach(host: &Host, loaded: Option<&Loaded>) -> Result<()> {
     let places = places::all();

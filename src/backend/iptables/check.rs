@@ -73,21 +73,8 @@ pub fn raw_problems(listing: &Listing) -> Vec<String> {
 /// The way from `CNI-HOSTPORT-DNAT` to the attachment's chain: there, and met first.
 fn entry_problems(record: &Record, family: Family, listing: &Listing) -> Vec<String> {
     let mut problems = Vec::new();
-    let conditional = !record.options.conditions(family).is_empty();
     for rule in entry_rules(record, family) {
-        // Conditions are printed by the kernel in a form of their own: only what this plugin adds
-        // to them is compared.
-        let found = listing.rules(DNAT).iter().position(|present| {
-            if conditional {
-                target_of(present) == target_of(&rule)
-                    && ["-p", "--dports", "--comment"]
-                        .iter()
-                        .all(|name| option(present, name) == option(&rule, name))
-            } else {
-                canonical(present) == canonical(&rule)
-            }
-        });
-        let Some(found) = found else {
+        let Some(found) = entry_position(record, family, &rule, listing) else {
             problems.push(format!(
                 "{family}: {} is not reached: chain {DNAT} of table nat has no rule `{rule}`",
                 described(record, family)
@@ -105,10 +92,32 @@ fn entry_problems(record: &Record, family: Family, listing: &Listing) -> Vec<Str
     problems
 }
 
+/// Where in `CNI-HOSTPORT-DNAT` one of the record's entry rules is. Conditions are printed by the
+/// kernel in a form of their own: only what this plugin adds to them is compared.
+pub(super) fn entry_position(
+    record: &Record,
+    family: Family,
+    rule: &str,
+    listing: &Listing,
+) -> Option<usize> {
+    if record.options.conditions(family).is_empty() {
+        return listing.position(DNAT, rule);
+    }
+    listing.rules(DNAT).iter().position(|present| {
+        target_of(present) == target_of(rule)
+            && ["-p", "--dports", "--comment"]
+                .iter()
+                .all(|name| option(present, name) == option(rule, name))
+    })
+}
+
 /// Whether a rule of others could take a packet that is meant for `entry`. Other attachments' chains
 /// are a matter of precedence, not of damage.
 fn takes(rule: &str, entry: &str) -> bool {
-    if target_of(rule).is_some_and(|target| target.starts_with("CNI-DN-")) {
+    // Compared as text: a busy node has hundreds of such rules, each of which is asked about for each.
+    let mut last = rule.rsplit(' ');
+    if last.next().is_some_and(|target| target.starts_with("CNI-DN-")) && last.next() == Some("-j")
+    {
         return false;
     }
     let differs = |name: &str| matches!((option(rule, name), option(entry, name)), (Some(a), Some(b)) if a != b);

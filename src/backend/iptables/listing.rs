@@ -54,11 +54,16 @@ impl Listing {
         self.chains.contains_key(chain)
     }
 
-    /// Index of a rule in its chain, compared by meaning.
+    /// Index of a rule in its chain, compared by meaning. Where it stands as it is spelt here, which it
+    /// does unless the tool is another version, nothing is taken apart.
     #[must_use]
     pub fn position(&self, chain: &str, rule: &str) -> Option<usize> {
-        let wanted = canonical(rule);
-        self.rules(chain).iter().position(|present| canonical(present) == wanted)
+        let rules = self.rules(chain);
+        let same = rules.iter().position(|present| present == rule);
+        same.or_else(|| {
+            let wanted = canonical(rule);
+            rules.iter().position(|present| canonical(present) == wanted)
+        })
     }
 
     /// The rules of a chain that lead to another.

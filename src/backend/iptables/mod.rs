@@ -5,6 +5,7 @@
 pub mod check;
 pub mod listing;
 mod marks;
+pub mod path;
 pub mod rules;
 pub mod script;
 
@@ -13,14 +14,14 @@ use std::collections::BTreeSet;
 use listing::Listing;
 use script::Shared;
 
-use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
+use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::Family;
+use crate::model::{Claim, Family};
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
-use crate::sys::iptables::{is_nft, lacks_chain, list, list_chains, restore};
+use crate::sys::iptables::{is_nft, lacks_chain, list, list_chains, nat_tables, restore};
 use crate::sys::namespace::in_scratch_netns;
 use crate::sys::netlink::nftables::NftReader;
 
@@ -83,6 +84,78 @@ impl Observe for Iptables {
             problems.extend(check::raw_problems(&listing));
         }
         Ok(problems)
+    }
+
+    /// Each table is listed once.
+    fn survey(
+        &self,
+        host: &Host,
+        records: &[Record],
+        parts: &BTreeSet<Part>,
+        facts: &NodeFacts,
+    ) -> Result<Vec<Vec<String>>> {
+        let mut problems = vec![Vec::new(); records.len()];
+        for family in Family::ALL {
+            if !parts.contains(&Part::Base(family)) {
+                continue;
+            }
+            let listing = list(host, family, "nat")
+                .map_err(|error| failed("read the rules", family, error))?;
+            for (record, problems) in records.iter().zip(&mut problems) {
+                if record.network(family).is_some() {
+                    let uplinks = Some(&facts.uplinks);
+                    problems.extend(check::nat_problems(record, family, &listing, uplinks));
+                }
+            }
+        }
+        if parts.contains(&Part::Guard) {
+            let listing = list(host, Family::V4, "raw")
+                .map_err(|error| failed("read the rules", Family::V4, error))?;
+            let found = check::raw_problems(&listing);
+            for (record, problems) in records.iter().zip(&mut problems) {
+                if record.parts().contains(&Part::Guard) {
+                    problems.extend(found.iter().cloned());
+                }
+            }
+        }
+        Ok(problems)
+    }
+
+    fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>> {
+        let recorded = records.iter().map(|record| record.chain.as_str()).collect();
+        let mut leftovers = Vec::new();
+        for family in Family::ALL {
+            for (variant, listing) in nat_tables(host, family) {
+                match listing {
+                    Ok(listing) => leftovers.extend(path::leftovers(
+                        variant.name(),
+                        family,
+                        &listing,
+                        &recorded,
+                    )),
+                    Err(error) => host.warn(format!(
+                        "table nat of {} ({family}) cannot be read: {error}",
+                        variant.name()
+                    )),
+                }
+            }
+        }
+        Ok(leftovers)
+    }
+
+    fn path(
+        &self,
+        host: &Host,
+        record: &Record,
+        claim: &Claim,
+        _related: &[Record],
+        _parts: &BTreeSet<Part>,
+    ) -> Result<Vec<Step>> {
+        let chains =
+            ["PREROUTING", "OUTPUT", "POSTROUTING", rules::DNAT, rules::MASQ, &record.chain];
+        let listing = list_chains(host, claim.family, "nat", &chains)
+            .map_err(|error| failed("read the rules", claim.family, error))?;
+        Ok(path::steps(record, claim, &listing))
     }
 }
 

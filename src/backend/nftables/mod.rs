@@ -4,16 +4,18 @@
 pub mod objects;
 pub mod scaffold;
 pub mod script;
+pub mod upstream;
 
 use std::collections::BTreeSet;
 
 use objects::{Atom, Data, Names, Objects, Place};
-use scaffold::TABLE;
+use scaffold::{BaseChain, TABLE};
 use serde_json::{Value, json};
 
-use super::{Apply, Change, Desired, Observe, Outcome, Unrecorded, Unusable};
+use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
+use crate::model::{Claim, Family};
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
@@ -101,6 +103,86 @@ impl Observe for Nftables {
         }
         Ok(problems)
     }
+
+    fn leftovers(&self, host: &Host, _records: &[Record]) -> Result<Vec<Leftover>> {
+        let mut leftovers = Vec::new();
+        // A kernel without nf_tables has no table to look at.
+        let Ok(mut reader) = NftReader::open() else {
+            return Ok(leftovers);
+        };
+        for family in Family::ALL {
+            if !reader.table_exists(family.into(), upstream::TABLE).unwrap_or(false) {
+                continue;
+            }
+            let name = objects::ip_name(family);
+            match nft::list_table(host, name, upstream::TABLE) {
+                Ok(objects) => leftovers.extend(upstream::leftovers(family, &objects)),
+                Err(error) => host.warn(format!(
+                    "table {name} {} of upstream's plugin cannot be read: {error}",
+                    upstream::TABLE
+                )),
+            }
+        }
+        Ok(leftovers)
+    }
+
+    fn path(
+        &self,
+        _host: &Host,
+        record: &Record,
+        claim: &Claim,
+        related: &[Record],
+        parts: &BTreeSet<Part>,
+    ) -> Result<Vec<Step>> {
+        let read = |error| Error::io("read the nftables rules (netlink)", error);
+        let mut reader = NftReader::open().map_err(read)?;
+        let mut steps = Vec::new();
+        let shown = ["prerouting", "output", "hostports"];
+        for (chain, rules) in scaffold::chains(parts) {
+            if shown.contains(&chain) {
+                let found = reader.rule_comments(NftFamily::Inet, TABLE, chain).map_err(read)?;
+                let base = scaffold::base_chains(parts).into_iter().find(|base| base.name == chain);
+                let hooked = match &base {
+                    Some(base) => is_hooked(&mut reader, base).map_err(read)?,
+                    None => true,
+                };
+                steps.push(Step {
+                    place: format!("inet {TABLE} {chain}"),
+                    what: match base {
+                        Some(base) => format!(
+                            "nat hook {chain} priority {}: to addresses of the node, jump hostports",
+                            base.priority
+                        ),
+                        None => format!("{} rules that look into the maps", rules.len()),
+                    },
+                    found: hooked && found == comments_of(chain, &rules),
+                });
+            }
+        }
+        // In the order of the packet: through the base chains first.
+        steps.sort_by_key(|step| step.place.ends_with("hostports"));
+        let expected = objects_of(related, [Some(record)], &objects::names_of_claim(claim));
+        for (place, element) in &expected.elements {
+            let found =
+                reader.element(NftFamily::Inet, TABLE, &place.set, &key(place)).map_err(read)?;
+            steps.push(Step {
+                place: format!("inet {TABLE} @{}", place.set),
+                what: format!("{} :{}", key_text(place), describe_data(&element.data)),
+                found: found.is_some_and(|found| holds(&found, &element.data)),
+            });
+        }
+        for (chain, rules) in &expected.chains {
+            let comments: Vec<Option<String>> =
+                rules.iter().map(|(_, owner)| Some(owner.clone())).collect();
+            let found = reader.rule_comments(NftFamily::Inet, TABLE, chain).map_err(read)?;
+            steps.push(Step {
+                place: format!("inet {TABLE} {chain}"),
+                what: format!("{} rules with conditions or a mark", rules.len()),
+                found: found == comments,
+            });
+        }
+        Ok(steps)
+    }
 }
 
 impl Apply for Nftables {
@@ -146,13 +228,13 @@ impl Apply for Nftables {
         };
         for (family, name) in [(NftFamily::Ip, "ip"), (NftFamily::Ip6, "ip6")] {
             // An error means that the kernel has no nf_tables, and so no table.
-            if !reader.table_exists(family, UPSTREAM_TABLE).unwrap_or(false) {
+            if !reader.table_exists(family, upstream::TABLE).unwrap_or(false) {
                 continue;
             }
-            let objects = nft::list_table(host, name, UPSTREAM_TABLE).map_err(failed)?;
+            let objects = nft::list_table(host, name, upstream::TABLE).map_err(failed)?;
             let commands: Vec<Value> =
-                objects.iter().filter_map(|object| upstream_rule(object, unrecorded)).map(|(chain, handle)| {
-                    json!({"delete": {"rule": {"family": name, "table": UPSTREAM_TABLE, "chain": chain, "handle": handle}}})
+                objects.iter().filter_map(|object| upstream::rule_of(object, unrecorded)).map(|(chain, handle)| {
+                    json!({"delete": {"rule": {"family": name, "table": upstream::TABLE, "chain": chain, "handle": handle}}})
                 }).collect();
             if !commands.is_empty() {
                 nft::apply(host, &json!({ "nftables": commands }).to_string()).map_err(failed)?;
@@ -160,21 +242,6 @@ impl Apply for Nftables {
         }
         Ok(())
     }
-}
-
-/// The table of upstream's nftables backend (1.6.0 and later).
-const UPSTREAM_TABLE: &str = "cni_hostport";
-
-/// Chain and handle of a rule that upstream made for the attachment. Its comment is the container
-/// ID alone, which does not tell networks apart, so rules of a whole network cannot be found.
-fn upstream_rule(object: &Value, unrecorded: &Unrecorded) -> Option<(String, u64)> {
-    let Unrecorded::One { attachment, .. } = unrecorded else {
-        return None;
-    };
-    let rule = object.get("rule")?;
-    let owner = rule.get("comment")?.as_str()?;
-    (owner == attachment.container_id)
-        .then(|| Some((rule.get("chain")?.as_str()?.to_owned(), rule.get("handle")?.as_u64()?)))?
 }
 
 fn objects_of<const N: usize>(
@@ -191,13 +258,7 @@ fn objects_of<const N: usize>(
 fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
     let mut reader = NftReader::open()?;
     for base in scaffold::base_chains(parts) {
-        let hooked = reader
-            .chain(NftFamily::Inet, TABLE, base.name)?
-            .and_then(|chain| chain.base)
-            .is_some_and(|found| {
-                found.priority == base.priority && found.hook == hook_number(base.hook)
-            });
-        if !hooked {
+        if !is_hooked(&mut reader, &base)? {
             return Ok(Some(format!(
                 "table inet {TABLE} has no base chain {} at priority {}",
                 base.name, base.priority
@@ -205,11 +266,7 @@ fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
         }
     }
     for (chain, rules) in scaffold::chains(parts) {
-        let expected: Vec<Option<String>> = rules
-            .iter()
-            .enumerate()
-            .map(|(index, rule)| Some(scaffold::comment(chain, index, rule)))
-            .collect();
+        let expected = comments_of(chain, &rules);
         let found = reader.rule_comments(NftFamily::Inet, TABLE, chain)?;
         if found != expected {
             let named = |comments: Vec<Option<String>>| {
@@ -227,6 +284,19 @@ fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+fn is_hooked(reader: &mut NftReader, base: &BaseChain) -> std::io::Result<bool> {
+    let found = reader.chain(NftFamily::Inet, TABLE, base.name)?.and_then(|chain| chain.base);
+    Ok(found.is_some_and(|found| {
+        found.priority == base.priority && found.hook == hook_number(base.hook)
+    }))
+}
+
+/// The comments that a chain of the scaffold has, by which it is known to be whole.
+fn comments_of(chain: &str, rules: &[Value]) -> Vec<Option<String>> {
+    let comment = |(index, rule)| Some(scaffold::comment(chain, index, rule));
+    rules.iter().enumerate().map(comment).collect()
 }
 
 /// `NF_INET_*` (linux/netfilter.h).
@@ -264,6 +334,11 @@ fn holds(found: &crate::sys::netlink::nftables::Element, data: &Data) -> bool {
 }
 
 fn describe(place: &Place) -> String {
+    format!("{} in {} of table inet {TABLE}:", key_text(place), place.set)
+}
+
+/// As nft writes it.
+fn key_text(place: &Place) -> String {
     let key: Vec<String> = place
         .key
         .iter()
@@ -274,7 +349,7 @@ fn describe(place: &Place) -> String {
             Atom::Device(name) => name.clone(),
         })
         .collect();
-    format!("{} in {} of table inet {TABLE}:", key.join(" . "), place.set)
+    key.join(" . ")
 }
 
 fn describe_data(data: &Data) -> String {

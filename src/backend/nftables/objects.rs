@@ -170,11 +170,18 @@ pub fn names_of(record: &Record) -> Names {
     let alone = Objects::of(&[record]);
     let mut names = Names { places: alone.elements.into_keys().collect(), chains: BTreeSet::new() };
     for claim in record.claims() {
-        let places = ClaimPlaces::of(&claim);
-        names.chains.insert(places.chain);
-        names.places.extend([places.address, places.port, places.own]);
+        let own = names_of_claim(&claim);
+        names.chains.extend(own.chains);
+        names.places.extend(own.places);
     }
     names
+}
+
+/// Everything by which packets to a claim find their way.
+#[must_use]
+pub fn names_of_claim(claim: &Claim) -> Names {
+    let ClaimPlaces { address, port, own, chain } = ClaimPlaces::of(claim);
+    Names { places: [address, port, own].into(), chains: [chain].into() }
 }
 
 /// Where a claim is written.

@@ -116,12 +116,18 @@ impl NftReader {
     /// All chains of a table; none if the table does not exist. The kernel goes through the chains
     /// of every table of the family for this; [`NftReader::chain`] does not.
     pub fn chains(&mut self, family: NftFamily, table: &str) -> io::Result<Vec<Chain>> {
+        let mut all = self.all_chains(family)?;
+        all.retain(|(of, _)| of == table);
+        Ok(all.into_iter().map(|(_, chain)| chain).collect())
+    }
+
+    /// The chains of every table of a family, with the names of their tables.
+    pub fn all_chains(&mut self, family: NftFamily) -> io::Result<Vec<(String, Chain)>> {
         let request = message::<DefaultNla>(libc::NFT_MSG_GETCHAIN, family, &[]);
         let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWCHAIN);
         self.socket.dump(&request, |kind, payload| {
-            let rest = payload.get(NFGENMSG_LENGTH..)?;
-            let ours = kind == new && named(rest, NFTA_CHAIN_TABLE, table);
-            ours.then(|| chain(rest)).flatten()
+            let rest = payload.get(NFGENMSG_LENGTH..).filter(|_| kind == new)?;
+            Some((text(find(rest, NFTA_CHAIN_TABLE)?), chain(rest)?))
         })
     }
 

@@ -74,6 +74,22 @@ pub fn is_recorded(dir: &Path, id: &str) -> bool {
     record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
 }
 
+/// Whether there is any record, without a lock: for those who only look, where opening would make the
+/// directory.
+#[must_use]
+pub fn has_records(dir: &Path) -> bool {
+    fs::read_dir(dir.join("records")).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// A record that cannot be read as one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damaged {
+    pub id: String,
+    pub reason: String,
+    /// Path of the network namespace, where that much can be read.
+    pub netns: Option<String>,
+}
+
 /// Whether some record has this backend, without a lock: for the calls that have nothing to do.
 #[must_use]
 pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
@@ -250,6 +266,26 @@ impl Store {
         }
         records.sort_by_key(|record| record.order);
         Ok((records, problems))
+    }
+
+    /// The records that cannot be read, and are not a newer version's.
+    pub fn damaged(&self) -> Result<Vec<Damaged>> {
+        let mut found = Vec::new();
+        for name in entries(&self.dir.join("records"))? {
+            let name = name?;
+            let Some(id) = name.strip_suffix(".json") else {
+                continue;
+            };
+            if let Found::Damaged(reason) = self.read(id)? {
+                let text = fs::read(record_path(&self.dir, id)).unwrap_or_default();
+                let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+                let netns = value.get("netns").and_then(|netns| netns.as_str());
+                let netns = netns.filter(|netns| !netns.is_empty()).map(str::to_owned);
+                found.push(Damaged { id: id.to_owned(), reason, netns });
+            }
+        }
+        found.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(found)
     }
 
     /// Removes everything of a record that cannot be read.

@@ -14,7 +14,7 @@ use super::socket::{Message, NetlinkSocket};
 use crate::model::{Family, Protocol};
 
 pub use connected::{Connection, connected_from, connected_to, destroy};
-pub use waiting::served;
+pub use waiting::{Waiting, served, waiting_on};
 
 // linux/inet_diag.h: `struct inet_diag_msg` is family, state, two timer bytes, the socket's
 // identity and five numbers.

@@ -23,6 +23,8 @@ use super::super::socket::NetlinkSocket;
 use super::{IDENTITY, STATE, ask, domains, request};
 use crate::model::{Claim, Family, Protocol};
 
+/// The last member of `struct inet_diag_msg`.
+const INODE: usize = 68;
 /// Behind `struct inet_diag_msg`.
 const ATTRIBUTES: usize = 72;
 
@@ -54,7 +56,6 @@ pub fn served(claims: &BTreeSet<Claim>) -> io::Result<BTreeSet<Claim>> {
         .filter(|(_, port)| *port != 0)
         .collect();
     for (protocol, port) in ports {
-        let id = SocketId { source_port: port, ..SocketId::new_v6() };
         for domain in [AF_INET, AF_INET6] {
             let of_port = |claim: &Claim| (claim.protocol, claim.port) == (protocol, port);
             let asked: Vec<Claim> = claims
@@ -65,15 +66,35 @@ pub fn served(claims: &BTreeSet<Claim>) -> io::Result<BTreeSet<Claim>> {
             if asked.is_empty() {
                 continue;
             }
-            let states = 1 << waiting_state(protocol);
-            let request = request(SOCK_DIAG_BY_FAMILY, domain, protocol, states, &id);
-            let found =
-                ask(&mut socket, &request, |kind, payload| waiting(protocol, port, kind, payload))?;
+            let found = dump(&mut socket, domain, protocol, port)?;
             let gets = |claim: &Claim| found.iter().any(|waiting| waiting.gets(claim));
             served.extend(asked.into_iter().filter(gets));
         }
     }
     Ok(served)
+}
+
+/// The sockets that wait for traffic to a port, IPv4 ones first. As for errors and kernels that cannot
+/// say, see [`served`].
+pub fn waiting_on(protocol: Protocol, port: u16) -> io::Result<Vec<Waiting>> {
+    let mut socket = NetlinkSocket::open(NETLINK_SOCK_DIAG)?;
+    let mut found = Vec::new();
+    for domain in [AF_INET, AF_INET6] {
+        found.extend(dump(&mut socket, domain, protocol, port)?);
+    }
+    Ok(found)
+}
+
+fn dump(
+    socket: &mut NetlinkSocket,
+    domain: u8,
+    protocol: Protocol,
+    port: u16,
+) -> io::Result<Vec<Waiting>> {
+    let id = SocketId { source_port: port, ..SocketId::new_v6() };
+    let states = 1 << waiting_state(protocol);
+    let request = request(SOCK_DIAG_BY_FAMILY, domain, protocol, states, &id);
+    ask(socket, &request, |kind, payload| waiting(protocol, port, kind, payload))
 }
 
 /// The state of a socket that waits for anybody. A UDP socket is in `TCP_CLOSE`, and in
@@ -86,15 +107,19 @@ fn waiting_state(protocol: Protocol) -> u8 {
 }
 
 /// A socket that waits for traffic.
-#[derive(Debug, PartialEq, Eq)]
-struct Waiting {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
     /// What it is bound to.
-    addresses: Vec<IpAddr>,
-    v6only: bool,
+    pub addresses: Vec<IpAddr>,
+    pub v6only: bool,
+    /// By which its process is found.
+    pub inode: u32,
 }
 
 impl Waiting {
-    fn gets(&self, claim: &Claim) -> bool {
+    /// Whether packets to a claim are its own.
+    #[must_use]
+    pub fn gets(&self, claim: &Claim) -> bool {
         let address = claim.address.filter(|ip| !ip.is_unspecified());
         self.addresses.iter().any(|bound| {
             // An IPv6 socket that is bound to an IPv4-mapped address has to do with IPv4 only.
@@ -129,6 +154,7 @@ fn waiting(protocol: Protocol, port: u16, kind: u16, payload: &[u8]) -> Option<W
     Some(Waiting {
         addresses: std::iter::once(identity.source_address).chain(more).collect(),
         v6only,
+        inode: u32::from_ne_bytes(*payload.get(INODE..)?.first_chunk()?),
     })
 }
 
@@ -168,7 +194,8 @@ mod tests {
         bytes.extend(port.to_be_bytes());
         bytes.extend([0, 0]);
         bytes.extend(octets);
-        bytes.resize(72, 0);
+        bytes.resize(68, 0);
+        bytes.extend(0x0403_0201_u32.to_ne_bytes());
         bytes.extend(attributes);
         bytes
     }
@@ -189,7 +216,8 @@ mod tests {
 
     #[test]
     fn an_answer_is_state_port_address_and_v6only() {
-        let expected = |bound, v6only| Waiting { addresses: vec![ip(bound)], v6only };
+        let expected =
+            |bound, v6only| Waiting { addresses: vec![ip(bound)], v6only, inode: 0x0403_0201 };
         assert_eq!(tcp("192.0.2.1", &[]), expected("192.0.2.1", false));
         assert_eq!(tcp("::", &[]), expected("::", false));
         assert_eq!(tcp("::", &v6only(0)), expected("::", false));

@@ -1,0 +1,107 @@
+//! The table of upstream's nftables backend (1.6.0 and later), as nft lists it. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use serde_json::Value;
+
+use crate::backend::{Leftover, Unrecorded};
+use crate::model::{Claim, Family, Forward, Protocol};
+
+/// Its name, in the families ip and ip6.
+pub const TABLE: &str = "cni_hostport";
+
+/// Chain and handle of a rule that upstream made for the attachment. Its comment is the container
+/// ID alone, which does not tell networks apart, so rules of a whole network cannot be found.
+#[must_use]
+pub fn rule_of(object: &Value, unrecorded: &Unrecorded) -> Option<(String, u64)> {
+    let Unrecorded::One { attachment, .. } = unrecorded else {
+        return None;
+    };
+    let rule = object.get("rule")?;
+    let owner = rule.get("comment")?.as_str()?;
+    (owner == attachment.container_id)
+        .then(|| Some((rule.get("chain")?.as_str()?.to_owned(), rule.get("handle")?.as_u64()?)))?
+}
+
+/// The containers that the table forwards to.
+#[must_use]
+pub fn leftovers(family: Family, objects: &[Value]) -> Vec<Leftover> {
+    let mut found: BTreeMap<String, BTreeSet<Forward>> = BTreeMap::new();
+    for rule in objects.iter().filter_map(|object| object.get("rule")) {
+        if let Some(forward) = forward(rule, family) {
+            let owner = rule.get("comment").and_then(Value::as_str).unwrap_or_default();
+            found.entry(owner.to_owned()).or_default().insert(forward);
+        }
+    }
+    found
+        .into_iter()
+        .map(|(container_id, forwards)| Leftover {
+            place: "nftables".into(),
+            object: format!("table {} {TABLE}", super::objects::ip_name(family)),
+            network: String::new(),
+            container_id,
+            forwards,
+        })
+        .collect()
+}
+
+/// `ip daddr A tcp dport P dnat to T`, the first match only where a host address is given.
+fn forward(rule: &Value, family: Family) -> Option<Forward> {
+    let (mut address, mut port, mut target) = (None, None, None);
+    for statement in rule.get("expr")?.as_array()? {
+        if let Some(found) = statement.get("match") {
+            let payload = found.get("left")?.get("payload")?;
+            let field = payload.get("field")?.as_str()?;
+            let protocol = payload.get("protocol")?.as_str()?;
+            match field {
+                "daddr" => address = Some(found.get("right")?.as_str()?.parse::<IpAddr>().ok()?),
+                "dport" => {
+                    let number = u16::try_from(found.get("right")?.as_u64()?).ok()?;
+                    port = Some((Protocol::parse(protocol)?, number));
+                }
+                _ => {}
+            }
+        } else if let Some(dnat) = statement.get("dnat") {
+            let ip: IpAddr = dnat.get("addr")?.as_str()?.parse().ok()?;
+            target = Some(SocketAddr::new(ip, u16::try_from(dnat.get("port")?.as_u64()?).ok()?));
+        }
+    }
+    let (protocol, port) = port?;
+    Some(Forward { claim: Claim { family, protocol, address, port }, target: target? })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rules_are_read_by_their_container() {
+        let payload = |protocol: &str, field: &str, right: Value| json!({"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": field}}, "right": right}});
+        let dnat = json!({"dnat": {"addr": "10.0.0.2", "port": 80}});
+        let rule = |expr: Value| json!({"rule": {"family": "ip", "comment": "c1", "handle": 4, "expr": expr}});
+        let objects = [
+            json!({"table": {"family": "ip", "name": TABLE}}),
+            rule(json!([payload("tcp", "dport", json!(8080)), dnat])),
+            rule(json!([
+                payload("ip", "daddr", json!("192.0.2.1")),
+                payload("udp", "dport", json!(53)),
+                dnat
+            ])),
+            rule(json!([payload("ip", "saddr", json!("10.0.0.2")), {"masquerade": null}])),
+        ];
+        let found = leftovers(Family::V4, &objects);
+        let texts: Vec<String> = found
+            .iter()
+            .flat_map(|one| {
+                one.forwards.iter().map(|forward| format!("{} {forward}", one.container_id))
+            })
+            .collect();
+        assert_eq!(
+            texts,
+            ["c1 tcp 0.0.0.0:8080 -> 10.0.0.2:80", "c1 udp 192.0.2.1:53 -> 10.0.0.2:80"]
+        );
+    }
+}

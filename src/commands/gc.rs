@@ -1,0 +1,190 @@
+//! `portmap gc`: what containers have left that went without a DEL.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::flush::describe;
+use super::{CommandError, Terminal, Verdict};
+use crate::backend::{self, Leftover};
+use crate::engine::{Collected, Engine, lock_to_look};
+use crate::error::Error;
+use crate::inventory::short_id;
+use crate::model::BackendKind;
+use crate::record::Record;
+use crate::sys::Host;
+use crate::sys::store::{Damaged, has_records};
+
+/// What to do, and how to report.
+#[derive(Debug, Clone, Copy)]
+pub struct Options<'a> {
+    /// Only say what would go.
+    pub dry_run: bool,
+    pub json: bool,
+    pub state_dir: &'a Path,
+}
+
+/// Removes, or says what would be removed.
+pub fn run(
+    host: &Host,
+    options: &Options,
+    terminal: &mut Terminal,
+) -> Result<Verdict, CommandError> {
+    let engine = match options.dry_run {
+        true => lock_to_look(host, options.state_dir)?,
+        false if has_records(options.state_dir) => {
+            Some(Engine::lock_to_change(host, options.state_dir)?)
+        }
+        false => None,
+    };
+    let mut collected = Collected::default();
+    let mut records = Vec::new();
+    if let Some(engine) = &engine {
+        collected = engine.collect(options.dry_run)?;
+        (records, _) = engine.store.all()?;
+    }
+    let leftovers = leftovers(host, &records);
+    drop(engine);
+    let notes = host.take_warnings();
+    match options.json {
+        true => {
+            let report = as_json(&collected, &leftovers, &notes, options.dry_run);
+            writeln!(terminal.output, "{report}")?;
+        }
+        false => {
+            let report = as_text(&collected, &leftovers, &notes, options.dry_run);
+            write!(terminal.output, "{report}")?;
+        }
+    }
+    let Collected { failed, unclear, unseen, .. } = &collected;
+    Ok(match failed.is_empty() && unclear.is_empty() && unseen.is_empty() {
+        true => Verdict::Fine,
+        false => Verdict::Warnings,
+    })
+}
+
+/// What stays because nobody knows whether its container lives.
+fn leftovers(host: &Host, records: &[Record]) -> Vec<Leftover> {
+    let mut leftovers = Vec::new();
+    for kind in BackendKind::ALL {
+        let own: Vec<Record> =
+            records.iter().filter(|record| record.backend == kind).cloned().collect();
+        match backend::of(kind).leftovers(host, &own) {
+            Ok(found) => leftovers.extend(found),
+            Err(error) => host.warn(format!("what {kind} has cannot be read: {error}")),
+        }
+    }
+    leftovers
+}
+
+/// What was done, or would be, line by line.
+#[must_use]
+pub fn as_text(
+    collected: &Collected,
+    leftovers: &[Leftover],
+    notes: &[String],
+    dry_run: bool,
+) -> String {
+    let mut text = String::new();
+    let (remove, sum) = match dry_run {
+        true => ("would remove", "would be removed"),
+        false => ("removed", "removed"),
+    };
+    for record in &collected.removed {
+        let _ = writeln!(
+            text,
+            "{remove} {}: its network namespace {} is gone",
+            describe(record),
+            record.netns
+        );
+    }
+    for record in &collected.unseen {
+        let _ = writeln!(
+            text,
+            "left {} alone: its network namespace {} cannot be looked for from here; run this where the runtime's namespaces are to be seen",
+            describe(record),
+            record.netns
+        );
+    }
+    for Damaged { id, reason, netns } in &collected.repaired {
+        let netns = netns.as_deref().unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "{remove} the damaged record {id} ({reason}): its network namespace {netns} is gone"
+        );
+    }
+    for Damaged { id, reason, .. } in &collected.unclear {
+        let _ = writeln!(
+            text,
+            "left the damaged record {id} alone ({reason}): its container may be alive; its DEL removes it"
+        );
+    }
+    for leftover in leftovers {
+        let _ = writeln!(
+            text,
+            "left {} alone: nobody knows whether its container is alive: {}",
+            shown(leftover),
+            leftover.explain()
+        );
+    }
+    for (what, error) in &collected.failed {
+        let details = error.details();
+        let details = if details.is_empty() { details } else { format!(": {details}") };
+        let _ = writeln!(text, "cannot remove {what}: {error}{details}");
+    }
+    let gone = collected.removed.len() + collected.repaired.len();
+    let stay = collected.live + collected.unseen.len() + collected.unclear.len();
+    let _ = writeln!(text, "{gone} {sum}, {stay} stay");
+    for note in notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    text
+}
+
+fn shown(leftover: &Leftover) -> String {
+    match leftover.container_id.as_str() {
+        "" => format!("{} ({})", leftover.object, leftover.place),
+        id => format!("{} ({}) of container {}", leftover.object, leftover.place, short_id(id)),
+    }
+}
+
+/// One object.
+#[must_use]
+pub fn as_json(
+    collected: &Collected,
+    leftovers: &[Leftover],
+    notes: &[String],
+    dry_run: bool,
+) -> Value {
+    let damaged = |list: &[Damaged]| -> Vec<Value> {
+        list.iter()
+            .map(|one| json!({"record": one.id, "reason": one.reason, "netns": one.netns}))
+            .collect()
+    };
+    let failed = |(what, error): &(String, Error)| json!({"what": what, "error": error.to_string(), "details": error.details()});
+    let shown = |record: &Record| {
+        json!({
+            "attachment": record.attachment,
+            "netns": record.netns,
+            "backend": record.backend,
+            "claims": record.claims().iter().map(ToString::to_string).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "dryRun": dry_run,
+        "removed": collected.removed.iter().map(shown).collect::<Vec<_>>(),
+        "live": collected.live,
+        "unseen": collected.unseen.iter().map(shown).collect::<Vec<_>>(),
+        "repaired": damaged(&collected.repaired),
+        "unclear": damaged(&collected.unclear),
+        "unrecorded": leftovers.iter().map(|leftover| json!({
+            "place": leftover.place,
+            "object": leftover.object,
+            "network": leftover.network,
+            "containerID": leftover.container_id,
+        })).collect::<Vec<_>>(),
+        "failed": collected.failed.iter().map(failed).collect::<Vec<_>>(),
+        "notes": notes,
+    })
+}

@@ -1,0 +1,62 @@
+//! What is left of attachments whose network namespace is gone, without any call of a runtime.
+
+use super::Engine;
+use crate::error::{Error, Result};
+use crate::record::Record;
+use crate::sys::namespace::{self, Life};
+use crate::sys::store::Damaged;
+
+/// What a collection came to, or would.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// Attachments that are gone with their rules.
+    pub removed: Vec<Record>,
+    /// How many attachments stay.
+    pub live: usize,
+    /// Attachments that stay, because this process cannot see whether they live.
+    pub unseen: Vec<Record>,
+    /// Records that could not be read, and are gone with what their index named.
+    pub repaired: Vec<Damaged>,
+    /// Records that could not be read and stay: their container may be alive.
+    pub unclear: Vec<Damaged>,
+    /// What could not be removed.
+    pub failed: Vec<(String, Error)>,
+}
+
+impl Engine<'_> {
+    /// Removes the attachments whose network namespace is gone; an attachment without a path counts as
+    /// alive. Carries on after an error. `dry` changes nothing and says what would go.
+    pub fn collect(&self, dry: bool) -> Result<Collected> {
+        let mut collected = Collected::default();
+        let (records, _) = self.store.all()?;
+        for record in records {
+            match namespace::life(&record.netns) {
+                Life::Lives => {
+                    collected.live += 1;
+                    continue;
+                }
+                Life::Unknown => {
+                    collected.unseen.push(record);
+                    continue;
+                }
+                Life::Gone => {}
+            }
+            match if dry { Ok(()) } else { self.remove(&record) } {
+                Ok(()) => collected.removed.push(record),
+                Err(error) => collected.failed.push((record.attachment.to_string(), error)),
+            }
+        }
+        for damaged in self.store.damaged()? {
+            // Nothing but the path tells a dead container from one that lives.
+            if damaged.netns.as_ref().is_none_or(|netns| namespace::life(netns) != Life::Gone) {
+                collected.unclear.push(damaged);
+                continue;
+            }
+            match if dry { Ok(()) } else { self.repair(&damaged.id) } {
+                Ok(()) => collected.repaired.push(damaged),
+                Err(error) => collected.failed.push((format!("record {}", damaged.id), error)),
+            }
+        }
+        Ok(collected)
+    }
+}
