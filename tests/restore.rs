@@ -37,7 +37,8 @@ fn what_was_removed_comes_back_for_live_attachments() {
             .collect();
         let mut gone = attachment(&lab.pods[2], "gone");
         gone.netns = "/run/netns/no-such-namespace".into();
-        let gone = (config(2, 9090), gone);
+        // The newest of port 8080, before its namespace went.
+        let gone = (config(2, 8080), gone);
         for (config, pod) in live.iter().chain([&gone]) {
             node.ok("ADD", config, pod);
         }
@@ -70,6 +71,40 @@ fn what_was_removed_comes_back_for_live_attachments() {
         assert_eq!(last_line(&node.restore(false)), "0 attachments, 0 repaired");
         node.assert_clean(&before);
     }
+}
+
+/// A timer without a tool in its PATH still serves those who need none.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_backend_that_cannot_be_read_keeps_nobody_else_from_being_restored() {
+    let lab = Lab::build(Options { pods: 2, ..Options::new(Shape::Ptp) }).unwrap();
+    let node = Node::new(&lab.node, Variant::IptablesNft);
+    let call = |pod: usize, backend: &str| {
+        let mappings = json!([{"hostPort": 8080 + pod, "containerPort": 80}]);
+        let mut config = node.config(mappings, prev_result(&lab, pod, "1.0.0"));
+        config["backend"] = json!(backend);
+        (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+    };
+    let pods = [call(0, "iptables"), call(1, "ebpf")];
+    pods.iter().for_each(|(config, pod)| drop(node.ok("ADD", config, pod)));
+    node.shell("rm -r /sys/fs/bpf/portmap; iptables -t nat -F");
+    let restore = |path: &std::path::Path| {
+        let mut command = std::process::Command::new(PORTMAP);
+        command.env_clear().env("PATH", path).args(["restore", "--state-dir"]).arg(&node.state_dir);
+        plugin::run(&mut command, b"", node.netns).unwrap()
+    };
+    let output = restore(&node.state_dir);
+    assert_eq!(output.status, Some(1), "{}", output.stdout);
+    assert!(output.stdout.contains("repaired container c1"), "{}", output.stdout);
+    assert!(output.stderr.contains("iptables"), "{}", output.stderr);
+    node.ok("CHECK", &pods[1].0, &pods[1].1);
+    node.fails("CHECK", &pods[0].0, &pods[0].1);
+    assert!(restore(&node.path).success());
+    for (config, pod) in &pods {
+        node.ok("CHECK", config, pod);
+        node.ok("DEL", config, pod);
+    }
+    node.flush();
 }
 
 /// What people read, of a node with nftables.

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::{CommandError, Terminal, Verdict, notes};
 use crate::engine::{Engine, Restored};
+use crate::error::Error;
 use crate::record::Record;
 use crate::sys::Host;
 
@@ -23,7 +24,7 @@ pub fn run(
     terminal: &mut Terminal,
 ) -> Result<Verdict, CommandError> {
     let engine = Engine::lock_to_change(host, options.state_dir)?;
-    let Restored { attachments, repaired, dead } = engine.restore()?;
+    let Restored { attachments, repaired, dead, failed } = engine.restore()?;
     if options.json {
         let name = |record: &Record| json!(record.attachment);
         let repaired: Vec<_> = repaired
@@ -37,7 +38,7 @@ pub fn run(
             "notes": host.take_warnings(),
         });
         writeln!(terminal.output, "{report}")?;
-        return Ok(Verdict::Fine);
+        return verdict(failed);
     }
     for (record, problems) in &repaired {
         writeln!(terminal.output, "repaired {}:", record.attachment)?;
@@ -55,5 +56,12 @@ pub fn run(
     let noun = if attachments == 1 { "attachment" } else { "attachments" };
     writeln!(terminal.output, "{attachments} {noun}, {} repaired", repaired.len())?;
     notes(host, terminal)?;
-    Ok(Verdict::Fine)
+    verdict(failed)
+}
+
+fn verdict(failed: Vec<Error>) -> Result<Verdict, CommandError> {
+    match failed.is_empty() {
+        true => Ok(Verdict::Fine),
+        false => Err(Error::Several { what: "restoring hostPorts".into(), errors: failed }.into()),
+    }
 }

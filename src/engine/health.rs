@@ -8,7 +8,7 @@ use super::{Engine, localnet_path};
 use crate::backend::Observe;
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
-use crate::record::{IndexKey, Record};
+use crate::record::{IndexKey, Part, Record};
 use crate::sys::namespace::{self, Life};
 use crate::sys::sysctl;
 
@@ -21,6 +21,8 @@ pub struct Restored {
     pub repaired: Vec<(Record, Vec<String>)>,
     /// Attachments whose network namespace is gone: nothing was put back for them.
     pub dead: Vec<Record>,
+    /// What could not be looked at, or not be repaired.
+    pub failed: Vec<Error>,
 }
 
 impl Engine<'_> {
@@ -37,8 +39,21 @@ impl Engine<'_> {
         let parts = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
         let observer: &dyn Observe = self.backend(record.backend)?;
-        let mut problems =
-            observer.problems(self.host, record, &related, &parts, &facts, recorded)?;
+        let look = |related: &[Record], parts: &BTreeSet<Part>| {
+            observer.problems(self.host, record, related, parts, &facts, recorded)
+        };
+        let mut problems = look(&related, &parts)?;
+        if !problems.is_empty() {
+            let (mut records, _) = self.store.all()?;
+            records.retain(|other| other.backend == record.backend);
+            if let Some(living) = living(&records) {
+                related.retain(|record| namespace::life(&record.netns) != Life::Gone);
+                let parts = living.iter().flat_map(Record::parts).collect();
+                if look(&related, &parts)?.is_empty() {
+                    problems = Vec::new();
+                }
+            }
+        }
         problems.extend(localnet_problem(record));
         Ok(problems)
     }
@@ -58,7 +73,14 @@ impl Engine<'_> {
             if own.is_empty() {
                 continue;
             }
-            let problems = self.problems_of_all(kind, &own)?;
+            let problems = match self.problems_of_all(kind, &own) {
+                Ok(problems) => problems,
+                // The other backends' are none the worse for it.
+                Err(error) => {
+                    restored.failed.push(error);
+                    continue;
+                }
+            };
             for (record, problems) in own.into_iter().zip(problems) {
                 if namespace::life(&record.netns) == Life::Gone {
                     restored.dead.push(record);
@@ -71,20 +93,24 @@ impl Engine<'_> {
             }
         }
         let facts = self.host.node_facts()?;
-        let mut errors = Vec::new();
         for (kind, records) in wrong {
             let lost =
                 Lost { without: restored.dead.iter().map(Record::id).collect(), ..Lost::default() };
             match self.restore_without(kind, None, None, &lost, &facts, &BTreeSet::new()) {
                 Ok(()) => restored.repaired.extend(records),
-                Err(error) => errors.push(error),
+                Err(error) => restored.failed.push(error),
             }
         }
-        match errors.is_empty() {
-            true => Ok(restored),
-            false => Err(Error::Several { what: "restoring hostPorts".into(), errors }),
-        }
+        Ok(restored)
     }
+}
+
+/// The records whose network namespaces are not gone; `None` if these are all. Restoring puts nothing
+/// back for the dead, which is no fault of those who live: the kernel may be right with them or without.
+pub(super) fn living(records: &[Record]) -> Option<Vec<Record>> {
+    let lives = |record: &&Record| namespace::life(&record.netns) != Life::Gone;
+    let living: Vec<Record> = records.iter().filter(lives).cloned().collect();
+    (living.len() < records.len()).then_some(living)
 }
 
 pub(super) fn localnet_problem(record: &Record) -> Option<String> {

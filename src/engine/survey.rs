@@ -1,10 +1,10 @@
 //! Everything that forwards on this node, as it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::Engine;
-use super::health::localnet_problem;
+use super::health::{living, localnet_problem};
 use crate::backend::{self, Step};
 use crate::claims::holdings;
 use crate::error::{Error, Result};
@@ -90,6 +90,19 @@ impl Engine<'_> {
     ) -> Result<Vec<Vec<String>>> {
         let (parts, facts) = (self.store.parts(kind)?, self.known_facts(kind)?);
         let mut problems = self.backend(kind)?.survey(self.host, records, &parts, &facts)?;
+        if problems.iter().any(|problems| !problems.is_empty())
+            && let Some(living) = living(records)
+        {
+            let parts = living.iter().flat_map(Record::parts).collect();
+            let without = self.backend(kind)?.survey(self.host, &living, &parts, &facts)?;
+            let sound = living.iter().zip(&without).filter(|(_, problems)| problems.is_empty());
+            let sound: BTreeSet<String> = sound.map(|(record, _)| record.id()).collect();
+            for (record, problems) in records.iter().zip(&mut problems) {
+                if sound.contains(&record.id()) {
+                    problems.clear();
+                }
+            }
+        }
         for (record, problems) in records.iter().zip(&mut problems) {
             problems.extend(localnet_problem(record));
         }
