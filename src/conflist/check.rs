@@ -7,6 +7,7 @@ use super::spans::{Json, Kind, Position, Refusal};
 use super::{List, PLUGIN, Plugin};
 use crate::cni::envelope::Envelope;
 use crate::conf::{self, NetConf};
+use crate::model::BackendKind;
 
 /// Keys that runtimes and the specification give to every plugin.
 const COMMON_KEYS: [&str; 9] = [
@@ -152,6 +153,21 @@ impl Analysis {
         if !rest.is_empty() || first.iter().all(|plugin| plugin.name != PLUGIN) {
             let name = list.json.exact("name").map(|member| raw(list.text, &member.value));
             self.named(list, plugin, name, version);
+        }
+        self.bandwidth(list);
+    }
+
+    /// That plugin's ingress qdisc has the place of the clsact qdisc which eBPF makes on a pod's link.
+    fn bandwidth(&mut self, list: &List) {
+        let ebpf = self.conf.as_ref().is_some_and(|conf| conf.backend == Some(BackendKind::Ebpf));
+        let after = list.plugins.iter().skip_while(|plugin| plugin.name != PLUGIN);
+        for plugin in after.filter(|plugin| ebpf && plugin.name == "bandwidth") {
+            self.find(
+                Severity::Broken,
+                list.position(&plugin.json),
+                "bandwidth stands behind portmap with eBPF, which has the place of its qdisc by then: pods whose traffic is limited do not start",
+                "move it before portmap",
+            );
         }
     }
 
@@ -315,6 +331,10 @@ mod tests {
         finds(&after(&format!(r#"{{{CAPS},"Snat":^"yes"}}"#)), Broken, r#"snat is "yes""#);
         finds(&after(&format!(r#"{{{CAPS},"markMasqBit":^32}}"#)), Broken, "from 0 to 31");
         finds(&after(&format!(r#"{{{CAPS}}},^{{{CAPS}}}"#)), Warning, "more than once");
+        const EBPF: &str =
+            r#"{"type":"portmap","capabilities":{"portMappings":true},"backend":"ebpf"}"#;
+        let shaped = after(&format!(r#"{EBPF},^{{"type":"bandwidth"}}"#));
+        finds(&shaped, Broken, "bandwidth stands behind portmap");
         finds(&list(r#"{"type":"ptp","capabilities":{"a":^1}}"#), Broken, "refuse the whole list");
         let of = |head: &str| format!(r#"{{{head}"plugins":[{PTP},{{{CAPS}}}]}}"#);
         finds(&format!("^{}", of(r#""cniVersion":"1.0.0","#)), Broken, "name is absent");
