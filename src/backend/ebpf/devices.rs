@@ -1,10 +1,11 @@
 //! Programs at the node's devices: compared with what should be there, and put in place.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod plan;
+
 use std::io;
 
 use super::filters::Filters;
-use super::hooks::{self, Hook, Means, Mechanism};
+use super::hooks::{Hook, Mechanism};
 use super::loaded::Loaded;
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
@@ -13,6 +14,7 @@ use crate::sys::bpf::Direction;
 use crate::sys::bpf::program::Program;
 use crate::sys::bpf::tcx;
 use crate::sys::netlink::route::Link;
+use plan::{Chained, Found, Plan, chain};
 
 /// Names of all programs for devices, by which this plugin's are known, whichever object they are from.
 const PROGRAMS: [&str; 5] = ["pm_uplink_in", "pm_uplink_in_l3", "pm_pod_in", "pm_out", "pm_out_l3"];
@@ -42,37 +44,6 @@ pub enum Mode {
     Extend,
     /// Replace them.
     Restore,
-}
-
-/// A program by tcx, and whether it is one of this plugin's.
-#[derive(Debug, Clone, Copy)]
-struct Chained {
-    id: u32,
-    ours: bool,
-}
-
-/// What is to be where, and what is there.
-struct Plan {
-    /// The kernel has tcx.
-    tcx: bool,
-    hooks: Vec<Hook>,
-    /// Programs by tcx, in the order in which they run.
-    chains: BTreeMap<(u32, Direction), Vec<Chained>>,
-    /// Devices that need no program (any more).
-    others: Vec<(u32, String)>,
-}
-
-/// What is found in a hook's place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Found {
-    Right,
-    Nothing,
-    /// The program, behind others' of tcx, of which this is the first one.
-    Behind(u32),
-    /// Another version's program.
-    Former(u32),
-    /// The program, and by the other mechanism one more.
-    Twice,
 }
 
 /// Puts programs in their places, and takes those off that have none any more. Says false, and has
@@ -216,119 +187,6 @@ pub fn detach(host: &Host, links: &[Link]) -> Result<()> {
     Ok(())
 }
 
-impl Plan {
-    fn make(host: &Host, links: &[Link], facts: &NodeFacts, scope: Scope) -> Result<Self> {
-        let tcx = host.kernel()?.tcx;
-        let mut means = Means { tcx, cilium: host.has_cilium(), taken: BTreeSet::new() };
-        let mut chains = BTreeMap::new();
-        let mut known = BTreeMap::new();
-        let looked_at: Vec<&Link> =
-            links.iter().filter(|link| scope.has(link) && !link.loopback).collect();
-        for link in &looked_at {
-            for direction in Direction::ALL {
-                let ids = match chain(tcx, link.index, direction) {
-                    Err(error) if is_gone(&error) => continue,
-                    other => other.map_err(|error| {
-                        Error::io(format!("list the eBPF programs of {}", link.name), error)
-                    })?,
-                };
-                let mut chained = Vec::new();
-                for id in ids {
-                    let ours = match known.get(&id) {
-                        Some(ours) => *ours,
-                        None => own(id)
-                            .map_err(|error| {
-                                Error::io(
-                                    format!("look at eBPF program {id} of {}", link.name),
-                                    error,
-                                )
-                            })?
-                            .is_some(),
-                    };
-                    known.insert(id, ours);
-                    if !ours {
-                        means.taken.insert(link.index);
-                    }
-                    chained.push(Chained { id, ours });
-                }
-                chains.insert((link.index, direction), chained);
-            }
-        }
-        // Masters outside of the scope are still masters.
-        let mut hooks = hooks::hooks(links, facts, &means);
-        hooks.retain(|hook| looked_at.iter().any(|link| link.index == hook.index));
-        let others = looked_at
-            .iter()
-            .filter(|link| hooks.iter().all(|hook| hook.index != link.index))
-            .map(|link| (link.index, link.name.clone()))
-            .collect();
-        Ok(Plan { tcx, hooks, chains, others })
-    }
-
-    fn programs(&self) -> BTreeSet<&'static str> {
-        self.hooks.iter().map(|hook| hook.program).collect()
-    }
-
-    fn chain(&self, hook: &Hook) -> &[Chained] {
-        self.chains.get(&(hook.index, hook.direction)).map_or(&[], Vec::as_slice)
-    }
-
-    /// Whether the program is in its place by tcx, and none of another version beside it.
-    fn leads(&self, hook: &Hook, id: u32) -> bool {
-        let mut ours = self.chain(hook).iter().filter(|one| one.ours);
-        hook.mechanism == Mechanism::Tcx
-            && self.chain(hook).first().is_some_and(|first| first.id == id)
-            && ours.all(|one| one.id == id)
-    }
-
-    fn look(&self, filters: &mut Filters, hook: &Hook, id: u32) -> Result<Found> {
-        let filter = filters
-            .program(hook.index, hook.direction)
-            .map_err(|error| failed(hook, "look at the filters", error))?;
-        let chain = self.chain(hook);
-        let former = chain.iter().find(|one| one.ours && one.id != id).map(|one| one.id);
-        if let Some(former) = former.or(filter.filter(|filter| *filter != id)) {
-            return Ok(Found::Former(former));
-        }
-        let in_chain = chain.iter().any(|one| one.ours);
-        Ok(match (hook.mechanism, chain.first()) {
-            _ if in_chain && filter.is_some() => Found::Twice,
-            (Mechanism::Clsact, _) if filter.is_some() => Found::Right,
-            // Where there was no room for a filter.
-            (Mechanism::Clsact, Some(first)) if first.id == id => Found::Right,
-            (Mechanism::Tcx, Some(first)) if first.id == id => Found::Right,
-            (Mechanism::Tcx, Some(first)) if in_chain => Found::Behind(first.id),
-            _ => Found::Nothing,
-        })
-    }
-
-    /// Whether there are programs by tcx where none is needed.
-    fn has_strays(&self) -> bool {
-        let is_other = |device: &u32| self.others.iter().any(|(index, _)| index == device);
-        self.chains
-            .iter()
-            .any(|((device, _), chain)| is_other(device) && chain.iter().any(|one| one.ours))
-    }
-
-    /// A port that has come to a bridge, a device that has lost its addresses: where packets pass
-    /// two programs, the second one takes them for direct connections to the pod.
-    fn clear_others(&self, filters: &mut Filters) -> Result<()> {
-        for (device, name) in &self.others {
-            let mut clear = || -> io::Result<()> {
-                for direction in Direction::ALL {
-                    let chain = self.chains.get(&(*device, direction));
-                    for one in chain.into_iter().flatten().filter(|one| one.ours) {
-                        detach_by_id(*device, direction, one.id)?;
-                    }
-                }
-                filters.detach(*device)
-            };
-            unless_gone(name, clear())?;
-        }
-        Ok(())
-    }
-}
-
 /// Takes a program off, if it is one of this plugin's.
 fn detach_by_id(device: u32, direction: Direction, id: u32) -> io::Result<()> {
     own(id)?.map_or(Ok(()), |program| tcx::detach(device, direction, &program).map(drop))
@@ -341,13 +199,6 @@ fn unless_gone(device: &str, result: io::Result<()>) -> Result<()> {
             other.map_err(|error| Error::io(format!("take the eBPF programs off {device}"), error))
         }
     }
-}
-
-fn chain(tcx: bool, device: u32, direction: Direction) -> io::Result<Vec<u32>> {
-    if !tcx {
-        return Ok(Vec::new());
-    }
-    Ok(tcx::query(device, direction)?.programs)
 }
 
 /// The program with this number, if it is one of this plugin's.
