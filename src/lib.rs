@@ -10,8 +10,8 @@
 //!
 //! Desired state is a pure function of the records of all attachments; the backends render it and
 //! the kernel gets it in one transaction. `commands` are what people run; those that install work on
-//! plugin lists as text (`conflist`), and those that
-//! look show what was read (`inventory`, `who`). Only `sys` and `demo` touch the host.
+//! plugin lists as text (`conflist`), those that look show what was read (`inventory`, `who`), and
+//! `doctor` judges facts of the node. Only `sys` and `demo` touch the host.
 
 pub mod backend;
 pub mod claims;
@@ -20,6 +20,7 @@ pub mod commands;
 pub mod conf;
 pub mod conflist;
 pub mod demo;
+pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod facts;

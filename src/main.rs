@@ -13,11 +13,12 @@ use std::time::Duration;
 use clap::Parser;
 use portmap::cni::invocation::Invocation;
 use portmap::commands::{
-    CommandError, Terminal, Verdict, check_config, flush, gc, install, list, restore, uninstall,
-    watch, who,
+    CommandError, Terminal, Verdict, check_config, doctor, flush, gc, install, list, restore,
+    uninstall, watch, who,
 };
 use portmap::conflist::files::Choice;
 use portmap::demo::{self, DemoOptions};
+use portmap::doctor::gather::Places;
 use portmap::sys::{Host, terminal};
 use portmap::usage::{Cli, Command, completions, introduction, manual};
 use portmap::verb;
@@ -77,6 +78,12 @@ fn command(cli: Cli) -> ExitCode {
         Command::CheckConfig { file, json } => on_terminal("check-config", |host, terminal| {
             check_config::run(host, &check_config::Options { file: &file, json }, terminal)
         }),
+        Command::Doctor { json, state_dir, dest, conf_dir } => {
+            let (dest, conf_dir) = (absolute(dest), absolute(conf_dir));
+            let places = Places { state_dir: absolute(state_dir), dest, conf_dir };
+            let options = doctor::Options { json, places };
+            on_terminal("doctor", |host, terminal| doctor::run(host, &options, terminal))
+        }
         Command::Completions { shell } => on_terminal("completions", |_, terminal| {
             terminal.output.write_all(&completions(shell))?;
             Ok(Verdict::Fine)
@@ -148,6 +155,10 @@ fn on_terminal(
         input: &mut std::io::stdin().lock(),
         output: &mut std::io::stdout().lock(),
         interactive: std::io::stdin().is_terminal(),
+        // Any value but an empty one means no (no-color.org).
+        colour: std::io::stdout().is_terminal()
+            && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+            && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb"),
     };
     match run(&host, &mut terminal) {
         Ok(Verdict::Fine) => ExitCode::SUCCESS,

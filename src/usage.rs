@@ -15,6 +15,30 @@ use crate::who::Port;
 /// Name and version, the first line of `--version` and of the introduction.
 pub const NAME_AND_VERSION: &str = concat!("portmap ", env!("CARGO_PKG_VERSION"));
 
+/// By this a program is known to be this plugin, and which version, without running it.
+const IDENTITY: &str = concat!("portmap-identity=portmap ", env!("CARGO_PKG_VERSION"), ";");
+const IDENTITY_BEGINS: usize = "portmap-identity=".len();
+
+/// Name and version of this plugin's build whose file has these bytes; `None` if it is none.
+#[must_use]
+pub fn identity_in(bytes: &[u8]) -> Option<String> {
+    // As a whole, so that the linker keeps it as a whole.
+    let own = std::hint::black_box(IDENTITY).as_bytes();
+    let begins = own.get(..IDENTITY_BEGINS)?;
+    bytes.windows(begins.len()).enumerate().filter(|(_, window)| *window == begins).find_map(
+        |(at, _)| {
+            // A version has no more bytes than that.
+            let rest = bytes.get(at + begins.len()..)?;
+            let text = std::str::from_utf8(
+                rest.get(..64.min(rest.len()))?.split(|byte| *byte == b';').next()?,
+            );
+            let version = text.ok()?.strip_prefix("portmap ")?;
+            let sound = version.chars().all(|c| c.is_ascii_alphanumeric() || ".-+".contains(c));
+            (sound && version.contains('.')).then(|| format!("portmap {version}"))
+        },
+    )
+}
+
 /// Shown when a person runs the plugin without arguments.
 #[must_use]
 pub fn introduction() -> String {
@@ -122,6 +146,26 @@ pub enum Command {
         /// Report as one JSON object
         #[arg(long)]
         json: bool,
+    },
+    /// Says what is wrong on this node, why that matters, and which command settles it
+    ///
+    /// Tries every backend out, and looks at the plugin list and the binary, records and the rules that
+    /// they ask for, what forwards 127.0.0.1, firewalls that would drop hostPorts, and Cilium. Changes
+    /// nothing. What it could not look at it says, too: run it as root. Exits 0 if all is fine, 1 if
+    /// something deserves attention and 2 if hostPorts do not work.
+    Doctor {
+        /// Report as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the records are, if the network configuration has another `stateDir`
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
+        state_dir: PathBuf,
+        /// Where the runtime looks for plugins (containerd's bin_dir, CRI-O's plugin_dirs)
+        #[arg(long, value_name = "DIR", default_value = DEFAULT_BIN_DIR)]
+        dest: PathBuf,
+        /// Where the runtime looks for lists
+        #[arg(long, value_name = "DIR", default_value = files::DEFAULT_DIR)]
+        conf_dir: PathBuf,
     },
     /// Prints the completion script for a shell
     ///
@@ -297,6 +341,20 @@ mod tests {
             assert!(page.contains(&format!(".TH portmap-{name} 8")), "{page}");
         }
         assert!(manual(Some("frobnicate")).is_ok_and(|page| page.is_none()));
+    }
+
+    #[test]
+    fn a_build_is_known_by_its_bytes() {
+        let of = |text: &str| identity_in(text.as_bytes());
+        assert_eq!(of(&format!("\0x{IDENTITY}\0")), Some(NAME_AND_VERSION.into()));
+        assert_eq!(of("portmap-identity=portmap 9.9.9-rc.1;"), Some("portmap 9.9.9-rc.1".into()));
+        // What looks for it has its beginning as well.
+        assert_eq!(
+            of("portmap-identity=\0\0portmap-identity=portmap 1.0.0;"),
+            Some("portmap 1.0.0".into())
+        );
+        assert_eq!(of("portmap-identity=portmap \u{e9}.;"), None);
+        assert_eq!(of("portmap 1.0.0"), None);
     }
 
     #[test]

@@ -73,7 +73,7 @@ fn plural(count: usize) -> String {
     }
 }
 
-pub(super) fn describe(record: &Record) -> String {
+pub(crate) fn describe(record: &Record) -> String {
     let pod = &record.pod;
     let who = if pod.name.is_empty() {
         record.attachment.container_id.clone()

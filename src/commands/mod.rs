@@ -2,6 +2,7 @@
 //! as the verbs.
 
 pub mod check_config;
+pub mod doctor;
 pub mod flush;
 pub mod gc;
 pub mod install;
@@ -23,6 +24,8 @@ pub struct Terminal<'a> {
     pub output: &'a mut dyn Write,
     /// Whether somebody can answer.
     pub interactive: bool,
+    /// Whether the output is shown by a terminal, to somebody who wants colours.
+    pub colour: bool,
 }
 
 impl Terminal<'_> {

@@ -45,8 +45,13 @@ pub struct Engine<'a> {
 impl<'a> Engine<'a> {
     /// Waits for the node's lock.
     pub fn lock(host: &'a Host, state_dir: &Path) -> Result<Self> {
-        let store = Store::open(state_dir, &host.boot_id())?;
-        Ok(Engine { host, store, unfinished: Vec::new() })
+        Ok(Self::on(host, Store::open(state_dir, &host.boot_id())?))
+    }
+
+    /// The node's state as it was opened: by [`Store::look`] for who only asks.
+    #[must_use]
+    pub fn on(host: &'a Host, store: Store) -> Self {
+        Engine { host, store, unfinished: Vec::new() }
     }
 
     /// Waits for the node's lock in order to change something, and first finishes what a killed call
@@ -91,6 +96,11 @@ impl<'a> Engine<'a> {
         Ok(self.store.note(PENDING_NOTE)?.map(read))
     }
 
+    /// Whether a step was begun and not finished; only to be asked by who has the lock.
+    pub fn is_interrupted(&self) -> Result<bool> {
+        Ok(self.store.note(PENDING_NOTE)?.is_some())
+    }
+
     fn begin(&self, records: &[&Record]) -> Result<()> {
         let pending: Vec<&Record> = self.unfinished.iter().chain(records.iter().copied()).collect();
         let text =
@@ -111,17 +121,21 @@ impl<'a> Engine<'a> {
         if let Some(kind) = configured {
             return Ok(kind);
         }
-        let fingerprint = self.host.tools_fingerprint();
-        if let Some(note) = self.store.note(BACKEND_NOTE)?
-            && let Some((name, known)) = note.split_once('\n')
-            && known == fingerprint
-            && let Some(kind) = BackendKind::ALL.into_iter().find(|kind| kind.name() == name)
-        {
+        if let Some(kind) = self.remembered_backend()? {
             return Ok(kind);
         }
         let kind = probe(self.host)?;
+        let fingerprint = self.host.tools_fingerprint();
         self.store.set_note(BACKEND_NOTE, Some(&format!("{kind}\n{fingerprint}")))?;
         Ok(kind)
+    }
+
+    /// What `auto` has chosen, as long as calls go by it.
+    pub fn remembered_backend(&self) -> Result<Option<BackendKind>> {
+        let note = self.store.note(BACKEND_NOTE)?.unwrap_or_default();
+        let (name, known) = note.split_once('\n').unwrap_or_default();
+        let kind = BackendKind::ALL.into_iter().find(|kind| kind.name() == name);
+        Ok(kind.filter(|_| known == self.host.tools_fingerprint()))
     }
 
     /// Puts a record in place of `old`, which is the same attachment's, and its rules into the kernel.

@@ -6,11 +6,14 @@ pub mod bpf;
 pub mod command;
 pub mod install;
 pub mod iptables;
+pub mod legacy;
 pub mod namespace;
 pub mod netlink;
 pub mod nft;
 pub mod process;
+pub mod progress;
 pub mod store;
+pub mod survey;
 pub mod sysctl;
 pub mod terminal;
 

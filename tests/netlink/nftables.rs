@@ -48,7 +48,7 @@ fn nftables_objects_are_read_back() {
 
         let base = |name: &str, hook, priority, kind: &str| Chain {
             name: name.into(),
-            base: Some(BaseChain { hook, priority, kind: kind.into() }),
+            base: Some(BaseChain { hook, priority, kind: kind.into(), drops: false }),
         };
         let plain = |name: &str| Chain { name: name.into(), base: None };
         let mut chains = reader.chains(NftFamily::Inet, "t").unwrap();

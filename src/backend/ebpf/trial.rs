@@ -76,7 +76,7 @@ fn try_to_attach(program: &Program) -> Result<(), String> {
 /// What else on the node would be bypassed.
 pub fn objection(host: &Host) -> Option<String> {
     const FORCE: &str = "set \"backend\": \"ebpf\" to use it all the same";
-    if host.has_cilium() && cilium_balances() {
+    if host.has_cilium() && cilium_balances().unwrap_or_default() {
         return Some(format!(
             "Cilium replaces kube-proxy here and forwards hostPorts itself; {FORCE}"
         ));
@@ -92,11 +92,15 @@ pub fn objection(host: &Host) -> Option<String> {
 
 /// Whether Cilium's programs translate the destinations of sockets: they do if it replaces kube-proxy,
 /// and then it has hostPorts of its own.
-fn cilium_balances() -> bool {
-    let programs = cgroup::root().and_then(|root| root.effective(SocketHook::Connect4));
-    programs.unwrap_or_default().into_iter().any(|id| {
+///
+/// # Errors
+///
+/// Why the programs of the root cgroup cannot be listed.
+pub fn cilium_balances() -> std::io::Result<bool> {
+    let programs = cgroup::root()?.effective(SocketHook::Connect4)?;
+    Ok(programs.into_iter().any(|id| {
         Program::from_id(id).is_ok_and(|program| {
             program.is_some_and(|program| program.name().starts_with("cil_sock"))
         })
-    })
+    }))
 }

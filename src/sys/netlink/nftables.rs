@@ -20,6 +20,7 @@ use crate::model::Family;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
+const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
@@ -75,6 +76,8 @@ pub struct BaseChain {
     pub priority: i32,
     /// "nat", "filter" or "route".
     pub kind: String,
+    /// What reaches its end is dropped.
+    pub drops: bool,
 }
 
 /// An element of a set or map.
@@ -128,6 +131,17 @@ impl NftReader {
         self.socket.dump(&request, |kind, payload| {
             let rest = payload.get(NFGENMSG_LENGTH..).filter(|_| kind == new)?;
             Some((text(find(rest, NFTA_CHAIN_TABLE)?), chain(rest)?))
+        })
+    }
+
+    /// All base chains of a family, with the tables that they are in.
+    pub fn base_chains(&mut self, family: NftFamily) -> io::Result<Vec<(String, Chain)>> {
+        let request = message::<DefaultNla>(libc::NFT_MSG_GETCHAIN, family, &[]);
+        let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWCHAIN);
+        self.socket.dump(&request, |kind, payload| {
+            let rest = payload.get(NFGENMSG_LENGTH..)?;
+            let chain = (kind == new).then(|| chain(rest)).flatten()?;
+            chain.base.is_some().then(|| Some((text(find(rest, NFTA_CHAIN_TABLE)?), chain)))?
         })
     }
 
@@ -262,6 +276,8 @@ fn chain(attributes: &[u8]) -> Option<Chain> {
             hook: number(hook, NFTA_HOOK_HOOKNUM)?,
             priority: number(hook, NFTA_HOOK_PRIORITY)?.cast_signed(),
             kind: find(attributes, NFTA_CHAIN_TYPE).map(text).unwrap_or_default(),
+            // NF_DROP; without the attribute it is the default, which is to accept.
+            drops: number(attributes, NFTA_CHAIN_POLICY) == Some(0),
         })
     });
     Some(Chain { name: text(find(attributes, NFTA_CHAIN_NAME)?), base })
@@ -373,7 +389,7 @@ mod tests {
             chain(&base),
             Some(Chain {
                 name: "post".into(),
-                base: Some(BaseChain { hook: 4, priority: -99, kind: "nat".into() })
+                base: Some(BaseChain { hook: 4, priority: -99, kind: "nat".into(), drops: false })
             })
         );
         assert_eq!(chain(&name).unwrap().base, None);

@@ -16,6 +16,7 @@
 mod file;
 mod index;
 mod lock;
+mod look;
 mod notes;
 
 use std::cell::RefCell;
@@ -32,6 +33,7 @@ use crate::model::BackendKind;
 use crate::record::{FORMAT, IndexKey, Record};
 use file::{entries, ignore_absent, write_atomically, write_durably};
 use lock::lock;
+pub use look::Looked;
 
 /// Where state lives unless `stateDir` says otherwise.
 pub const DEFAULT_DIR: &str = "/run/cni/portmap";
@@ -44,7 +46,10 @@ pub struct Store {
     dir: PathBuf,
     /// Records that were looked up, which the lock keeps from changing: one is asked for by many keys.
     looked_up: RefCell<BTreeMap<String, Record>>,
-    _lock: Flock<File>,
+    /// Opened by [`Store::look`]: what a kill has left is skipped, not cleared away.
+    only_reads: bool,
+    /// `None` where nobody has ever locked it, and only readers are.
+    _lock: Option<Flock<File>>,
 }
 
 /// A record's file as it was found.
@@ -113,7 +118,8 @@ impl Store {
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
         create_state_dir(dir)?;
         let looked_up = RefCell::default();
-        let store = Store { dir: dir.to_owned(), looked_up, _lock: lock(&dir.join("lock"))? };
+        let held = Some(lock(&dir.join("lock"))?);
+        let store = Store { dir: dir.to_owned(), looked_up, only_reads: false, _lock: held };
         let boot = store.dir.join("boot");
         match fs::read_to_string(&boot) {
             Ok(known) if known == boot_id => return Ok(store),
@@ -202,6 +208,9 @@ impl Store {
     /// Removes a record that is on its way in or out, by now or since a kill, and those of its index
     /// entries that are not also the present record's.
     pub fn clear_moving(&self, id: &str) -> Result<()> {
+        if self.only_reads {
+            return Ok(());
+        }
         for way in MOVING {
             let path = moving_path(&self.dir, id, way);
             let text = match fs::read(&path) {
@@ -313,16 +322,22 @@ fn create_state_dir(dir: &Path) -> Result<()> {
     let meta = fs::metadata(dir).or_else(|_| create()).map_err(|error| {
         Error::io(format!("create the state directory {}", dir.display()), error)
     })?;
-    if meta.mode() & 0o022 != 0 || meta.uid() != nix::unistd::geteuid().as_raw() {
-        return Err(Error::Config(format!(
+    refusal(dir, &meta).map_or(Ok(()), |reason| Err(Error::Config(reason)))
+}
+
+/// Why a directory is not used for records, by its owner and mode.
+#[must_use]
+pub fn refusal(dir: &Path, meta: &fs::Metadata) -> Option<String> {
+    let wrong = meta.mode() & 0o022 != 0 || meta.uid() != nix::unistd::geteuid().as_raw();
+    wrong.then(|| {
+        format!(
             "the state directory {} has owner {} and mode {:03o}: nobody but the owner, who must be user {}, may write to it",
             dir.display(),
             meta.uid(),
             meta.mode() & 0o777,
             nix::unistd::geteuid()
-        )));
-    }
-    Ok(())
+        )
+    })
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -25,8 +25,11 @@ impl Store {
         names.filter(|name| name.as_ref().map_or(true, |name| name.starts_with(prefix))).collect()
     }
 
-    /// Makes a note, or removes it.
+    /// Makes a note, or removes it; a store that is only read keeps none.
     pub fn set_note(&self, name: &str, text: Option<&str>) -> Result<()> {
+        if self.only_reads {
+            return Ok(());
+        }
         let path = self.dir.join("notes").join(name);
         let result = match text {
             Some(text) => write_atomically(&path, text.as_bytes()),

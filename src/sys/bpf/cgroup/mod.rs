@@ -14,7 +14,7 @@ use super::map::absent;
 use super::program::{Program, SocketHook};
 use super::syscall::{self, Attached, Target, number};
 
-pub use root::{root, root_by};
+pub use root::{mounted_at, root, root_by};
 
 /// An open directory of cgroup v2.
 #[derive(Debug)]

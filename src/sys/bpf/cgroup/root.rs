@@ -84,6 +84,13 @@ pub fn root_by(init: &Path) -> io::Result<Cgroup> {
     Ok(named(visible))
 }
 
+/// Where the root is mounted in this mount namespace, if it is.
+#[must_use]
+pub fn mounted_at() -> Option<PathBuf> {
+    let mountinfo = fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
+    mount_points(&mountinfo).into_iter().find(|point| open_root(point).is_some())
+}
+
 /// Opens a directory if it is the root; it need not be what is said to be mounted there.
 fn open_root(path: &Path) -> Option<OwnedFd> {
     let dir = OwnedFd::from(File::open(path).ok()?);

@@ -1,0 +1,227 @@
+//! Rules of others that keep hostPorts from working: two variants of iptables at once, and chains
+//! that drop what is forwarded.
+
+use super::forward::{Chains, Fate, Packet, fate};
+use super::{Area, Finding, Told, count, some_of};
+use crate::model::Family;
+
+/// A base chain at the forward hook whose policy is to drop.
+#[derive(Debug, Clone)]
+pub struct DroppingChain {
+    /// `chain FORWARD of table filter (iptables-nft, IPv4)`.
+    pub place: String,
+    pub families: Vec<Family>,
+    /// Its name.
+    pub entry: String,
+    pub rules: Told<Chains>,
+    /// The command that makes it accept what was translated by rules.
+    pub accept_translated: String,
+    /// The command that makes it accept what goes to a device; `DEVICE` stands for it.
+    pub accept_device: String,
+}
+
+/// A packet, and the family it is of.
+pub type Sample = (Family, Packet);
+
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// How many entries the tables nat and filter of iptables-legacy have beyond their base chains.
+    pub legacy: Told<usize>,
+    /// How many rules those of iptables-nft have.
+    pub nft: Told<usize>,
+    /// The variant behind `iptables` in PATH, if there is one.
+    pub used: Option<&'static str>,
+    pub dropping: Vec<DroppingChain>,
+    /// Where such chains could not be looked for, and why.
+    pub unread: Vec<(String, String)>,
+    /// First packets to every hostPort there is; without any, to pods that may come.
+    pub samples: Vec<Sample>,
+    /// Whether the samples are of pods that are there.
+    pub real: bool,
+}
+
+const AREA: Area = Area::Firewall;
+
+#[must_use]
+pub fn findings(facts: &Facts) -> Vec<Finding> {
+    let mut findings = vec![variants(facts)];
+    findings.extend(facts.dropping.iter().map(|chain| forward(facts, chain)));
+    findings.extend(facts.unread.iter().map(|(what, reason)| AREA.unread("forward", what, reason)));
+    if facts.dropping.is_empty() && facts.unread.is_empty() {
+        findings.push(AREA.fine("forward", "no chain drops forwarded packets by its policy"));
+    }
+    findings
+}
+
+fn variants(facts: &Facts) -> Finding {
+    const CHECK: &str = "variants";
+    match (&facts.legacy, &facts.nft) {
+        (Err(reason), _) => AREA.unread(CHECK, "the tables of iptables-legacy", reason),
+        (_, Err(reason)) => AREA.unread(CHECK, "the tables of iptables-nft", reason),
+        (Ok(0), Ok(0)) => AREA.fine(CHECK, "there are no iptables rules"),
+        (Ok(_), Ok(0)) => AREA.fine(CHECK, "all iptables rules are those of iptables-legacy"),
+        (Ok(0), Ok(_)) => AREA.fine(CHECK, "all iptables rules are those of iptables-nft"),
+        (Ok(legacy), Ok(nft)) => AREA.warning(
+            CHECK,
+            format!(
+                "iptables-legacy has {} and iptables-nft {} in tables nat and filter",
+                count(*legacy, "entry", "entries"),
+                count(*nft, "rule", "rules")
+            ),
+            format!(
+                "the kernel obeys both, and the tools of one do not show the other's: which Service or hostPort wins is \
+                 chance{}",
+                facts.used.map(|used| format!("; PATH leads to {used}")).unwrap_or_default()
+            ),
+            "iptables-legacy-save; iptables-nft-save; then have all of them use one, on Debian by \
+             update-alternatives --config iptables, and reboot",
+        ),
+    }
+}
+
+fn forward(facts: &Facts, chain: &DroppingChain) -> Finding {
+    const CHECK: &str = "forward";
+    let place = &chain.place;
+    let rules = match &chain.rules {
+        Ok(rules) => rules,
+        Err(reason) => {
+            return AREA.warning(
+                CHECK,
+                format!(
+                    "the policy of {place} is to drop, and its rules could not be read: {reason}"
+                ),
+                "unless one of them accepts hostPort traffic, nobody outside reaches a pod",
+                chain.accept_translated.clone(),
+            );
+        }
+    };
+    let samples: Vec<&Packet> = facts
+        .samples
+        .iter()
+        .filter(|(family, _)| chain.families.contains(family))
+        .map(|(_, packet)| packet)
+        .collect();
+    let fates: Vec<(&Packet, Fate)> =
+        samples.iter().map(|packet| (*packet, fate(rules, &chain.entry, packet))).collect();
+    let dropped: Vec<&Packet> = fates
+        .iter()
+        .filter(|(_, fate)| *fate == Fate::Dropped)
+        .map(|(packet, _)| *packet)
+        .collect();
+    let all_dropped = dropped.len() == fates.len();
+    // A pod to come need not be behind every device.
+    if let Some(first) = dropped.first().filter(|_| facts.real || all_dropped) {
+        let what = match facts.real {
+            true => {
+                let mut names: Vec<&str> =
+                    dropped.iter().map(|packet| packet.who.as_str()).collect();
+                names.dedup();
+                format!("no rule of it accepts packets to {}", some_of(&names))
+            }
+            false => "no rule of it accepts packets to pods that come".to_owned(),
+        };
+        return AREA.warning(
+            CHECK,
+            format!("the policy of {place} is to drop, and {what}"),
+            "a hostPort is forwarded to its pod, so that nobody outside of the node reaches it; the node itself does",
+            match (first.translated, &first.device) {
+                (false, Some(device)) => chain.accept_device.replace("DEVICE", device),
+                _ => chain.accept_translated.clone(),
+            },
+        );
+    }
+    let doubt = fates.iter().find_map(|(_, fate)| match fate {
+        Fate::Unknown(rule) => Some(rule),
+        _ => None,
+    });
+    match doubt {
+        Some(rule) => AREA.fine(
+            CHECK,
+            format!("the policy of {place} is to drop; whether hostPort traffic is accepted depends on a rule of a \
+                     kind that is not followed here: {rule}"),
+        ),
+        None => AREA.fine(CHECK, format!("the policy of {place} is to drop, and a rule accepts hostPort traffic")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::super::Severity;
+    use super::super::forward::of_iptables;
+    use super::*;
+    use crate::model::Protocol;
+
+    fn facts(rules: &str, real: bool, translated: bool) -> Facts {
+        let chain = DroppingChain {
+            place: "chain FORWARD".into(),
+            families: vec![Family::V4],
+            entry: "FORWARD".into(),
+            rules: Ok(of_iptables(rules).1),
+            accept_translated: "accept".into(),
+            accept_device: "accept -o DEVICE".into(),
+        };
+        let packet = |device: &str| Packet {
+            who: "tcp 8080 of default/web".into(),
+            uplink: Some("eth0".into()),
+            device: Some(device.into()),
+            protocol: Protocol::Tcp,
+            target: real.then(|| "10.0.0.2:80".parse().unwrap()),
+            translated,
+        };
+        Facts {
+            legacy: Ok(0),
+            nft: Ok(3),
+            used: None,
+            dropping: vec![chain],
+            unread: Vec::new(),
+            samples: ["cni0", "veth1"].map(|device| (Family::V4, packet(device))).into(),
+            real,
+        }
+    }
+
+    fn forward(facts: &Facts) -> Finding {
+        findings(facts).remove(1)
+    }
+
+    #[test]
+    fn both_variants_at_once_are_a_warning() {
+        let mut facts = facts("", true, true);
+        assert_eq!(findings(&facts)[0].severity, Severity::Fine);
+        facts.legacy = Ok(1);
+        facts.used = Some("iptables-nft");
+        let found = &findings(&facts)[0];
+        assert_eq!((found.check, found.severity), ("variants", Severity::Warning));
+        assert!(found.found.contains("1 entry and iptables-nft 3 rules"), "{found:?}");
+        facts.legacy = Err("no rights".into());
+        assert_eq!(findings(&facts)[0].severity, Severity::Warning);
+    }
+
+    #[test]
+    fn a_chain_that_drops_every_or_some_hostport() {
+        let none = forward(&facts("", true, true));
+        assert_eq!((none.severity, none.fix.as_str()), (Severity::Warning, "accept"));
+        assert!(none.found.ends_with("accepts packets to tcp 8080 of default/web"), "{none:?}");
+        let one = "-A FORWARD -o cni0 -j ACCEPT\n";
+        assert_eq!(forward(&facts(one, true, true)).severity, Severity::Warning);
+        // A pod to come may well be behind that device.
+        assert_eq!(forward(&facts(one, false, true)).severity, Severity::Fine);
+        assert_eq!(forward(&facts("", false, true)).severity, Severity::Warning);
+        assert_eq!(forward(&facts("", true, false)).fix, "accept -o cni0");
+        let translated = "-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\n";
+        assert_eq!(forward(&facts(translated, true, true)).severity, Severity::Fine);
+        let unknown = "-A FORWARD -m set --match-set a dst -j ACCEPT\n";
+        assert!(forward(&facts(unknown, true, true)).found.contains("--match-set a dst"));
+    }
+
+    #[test]
+    fn no_such_chain_and_what_cannot_be_read() {
+        let mut facts = facts("", true, true);
+        facts.dropping[0].rules = Err("nft is not installed".into());
+        assert_eq!(forward(&facts).severity, Severity::Warning);
+        facts.dropping.clear();
+        assert_eq!(forward(&facts).severity, Severity::Fine);
+        facts.unread.push(("native chains".into(), "no rights".into()));
+        assert_eq!(forward(&facts).severity, Severity::Warning);
+    }
+}

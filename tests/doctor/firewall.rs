@@ -1,0 +1,96 @@
+//! Firewalls: mixed variants, and chains that drop.
+
+use crate::rig::{Rig, lab};
+use crate::support::{RULES, Variant};
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn both_variants_of_iptables_at_once() {
+    let lab = lab(1);
+    let rig = Rig::new(&lab, Variant::IptablesNft);
+    rig.add(0);
+    assert_eq!(rig.doctor().checks(), []);
+    // An empty table of the other variant, as its mere listing makes it.
+    rig.node.shell("iptables-legacy -t filter -S");
+    assert!(rig.doctor().of("variants").is_empty());
+    rig.node.shell("iptables-legacy -t filter -A INPUT -j RETURN");
+    // It takes no tool to see that.
+    let said = rig.doctor();
+    let found = said.only("variants");
+    assert!(found["found"].as_str().unwrap().contains("iptables-legacy has 1 entry"), "{found}");
+    rig.node.shell("iptables-legacy -t filter -F INPUT");
+    assert!(rig.doctor().of("variants").is_empty());
+    rig.node.shell("ip6tables-legacy -t nat -N OTHERS");
+    assert!(rig.doctor().only("variants")["found"].as_str().unwrap().contains("has 2 entries"));
+}
+
+/// A chain that drops, and what makes none of it wrong.
+fn dropped_and_accepted(rig: &Rig, drop: &str) {
+    let all = format!("{}:/usr/sbin", rig.node.path.display());
+    let doctor = || rig.doctor_with(all.as_ref());
+    assert!(doctor().of("forward").is_empty());
+    rig.node.shell(drop);
+    let said = doctor();
+    assert_eq!(
+        (said.status, &said.only("forward")["severity"]),
+        (Some(1), &"warning".into()),
+        "{:#}",
+        said.json
+    );
+    rig.follow(said.only("forward"));
+    let left = doctor();
+    assert!(left.of("forward").is_empty(), "{drop}: {:#}", left.json);
+}
+
+const IPTABLES: &str =
+    "iptables -P FORWARD DROP; iptables -A FORWARD -i docker0 ! -o docker0 -j ACCEPT";
+const NATIVE: &str = "nft -f - <<'END'\ntable inet firewall {\n chain forward {\n\
+    type filter hook forward priority 0; policy drop;\n ct state established,related accept\n oifname docker0 accept\n }\n}\nEND";
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_policy_of_drop_and_the_command_against_it() {
+    for variant in RULES {
+        for drop in [IPTABLES, NATIVE] {
+            // With nft alone there is no iptables of its own.
+            if variant == Variant::Nftables && drop == IPTABLES {
+                continue;
+            }
+            let lab = lab(1);
+            let rig = Rig::new(&lab, variant);
+            rig.add(0);
+            dropped_and_accepted(&rig, drop);
+        }
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_ebpf_translates_is_accepted_by_its_device() {
+    let lab = lab(1);
+    let rig = Rig::new(&lab, Variant::Ebpf);
+    rig.add(0);
+    dropped_and_accepted(&rig, NATIVE);
+    // Without a tool the rules cannot be read, which is said.
+    assert!(
+        rig.doctor().only("forward")["found"].as_str().unwrap().contains("nft is not installed")
+    );
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_node_whose_first_pod_is_yet_to_come() {
+    let lab = lab(1);
+    let rig = Rig::new(&lab, Variant::IptablesNft);
+    rig.node.shell(IPTABLES);
+    let said = rig.doctor();
+    assert!(
+        said.only("forward")["found"]
+            .as_str()
+            .unwrap()
+            .ends_with("accepts packets to pods that come")
+    );
+    rig.node.shell(&format!("iptables -A FORWARD -o {} -j ACCEPT", lab.pods[0].host_link));
+    let left = rig.doctor();
+    assert_eq!(left.of("forward"), Vec::<&serde_json::Value>::new(), "{:#}", left.json);
+}
