@@ -1,5 +1,10 @@
 //! Firewalls: mixed variants, and chains that drop.
 
+use std::time::Duration;
+
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
+
 use crate::rig::{Rig, lab};
 use crate::support::{RULES, Variant};
 
@@ -28,8 +33,15 @@ fn both_variants_of_iptables_at_once() {
 fn dropped_and_accepted(rig: &Rig, drop: &str) {
     let all = format!("{}:/usr/sbin", rig.node.path.display());
     let doctor = || rig.doctor_with(all.as_ref());
-    assert!(doctor().of("forward").is_empty());
+    let _servers = rig.lab.pods[0].serve(&[80], &[]).unwrap();
+    // What is said is what happens to packets.
+    let reached = || {
+        let target = rig.lab.node_socket(Family::V4, 8080);
+        reach(&rig.lab.client, Call::new(Transport::Tcp, target, Duration::from_secs(2))).is_ok()
+    };
+    assert!(doctor().of("forward").is_empty() && reached());
     rig.node.shell(drop);
+    assert!(!reached(), "{drop}");
     let said = doctor();
     assert_eq!(
         (said.status, &said.only("forward")["severity"]),
@@ -40,6 +52,7 @@ fn dropped_and_accepted(rig: &Rig, drop: &str) {
     rig.follow(said.only("forward"));
     let left = doctor();
     assert!(left.of("forward").is_empty(), "{drop}: {:#}", left.json);
+    assert!(reached(), "{drop}");
 }
 
 const IPTABLES: &str =
