@@ -70,7 +70,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
         ));
     }
     for problem in &facts.damaged {
-        let newer = problem.contains("newer portmap");
+        let newer = is_newer(problem);
         findings.push(AREA.warning(
             "record",
             problem.clone(),
@@ -85,8 +85,8 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
         findings.push(AREA.warning(
             "orphan",
             orphan.what.clone(),
-            "no record asks for it: upstream's plugin made it, or the record was lost. If its pod lives it works, \
-             and ends with the pod; if not, the port leads nowhere",
+            "no record here asks for it: upstream's plugin made it, the record was lost, or is in another stateDir. If its \
+             pod lives it works, and ends with the pod; if not, the port leads nowhere",
             orphan.removal.clone(),
         ));
     }
@@ -102,6 +102,12 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
         findings.push(AREA.fine("rules", text));
     }
     findings
+}
+
+/// Whether a record cannot be read because a newer version wrote it, by the store's words.
+#[must_use]
+pub fn is_newer(problem: &str) -> bool {
+    problem.contains("newer portmap")
 }
 
 /// Live attachments that are not in the kernel as recorded, and those of which it could not be told.

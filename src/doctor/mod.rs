@@ -177,7 +177,7 @@ pub fn examine(facts: &Facts) -> Vec<Finding> {
 /// itself: what it settles must be what was found.
 fn at_home(fix: &str, dest: &Path, state_dir: &Path) -> String {
     let mut fix = fix.to_owned();
-    if state_dir != Path::new(DEFAULT_DIR) {
+    if state_dir != Path::new(DEFAULT_DIR) && !fix.contains("--state-dir") {
         for command in ["portmap restore", "portmap gc", "portmap flush"] {
             fix = fix.replace(command, &format!("{command} --state-dir {}", state_dir.display()));
         }

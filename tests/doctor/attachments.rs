@@ -67,6 +67,7 @@ fn records_of_pods_that_are_gone_and_records_that_are_damaged() {
     assert!(rig.doctor().only("record")["found"].as_str().unwrap().contains("is damaged"));
     std::fs::write(&record, r#"{"format": 99}"#).unwrap();
     assert!(rig.doctor().only("record")["found"].as_str().unwrap().contains("newer portmap"));
+    assert!(rig.doctor().of("orphan").is_empty(), "what a newer one has made is not nobody's");
     // What the finding says of a damaged one.
     std::fs::write(&record, &text[..text.len() / 2]).unwrap();
     rig.node.ok("DEL", &config, &pod);

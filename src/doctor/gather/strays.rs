@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::super::attachments::{Facts, Orphan};
+use super::super::attachments::{Facts, Orphan, is_newer};
 use super::super::{count, some_of};
 use super::tables::{Tables, named};
 use crate::backend::ebpf;
@@ -21,6 +21,10 @@ use crate::sys::{Host, nft};
 
 /// Adds what was found, and what could not be looked at.
 pub fn add(host: &Host, tables: &Tables, records: &[Record], mut facts: Facts) -> Facts {
+    // What such a record asks for is not known, and would be taken for nobody's. It has a finding.
+    if facts.damaged.iter().any(|problem| is_newer(problem)) {
+        return facts;
+    }
     let of = |kind: BackendKind| -> Vec<&Record> {
         records.iter().filter(|record| record.backend == kind).collect()
     };
@@ -34,10 +38,10 @@ pub fn add(host: &Host, tables: &Tables, records: &[Record], mut facts: Facts) -
         Ok(claims) if claims.is_empty() => {}
         Ok(claims) => facts.orphans.push(Orphan {
             what: format!("the eBPF maps forward {}", some_of(&claims)),
-            // With the last attachment of a backend goes all that is left of it, and no network has
-            // this name.
+            // Flushing takes away what outlives the last attachment of a backend, and an empty state
+            // directory has none of any: rules of other backends stay.
             removal: match of_ebpf.is_empty() {
-                true => "portmap flush --network - --yes".into(),
+                true => "portmap flush --all --yes --state-dir \"$(mktemp -d)\"".into(),
                 false => "rm -r /sys/fs/bpf/portmap && portmap restore".into(),
             },
         }),
