@@ -25,8 +25,6 @@ pub struct Orphan {
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
     pub attachments: Vec<Attachment>,
-    /// How many more live ones there was no time for: whoever changes something waits meanwhile.
-    pub uncompared: usize,
     /// What is wrong with records that cannot be read.
     pub damaged: Vec<String>,
     /// Whether a step was begun and not finished.
@@ -44,17 +42,6 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     let (live, dead): (Vec<&Attachment>, Vec<&Attachment>) =
         facts.attachments.iter().partition(|attachment| attachment.alive);
     findings.extend(wrong(&live));
-    if facts.uncompared > 0 {
-        findings.push(AREA.warning(
-            "rules",
-            format!(
-                "{} not compared with the kernel",
-                count(facts.uncompared, "attachment was", "attachments were")
-            ),
-            "it takes long here, and calls of runtimes have to wait for it",
-            "portmap restore, which compares all of them",
-        ));
-    }
     if !dead.is_empty() {
         let names: Vec<String> = dead
             .iter()
@@ -179,13 +166,11 @@ mod tests {
             orphans: vec![Orphan { what: "chain".into(), removal: "iptables".into() }],
             unread: vec![("nftables".into(), "no nft".into())],
             pending: false,
-            uncompared: 7,
         };
         assert_eq!(
             checks(&facts),
             [
                 ("rules", Severity::Broken),
-                ("rules", Severity::Warning),
                 ("rules", Severity::Warning),
                 ("stale", Severity::Warning),
                 ("record", Severity::Warning),

@@ -83,7 +83,7 @@ impl Engine<'_> {
     }
 
     /// [`Engine::problems`] of a backend's records, which are all of them.
-    pub(super) fn problems_of_all(
+    pub fn problems_of_all(
         &self,
         kind: BackendKind,
         records: &[Record],

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 
 use iptables::IPTables;
 
-use super::Host;
 use super::command::ToolError;
 use super::netlink::nftables::NftReader;
+use super::{Host, legacy};
 use crate::backend::iptables::listing::Listing;
 use crate::model::Family;
 
@@ -146,12 +146,7 @@ pub fn nat_tables(host: &Host, family: Family) -> Vec<(Variant, Result<Listing, 
 
 /// The tables that iptables-legacy has in the kernel; `None` if that cannot be read.
 fn legacy_tables(family: Family) -> Option<BTreeSet<String>> {
-    let names = match family {
-        Family::V4 => "/proc/thread-self/net/ip_tables_names",
-        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    let names = std::fs::read_to_string(names).ok()?;
-    Some(names.lines().map(str::to_owned).collect())
+    Some(legacy::tables(family).ok()?.into_iter().collect())
 }
 
 /// Some chains of a table; those that do not exist are left out. iptables-nft reads a chain by itself

@@ -140,7 +140,6 @@ fn ill() -> Facts {
         ],
         damaged: vec!["record 1234 is damaged: EOF while parsing a string at line 1 column 20".into()],
         pending: true,
-        uncompared: 0,
         orphans: vec![Orphan {
             what: "chain CNI-DN-0123456789abcdef01234 of container c on network n forwards tcp 81 to 10.88.0.9:80, in table nat of iptables-nft".into(),
             removal: "iptables -t nat -F CNI-DN-0123456789abcdef01234 && iptables -t nat -X CNI-DN-0123456789abcdef01234".into(),

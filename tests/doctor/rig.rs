@@ -148,7 +148,9 @@ impl<'a> Rig<'a> {
             assert!(!fix.contains(&named) || fix.contains(option), "{finding}");
             command = command.replace(&named, &format!("{PORTMAP} {verb}"));
         }
-        self.node.shell(&command);
+        // What it makes for the moment goes with the node.
+        let scratch = self.conf_dir.parent().unwrap().display();
+        self.node.shell(&format!("export TMPDIR={scratch}; {command}"));
     }
 }
 

@@ -290,28 +290,6 @@ impl Apply for Ebpf {
     }
 }
 
-/// The claims in the maps that no record asks for, in words; none without maps.
-///
-/// # Errors
-///
-/// What keeps from reading the maps.
-pub fn unrecorded(host: &Host, records: &[&Record]) -> Result<Vec<String>> {
-    // Where nothing is pinned there is no need to try what the kernel can do.
-    let Found::Loaded(loaded) =
-        (if loaded::is_pinned() { open(host)? } else { return Ok(Vec::new()) })
-    else {
-        return Ok(Vec::new());
-    };
-    let present = entries::present(&loaded.maps).map_err(failed("read the eBPF maps"))?;
-    let wanted = objects::claims(records);
-    let of_nobody = present.claims.iter().filter(|(key, value)| {
-        value.flags & layout::claim_flags::SELF == 0 && !wanted.contains_key(key)
-    });
-    Ok(of_nobody
-        .map(|(key, value)| format!("{} to {}", objects::describe(key), value.target()))
-        .collect())
-}
-
 /// Where programs at the node's sockets are attached, or would be: cgroups by their names.
 ///
 /// # Errors

@@ -2,10 +2,11 @@
 
 use super::super::firewall::{DroppingChain, Facts, Sample};
 use super::super::forward::{Packet, of_iptables, of_nft};
-use super::tables::{Tables, Variant, named};
+use super::tables::{Tables, named};
 use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Family, Protocol};
 use crate::record::Record;
+use crate::sys::iptables::Variant;
 use crate::sys::netlink::nftables::NftFamily;
 use crate::sys::netlink::route::Link;
 use crate::sys::{Host, nft};

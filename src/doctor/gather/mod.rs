@@ -19,15 +19,13 @@ use crate::error::Error;
 use crate::model::{BackendKind, Family};
 use crate::record::Record;
 use crate::sys::bpf::cgroup;
+use crate::sys::namespace::{self, Life};
 use crate::sys::netlink::route::Link;
 use crate::sys::progress::Progress;
 use crate::sys::store::{Looked, Store};
-use crate::sys::{Host, iptables, monotonic, namespace, survey};
+use crate::sys::{Host, iptables, survey};
 use crate::usage::NAME_AND_VERSION;
 use tables::Tables;
-
-/// For how long records are compared with the kernel, in nanoseconds: who changes something waits.
-const LONGEST_COMPARISON: u64 = 5_000_000_000;
 
 /// Where to look.
 #[derive(Debug, Clone)]
@@ -93,9 +91,9 @@ fn told<T>(result: Result<T, Error>) -> Told<T> {
     })
 }
 
-/// Without a path nobody can tell, and it counts as alive, as it does for `restore`.
+/// Of which nobody can tell counts as alive, as it does for `restore` and `gc`.
 fn is_alive(record: &Record) -> bool {
-    record.netns.is_empty() || namespace::exists(&record.netns)
+    namespace::life(&record.netns) != Life::Gone
 }
 
 fn setup(places: &Places) -> setup::Facts {
@@ -206,18 +204,8 @@ fn state(host: &Host, places: &Places, tables: &Tables) -> State {
     let engine = Engine::on(host, store);
     let read = || {
         let (records, damaged) = engine.store.all()?;
-        let (mut known, mut uncompared) = (Vec::new(), 0);
-        let begin = monotonic();
-        for record in &records {
-            // With iptables-legacy each of them takes a listing of all rules.
-            match monotonic().saturating_sub(begin) < LONGEST_COMPARISON || !is_alive(record) {
-                true => known.push(attachment(&engine, record)),
-                false => uncompared += 1,
-            }
-        }
         let facts = attachments::Facts {
-            attachments: known,
-            uncompared,
+            attachments: compared(&engine, &records),
             damaged,
             pending: engine.is_interrupted()?,
             ..attachments::Facts::default()
@@ -234,13 +222,27 @@ fn state(host: &Host, places: &Places, tables: &Tables) -> State {
     }
 }
 
-fn attachment(engine: &Engine, record: &Record) -> attachments::Attachment {
-    let alive = is_alive(record);
-    let problems = match alive {
-        true => told(engine.problems(record, true)),
-        false => Ok(Vec::new()),
-    };
-    attachments::Attachment { who: describe(record), netns: record.netns.clone(), alive, problems }
+/// Every attachment with its state in the kernel, which is read once for each backend.
+fn compared(engine: &Engine, records: &[Record]) -> Vec<attachments::Attachment> {
+    let mut all = Vec::new();
+    for kind in BackendKind::ALL {
+        let own: Vec<Record> =
+            records.iter().filter(|record| record.backend == kind).cloned().collect();
+        if own.is_empty() {
+            continue;
+        }
+        let found: Vec<Told<Vec<String>>> = match told(engine.problems_of_all(kind, &own)) {
+            Ok(problems) => problems.into_iter().map(Ok).collect(),
+            Err(reason) => vec![Err(reason); own.len()],
+        };
+        all.extend(own.iter().zip(found).map(|(record, problems)| attachments::Attachment {
+            who: describe(record),
+            netns: record.netns.clone(),
+            alive: is_alive(record),
+            problems,
+        }));
+    }
+    all
 }
 
 /// The directories that Cilium's agent keeps things in.

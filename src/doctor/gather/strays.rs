@@ -8,13 +8,13 @@ use serde_json::Value;
 use super::super::attachments::{Facts, Orphan, is_newer};
 use super::super::{count, some_of};
 use super::tables::{Tables, named};
-use crate::backend::ebpf;
+use crate::backend;
 use crate::backend::iptables::listing::Listing;
 use crate::backend::iptables::rules::DNAT;
-use crate::backend::nftables::UPSTREAM_TABLE;
 use crate::backend::nftables::objects::{Atom, Objects, Place};
 use crate::backend::nftables::scaffold::TABLE;
-use crate::model::{BackendKind, Family};
+use crate::backend::nftables::upstream::TABLE as UPSTREAM_TABLE;
+use crate::model::{BackendKind, Family, Forward};
 use crate::record::Record;
 use crate::sys::netlink::nftables::{NftFamily, NftReader};
 use crate::sys::{Host, nft};
@@ -30,23 +30,32 @@ pub fn add(host: &Host, tables: &Tables, records: &[Record], mut facts: Facts) -
     };
     in_iptables(host, tables, &of(BackendKind::Iptables), &mut facts);
     in_nftables(host, &of(BackendKind::Nftables), &mut facts);
-    let of_ebpf = of(BackendKind::Ebpf);
-    match ebpf::unrecorded(host, &of_ebpf) {
-        Err(error) => {
-            facts.unread.push(("the eBPF maps".into(), format!("{error}: {}", error.details())))
-        }
-        Ok(claims) if claims.is_empty() => {}
-        Ok(claims) => facts.orphans.push(Orphan {
-            what: format!("the eBPF maps forward {}", some_of(&claims)),
-            // Flushing takes away what outlives the last attachment of a backend, and an empty state
-            // directory has none of any: rules of other backends stay.
-            removal: match of_ebpf.is_empty() {
-                true => "portmap flush --all --yes --state-dir \"$(mktemp -d)\"".into(),
-                false => "rm -r /sys/fs/bpf/portmap && portmap restore".into(),
-            },
-        }),
-    }
+    in_ebpf(host, records, &mut facts);
     facts
+}
+
+fn in_ebpf(host: &Host, records: &[Record], facts: &mut Facts) {
+    let mut own = records.to_vec();
+    own.retain(|record| record.backend == BackendKind::Ebpf);
+    let forwards: Vec<Forward> = match backend::of(BackendKind::Ebpf).leftovers(host, &own) {
+        Ok(leftovers) => leftovers.into_iter().flat_map(|leftover| leftover.forwards).collect(),
+        Err(error) => {
+            let reason = format!("{error}: {}", error.details());
+            return facts.unread.push(("the eBPF maps".into(), reason));
+        }
+    };
+    if forwards.is_empty() {
+        return;
+    }
+    facts.orphans.push(Orphan {
+        what: format!("the eBPF maps forward {}", some_of(&forwards)),
+        // Flushing takes away what outlives the last attachment of a backend, and an empty state
+        // directory has none of any: rules of other backends stay.
+        removal: match own.is_empty() {
+            true => "portmap flush --all --yes --state-dir \"$(mktemp -d)\"".into(),
+            false => "rm -r /sys/fs/bpf/portmap && portmap restore".into(),
+        },
+    });
 }
 
 fn in_iptables(host: &Host, tables: &Tables, records: &[&Record], facts: &mut Facts) {

@@ -9,24 +9,9 @@ use super::super::localhost::Guard;
 use crate::backend::iptables::check::raw_problems;
 use crate::backend::iptables::listing::{Listing, option, target_of};
 use crate::model::Family;
+use crate::sys::iptables::{self, Variant};
 use crate::sys::netlink::nftables::{Chain, NftFamily, NftReader};
-use crate::sys::{Host, iptables, legacy};
-
-/// A variant of iptables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Variant {
-    Legacy,
-    Nft,
-}
-
-impl Variant {
-    pub fn name(self) -> &'static str {
-        match self {
-            Variant::Legacy => "iptables-legacy",
-            Variant::Nft => "iptables-nft",
-        }
-    }
-}
+use crate::sys::{Host, legacy};
 
 /// Tables of iptables that are there.
 pub struct Tables {
@@ -194,11 +179,14 @@ fn tool(host: &Host, variant: Variant, family: Family) -> Option<String> {
 fn base_chains() -> io::Result<Vec<(NftFamily, String, Chain)>> {
     let mut all = Vec::new();
     for family in [NftFamily::Inet, NftFamily::Ip, NftFamily::Ip6] {
-        let read = NftReader::open().and_then(|mut reader| reader.base_chains(family));
+        let read = NftReader::open().and_then(|mut reader| reader.all_chains(family));
         match read {
-            Ok(chains) => {
-                all.extend(chains.into_iter().map(|(table, chain)| (family, table, chain)))
-            }
+            Ok(chains) => all.extend(
+                chains
+                    .into_iter()
+                    .filter(|(_, chain)| chain.base.is_some())
+                    .map(|(table, chain)| (family, table, chain)),
+            ),
             // The kernel has no nf_tables, or not for this family.
             Err(error)
                 if matches!(

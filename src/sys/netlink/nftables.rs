@@ -134,17 +134,6 @@ impl NftReader {
         })
     }
 
-    /// All base chains of a family, with the tables that they are in.
-    pub fn base_chains(&mut self, family: NftFamily) -> io::Result<Vec<(String, Chain)>> {
-        let request = message::<DefaultNla>(libc::NFT_MSG_GETCHAIN, family, &[]);
-        let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWCHAIN);
-        self.socket.dump(&request, |kind, payload| {
-            let rest = payload.get(NFGENMSG_LENGTH..)?;
-            let chain = (kind == new).then(|| chain(rest)).flatten()?;
-            chain.base.is_some().then(|| Some((text(find(rest, NFTA_CHAIN_TABLE)?), chain)))?
-        })
-    }
-
     /// One chain, in constant time; `None` if it or the table does not exist.
     pub fn chain(
         &mut self,
