@@ -102,8 +102,31 @@ fn packet() -> Packet {
     }
 }
 
-/// One on which nearly everything is.
+/// One on which a person has flushed a chain, and Docker has come.
 fn ill() -> Facts {
+    let mut facts = healthy();
+    let wrong = "IPv4: traffic from outside is not forwarded: chain PREROUTING of table nat has no rule `-m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT`";
+    if let Ok(Look::Read(attachments)) = &mut facts.state.look {
+        attachments.attachments[0].problems = Ok(vec![wrong.into()]);
+    }
+    facts.firewall.dropping = vec![docker()];
+    facts
+}
+
+/// What keeps all but Docker's own containers from being reached.
+fn docker() -> DroppingChain {
+    DroppingChain {
+        place: "chain FORWARD of table filter (iptables-nft, IPv4)".into(),
+        families: vec![Family::V4],
+        entry: "FORWARD".into(),
+        rules: Ok(of_iptables("-P FORWARD DROP\n-A FORWARD -o docker0 -j ACCEPT\n").1),
+        accept_translated: "iptables -I DOCKER-USER -m conntrack --ctstate DNAT -j ACCEPT".into(),
+        accept_device: String::new(),
+    }
+}
+
+/// One on which nearly everything is wrong.
+fn worst() -> Facts {
     let mut facts = healthy();
     let missing = |tool: &str| Trial::Broken(format!("{tool} is not installed (not in PATH)"));
     let objection = "Cilium replaces kube-proxy here and forwards hostPorts itself; set \"backend\": \"ebpf\" to use it all the same";
@@ -148,14 +171,7 @@ fn ill() -> Facts {
     }));
     facts.localhost.guard = Ok(Guard::None);
     facts.firewall.legacy = Ok(7);
-    facts.firewall.dropping = vec![DroppingChain {
-        place: "chain FORWARD of table filter (iptables-nft, IPv4)".into(),
-        families: vec![Family::V4],
-        entry: "FORWARD".into(),
-        rules: Ok(of_iptables("-P FORWARD DROP\n-A FORWARD -o docker0 -j ACCEPT\n").1),
-        accept_translated: "iptables -I FORWARD -m conntrack --ctstate DNAT -j ACCEPT".into(),
-        accept_device: String::new(),
-    }];
+    facts.firewall.dropping = vec![docker()];
     facts.cilium.signs = vec!["/run/cilium".into(), "device cilium_host".into()];
     facts.cilium.node_config.1 =
         Ok(Some("#define ENABLE_HOST_ROUTING 1\n#define ENABLE_NODEPORT 1\n".into()));
@@ -177,14 +193,16 @@ fn what_is_said_of_a_healthy_node() {
 }
 
 #[test]
-fn what_is_said_of_an_ill_one() {
-    let findings = examine(&ill());
-    assert_eq!(report::verdict(&findings), Severity::Broken);
-    for finding in &findings {
-        let fine = finding.severity == Severity::Fine;
-        assert!(fine || !finding.why.is_empty() && !finding.fix.is_empty(), "{finding:?}");
+fn what_is_said_of_ill_ones() {
+    for (name, facts) in [("doctor-some", ill()), ("doctor-bad", worst())] {
+        let findings = examine(&facts);
+        assert_eq!(report::verdict(&findings), Severity::Broken, "{name}");
+        for finding in &findings {
+            let fine = finding.severity == Severity::Fine;
+            assert!(fine || !finding.why.is_empty() && !finding.fix.is_empty(), "{finding:?}");
+        }
+        both(name, &findings);
     }
-    both("doctor-bad", &findings);
 }
 
 /// The command for an orphan is what a shell makes of the rule as listed.
