@@ -6,6 +6,9 @@
     reason = "a test says by a panic that it failed"
 )]
 
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
 use portmap::demo::plugin::{self, Attachment, Output};
 use portmap::demo::topology::{Lab, Options, Shape};
 use serde_json::{Value, json};
@@ -105,6 +108,42 @@ fn a_backend_that_cannot_be_read_keeps_nobody_else_from_being_restored() {
         node.ok("DEL", config, pod);
     }
     node.flush();
+}
+
+/// A runtime's call has the lock.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn who_has_to_wait_is_told_for_what() {
+    let lab = Lab::build(Options::new(Shape::Ptp)).unwrap();
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let mappings = json!([{"hostPort": 8080, "containerPort": 80}]);
+    let config = node.config(mappings, prev_result(&lab, 0, "1.0.0"));
+    let pod = attachment(&lab.pods[0], "c1");
+    node.ok("ADD", &config, &pod);
+    let commands: [&[&str]; 5] = [
+        &["list"],
+        &["who", "8080"],
+        &["restore"],
+        &["gc"],
+        &["flush", "--network", "other", "--yes"],
+    ];
+    for arguments in commands {
+        let mut command = std::process::Command::new(PORTMAP);
+        command.env_clear().env("PATH", &node.path).args(arguments);
+        command.arg("--state-dir").arg(&node.state_dir);
+        let file = std::fs::File::open(node.state_dir.join("lock")).unwrap();
+        let lock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+        let output = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| plugin::run(&mut command, b"", node.netns).unwrap());
+            std::thread::sleep(Duration::from_millis(1500));
+            lock.unlock().unwrap();
+            waiting.join().unwrap()
+        });
+        assert!(output.success(), "{arguments:?} {}", output.stderr);
+        let expected = format!("portmap {}: waiting for the node's lock", arguments[0]);
+        assert!(output.stderr.starts_with(&expected), "{}", output.stderr);
+    }
+    node.ok("DEL", &config, &pod);
 }
 
 /// What people read, of a node with nftables.

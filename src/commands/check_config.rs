@@ -15,6 +15,7 @@ use crate::model::BackendKind;
 use crate::request;
 use crate::sys::Host;
 use crate::sys::install::ListFile;
+use crate::sys::progress::Progress;
 
 /// What to look at.
 #[derive(Debug, Clone, Copy)]
@@ -53,7 +54,10 @@ pub fn run(
     };
     let mut analysis =
         analyse(&text).map_err(|refusal| CommandError::Refused(format!("{shown}: {refusal}")))?;
+    let progress = Progress::begin("portmap check-config");
+    progress.step("trying the backends out");
     let backend = analysis.conf.as_ref().map(|conf| choose(host, conf));
+    drop(progress);
     if let Some(Err(reason)) = &backend {
         analysis.findings.push(Finding {
             severity: Severity::Broken,

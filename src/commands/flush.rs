@@ -4,10 +4,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{CommandError, Terminal, Verdict, notes};
+use super::{CHANGING, CommandError, LOCKING, Terminal, Verdict, notes};
 use crate::engine::Engine;
 use crate::record::Record;
 use crate::sys::Host;
+use crate::sys::progress::Progress;
 
 /// What to remove, and how to say it.
 #[derive(Debug, Clone, Copy)]
@@ -29,8 +30,12 @@ pub fn run(
     if !options.yes {
         ask(host, options, terminal)?;
     }
+    let progress = Progress::begin("portmap flush");
+    progress.step(LOCKING);
     let engine = Engine::lock_to_change(host, options.state_dir)?;
+    progress.step(CHANGING);
     let removed = engine.flush(options.network)?;
+    drop(progress);
     if options.json {
         let list: Vec<_> = removed.iter().map(|record| json!(record.attachment)).collect();
         writeln!(terminal.output, "{}", json!({ "removed": list, "notes": host.take_warnings() }))?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::flush::describe;
-use super::{CommandError, Terminal, Verdict};
+use super::{CHANGING, CommandError, LOCKING, Terminal, Verdict};
 use crate::backend::{self, Leftover};
 use crate::engine::{Collected, Engine, lock_to_look};
 use crate::error::Error;
@@ -14,6 +14,7 @@ use crate::inventory::short_id;
 use crate::model::BackendKind;
 use crate::record::Record;
 use crate::sys::Host;
+use crate::sys::progress::Progress;
 use crate::sys::store::{Damaged, has_records};
 
 /// What to do, and how to report.
@@ -31,6 +32,8 @@ pub fn run(
     options: &Options,
     terminal: &mut Terminal,
 ) -> Result<Verdict, CommandError> {
+    let progress = Progress::begin("portmap gc");
+    progress.step(LOCKING);
     let engine = match options.dry_run {
         true => lock_to_look(host, options.state_dir)?,
         false if has_records(options.state_dir) => {
@@ -38,6 +41,7 @@ pub fn run(
         }
         false => None,
     };
+    progress.step(CHANGING);
     let mut collected = Collected::default();
     let mut records = Vec::new();
     if let Some(engine) = &engine {
@@ -45,7 +49,7 @@ pub fn run(
         (records, _) = engine.store.all()?;
     }
     let leftovers = leftovers(host, &records);
-    drop(engine);
+    drop((engine, progress));
     let notes = host.take_warnings();
     match options.json {
         true => {

@@ -6,13 +6,14 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::table::{Column, age, bytes, paragraph, table};
-use super::{CommandError, Terminal, Verdict};
+use super::{CommandError, LOCKING, LOOKING, Terminal, Verdict};
 use crate::backend::{Counters, Leftover};
 use crate::engine::{lock_to_look, survey};
 use crate::inventory::{Attached, Entry, Inventory, State, owner, short_id};
 use crate::model::{Claim, Forward};
 use crate::record::Record;
 use crate::sys::Host;
+use crate::sys::progress::Progress;
 
 /// How to show it.
 #[derive(Debug, Clone, Copy)]
@@ -29,9 +30,12 @@ pub fn run(
     options: &Options,
     terminal: &mut Terminal,
 ) -> Result<Verdict, CommandError> {
+    let progress = Progress::begin("portmap list");
+    progress.step(LOCKING);
     let engine = lock_to_look(host, options.state_dir)?;
+    progress.step(LOOKING);
     let inventory = survey(host, engine.as_ref())?;
-    drop(engine);
+    drop((engine, progress));
     let (notes, now) = (host.take_warnings(), host.now());
     match options.json {
         true => writeln!(terminal.output, "{}", as_json(&inventory, &notes, now))?,

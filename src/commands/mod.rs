@@ -18,6 +18,11 @@ use std::io::{self, BufRead, Write};
 use crate::error::Error;
 use crate::sys::Host;
 
+/// What people are told that a command is at if they have to wait for it.
+const LOCKING: &str = "waiting for the node's lock, which calls of the runtime have";
+const LOOKING: &str = "comparing the records with the kernel";
+const CHANGING: &str = "changing what is in the kernel";
+
 /// The person at the other end.
 pub struct Terminal<'a> {
     pub input: &'a mut dyn BufRead,

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{CommandError, Terminal, Verdict, notes};
+use super::{CommandError, LOCKING, LOOKING, Terminal, Verdict, notes};
 use crate::engine::{Engine, Restored};
 use crate::error::Error;
 use crate::record::Record;
 use crate::sys::Host;
+use crate::sys::progress::Progress;
 
 /// Where the records are, and how to report.
 #[derive(Debug, Clone, Copy)]
@@ -23,8 +24,12 @@ pub fn run(
     options: &Options,
     terminal: &mut Terminal,
 ) -> Result<Verdict, CommandError> {
+    let progress = Progress::begin("portmap restore");
+    progress.step(LOCKING);
     let engine = Engine::lock_to_change(host, options.state_dir)?;
+    progress.step(LOOKING);
     let Restored { attachments, repaired, dead, failed } = engine.restore()?;
+    drop(progress);
     if options.json {
         let name = |record: &Record| json!(record.attachment);
         let repaired: Vec<_> = repaired

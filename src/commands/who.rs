@@ -8,11 +8,12 @@ use serde_json::{Value, json};
 
 use super::list::{claim_json, owner_json};
 use super::table::age;
-use super::{CommandError, Terminal, Verdict};
+use super::{CommandError, LOCKING, LOOKING, Terminal, Verdict};
 use crate::engine::{lock_to_look, survey};
 use crate::inventory::{Entry, State, owner, short_id};
 use crate::model::{Family, Protocol};
 use crate::sys::Host;
+use crate::sys::progress::Progress;
 use crate::who::{Answer, Evidence, Port, Rival, Turn, calls, first, judge};
 
 /// What is asked, and how to answer.
@@ -34,7 +35,10 @@ pub fn run(
     let port = options.port;
     let protocols: Vec<Protocol> =
         port.protocol.map_or_else(|| Protocol::ALL.to_vec(), |protocol| vec![protocol]);
+    let progress = Progress::begin("portmap who");
+    progress.step(LOCKING);
     let engine = lock_to_look(host, options.state_dir)?;
+    progress.step(LOOKING);
     let inventory = survey(host, engine.as_ref())?;
     let records = inventory.records();
     let mut entries = inventory.entries(&records);
@@ -53,7 +57,7 @@ pub fn run(
         };
         answers.extend(judge(call, &entries, &inventory.leftovers, &evidence, steps));
     }
-    drop(engine);
+    drop((engine, progress));
     let (notes, now) = (host.take_warnings(), host.now());
     match options.json {
         true => writeln!(terminal.output, "{}", as_json(&answers, &notes))?,
