@@ -16,12 +16,12 @@ use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use running::Running;
+use running::{Running, fails, names, succeeds, text};
 
 const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/install.sh");
 
@@ -144,36 +144,6 @@ fn find(tool: &str) -> PathBuf {
         .map(|dir| Path::new(dir).join(tool))
         .find(|path| path.exists())
         .unwrap_or_else(|| panic!("{tool} is not installed; tests/run.sh installs it"))
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-#[track_caller]
-fn succeeds(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    assert_eq!(text(&output.stderr), "", "a success says nothing on stderr");
-    text(&output.stdout)
-}
-
-#[track_caller]
-fn fails(command: &mut Command, status: i32, message: &str) -> Output {
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(status), "{output:?}");
-    assert!(text(&output.stderr).contains(message), "{message:?} is not in {output:?}");
-    output
-}
-
-/// The names in a directory, hidden ones included.
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]

@@ -28,7 +28,7 @@ use portmap::model::{Attachment, BackendKind, Mapping, Protocol};
 use portmap::record::Record;
 use portmap::sys::Host;
 use portmap::sys::store::Store;
-use running::Running;
+use running::{Running, fails as fails_with, names, succeeds, text};
 use serde_json::{Value, json};
 
 const PORTMAP: &str = env!("CARGO_BIN_EXE_portmap");
@@ -98,33 +98,10 @@ impl Drop for Node {
     }
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-#[track_caller]
-fn succeeds(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    assert_eq!(text(&output.stderr), "", "a success says nothing on stderr");
-    text(&output.stdout)
-}
-
+/// A refusal, or something that could not be done.
 #[track_caller]
 fn fails(command: &mut Command, message: &str) -> Output {
-    let output = command.output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(text(&output.stderr).contains(message), "{message:?} is not in {output:?}");
-    output
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
+    fails_with(command, 1, message)
 }
 
 fn read(path: &Path) -> String {

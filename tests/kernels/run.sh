@@ -54,7 +54,7 @@ chmod 755 "$payload/test.sh"
 # The maps are sized for a node, and every test makes its own.
 logs=target/kernels/logs
 mkdir -p "$logs"
-tests/kernels/boot.sh -m 1536 -T 900 -j "$(nproc)" -l "$logs" -p "$payload" \
+tests/kernels/boot.sh -m 1536 -T 1500 -j "$(nproc)" -l "$logs" -p "$payload" \
     -t bash -t ip -t iptables -t ip6tables -t nft -t tc -f /usr/lib/*-linux-gnu/xtables \
     -f "$PWD/testdata/samples" "$@" >"$payload/summary" || {
     status=$?
