@@ -62,7 +62,8 @@ for c in apt-get dpkg-deb cpio xz zstd qemu-system-x86_64; do
   command -v "$c" >/dev/null || die "$c is not installed"
 done
 busybox=$(command -v busybox) || die "busybox is not installed"
-if ldd "$busybox" >/dev/null 2>&1 || ! "$busybox" --list | grep -qx depmod; then
+# Not by grep -q: it leaves at the first match, and what writes into the pipe fails then.
+if ldd "$busybox" >/dev/null 2>&1 || ! "$busybox" --list | grep -x depmod >/dev/null; then
   die "$busybox is not the one of busybox-static"
 fi
 mkdir -p "$cache/kernels" "$cache/choice" "$logs"
@@ -162,7 +163,7 @@ fetch() { # distro package -> $cache/kernels/<package>
       --exclude='*/drivers/net/ethernet' --exclude='*/drivers/net/wireless' --exclude='*/sound' || return 1
   done
   (cd "$work/deb" && sha256sum ./*.deb) >"$dir/sha256"
-  tree=$(echo "$work"/deb/x/usr/lib/modules/*/ "$work"/deb/x/lib/modules/*/ | tr ' ' '\n' | grep -v '\*' | head -n 1)
+  tree=$(echo "$work"/deb/x/usr/lib/modules/*/ "$work"/deb/x/lib/modules/*/ | tr ' ' '\n' | grep -v '\*' | sed -n 1p)
   [[ -d $tree/kernel ]] || { echo "boot.sh: no modules in ${want[*]}" >&2; return 1; }
   cp "$work"/deb/x/boot/vmlinuz-* "$dir/vmlinuz" 2>/dev/null || cp "$tree/vmlinuz" "$dir/vmlinuz" || return 1
   cp "$work"/deb/x/boot/config-* "$dir/config" 2>/dev/null || cp "$tree/config" "$dir/config" 2>/dev/null || true
