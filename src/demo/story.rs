@@ -17,7 +17,7 @@ use super::traffic::Transport;
 use super::{DemoError, DemoOptions, LabError};
 
 /// How long a call waits for its connection, and for its answer.
-const TIMEOUT: Duration = Duration::from_millis(1500);
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// The `cniVersion`s that the main part can use, best first.
 const CURRENT: [&str; 3] = ["1.1.0", "1.0.0", "0.4.0"];
 /// The `cniVersion` of the lists that Cilium writes: its DEL has no `prevResult`.

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::support::{Node, Variant, attachment, prev_result};
 
 /// How long a call may take that should succeed, or be refused.
-pub const TIMEOUT: Duration = Duration::from_millis(1500);
+pub const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for nothing. Each such call is made successfully elsewhere in its test.
 pub const SILENCE: Duration = Duration::from_millis(400);
 /// The port that every pod serves, by TCP and UDP. It is the same in all pods, so that a call that
