@@ -14,7 +14,7 @@ use std::io;
 use super::devices::Mode;
 use super::loaded::Loaded;
 use super::places::{self, Places};
-use super::strangers::{Own, Strangers};
+use super::strangers::{self, Own, Strangers};
 use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::Cgroup;
@@ -73,11 +73,14 @@ fn attach(
 ) -> Result<bool> {
     let mut todo = Vec::new();
     for place in &places.cgroups {
+        let query = |hook: SocketHook, name: &str| match place.query(hook) {
+            Err(error) if is_gone(&error) => Ok(None),
+            other => Ok(Some(other.map_err(|error| failed(place, name, error))?.programs)),
+        };
         let mut doubtful = Vec::new();
         for (hook, name) in &places.hooks {
-            let attached = match place.query(*hook) {
-                Err(error) if is_gone(&error) => continue,
-                other => other.map_err(|error| failed(place, name, error))?.programs,
+            let Some(attached) = query(*hook, name)? else {
+                continue;
             };
             // Others beside it may be another version's only after a kill, which is a matter for
             // `Mode::Restore`.
@@ -86,17 +89,24 @@ fn attach(
                 Mode::Restore => attached == [*id],
             });
             if !is_right {
-                doubtful.push((*hook, *name, attached));
+                doubtful.push((*hook, *name));
             }
         }
         if doubtful.is_empty() {
             continue;
         }
-        let strangers = match Strangers::at(place, own) {
-            Err(error) if is_gone(&error) => continue,
-            other => other.map_err(|error| looking(place, error))?,
+        let mut listed = Vec::new();
+        let looked = Strangers::around(place, own, || {
+            for (hook, name) in doubtful {
+                listed.extend(query(hook, name)?.map(|attached| (hook, name, attached)));
+            }
+            Ok(())
+        });
+        let strangers = match looked {
+            Err(Error::Io { source, .. }) if is_gone(&source) => continue,
+            other => other?,
         };
-        for (hook, name, attached) in doubtful {
+        for (hook, name, attached) in listed {
             let mut former = match own {
                 // Perhaps another node's: there is room beside it.
                 Own::Unknown => Vec::new(),
@@ -110,6 +120,15 @@ fn attach(
                 todo.push((place, hook, name, former));
             }
         }
+    }
+    // Other nodes know by some hooks whose the others are: in an upgrade one of these has the new
+    // program before any of those has, and another the former one until all have changed.
+    if todo.iter().any(|(_, hook, _, former)| *hook == strangers::FIRST && !former.is_empty()) {
+        todo.sort_by_key(|(_, hook, _, _)| match hook {
+            hook if *hook == strangers::FIRST => 2,
+            hook if strangers::TELLING.contains(hook) => 0,
+            _ => 1,
+        });
     }
     for (place, hook, name, former) in todo {
         let done = loaded.with_program(name, |program| {
@@ -248,8 +267,10 @@ fn put(
     program: &Program,
 ) -> io::Result<()> {
     if !place.query(hook)?.programs.contains(&program.id()) {
-        match former.pop() {
-            Some(old) => place.replace(hook, &old, program)?,
+        match former.pop().map(|old| place.replace(hook, &old, program)) {
+            // It has gone meanwhile.
+            Some(Err(error)) if is_gone(&error) => place.attach(hook, program)?,
+            Some(replaced) => replaced?,
             None => place.attach(hook, program)?,
         }
     }
@@ -258,29 +279,31 @@ fn put(
 
 /// Takes this node's programs off some hooks of a cgroup.
 fn clear(place: &Cgroup, hooks: &[SocketHook], own: Own) -> Result<()> {
-    let clear = || -> io::Result<()> {
+    let failed =
+        |error| Error::io(format!("take the eBPF programs off the cgroup {}", place.name()), error);
+    let clear = || -> Result<()> {
         let mut attached = Vec::new();
-        for hook in hooks {
-            match place.query(*hook) {
-                // A kernel without the hook has nothing attached to it.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                other => attached.push((*hook, other?.programs)),
+        let strangers = Strangers::around(place, own, || {
+            for hook in hooks {
+                match place.query(*hook) {
+                    // A kernel without the hook has nothing attached to it.
+                    Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                    other => attached.push((*hook, other.map_err(failed)?.programs)),
+                }
             }
-        }
-        // Only now: whoever has attached anything by then has attached what tells whose it is.
-        let strangers = Strangers::at(place, own)?;
-        for (hook, ids) in attached {
-            for program in strangers.own(&ids)? {
-                place.detach(hook, &program)?;
+            Ok(())
+        })?;
+        // The first one goes last: it tells other nodes whose the others are.
+        for (hook, ids) in attached.into_iter().rev() {
+            for program in strangers.own(&ids).map_err(failed)? {
+                place.detach(hook, &program).map_err(failed)?;
             }
         }
         Ok(())
     };
     match clear() {
-        Err(error) if is_gone(&error) => Ok(()),
-        other => other.map_err(|error| {
-            Error::io(format!("take the eBPF programs off the cgroup {}", place.name()), error)
-        }),
+        Err(Error::Io { source, .. }) if is_gone(&source) => Ok(()),
+        other => other,
     }
 }
 

@@ -10,12 +10,15 @@ use std::io;
 use zerocopy::FromBytes;
 
 use super::layout::{Config, config_flags};
+use crate::error::{Error, Result};
 use crate::sys::bpf::cgroup::Cgroup;
 use crate::sys::bpf::map::Map;
 use crate::sys::bpf::program::{Program, SocketHook};
 
+/// The hook whose program a node attaches before all others, and takes away after all others.
+pub const FIRST: SocketHook = SocketHook::Connect4;
 /// The hooks whose programs tell whose they are, by their names or by the configuration that they use.
-const CALLS: [SocketHook; 4] =
+pub const TELLING: [SocketHook; 4] =
     [SocketHook::Connect4, SocketHook::Connect6, SocketHook::Sendmsg4, SocketHook::Sendmsg6];
 const CONFIG: &str = "pm_config";
 
@@ -38,15 +41,26 @@ pub struct Strangers {
 }
 
 impl Strangers {
-    /// Looks at what is attached to a cgroup. Connect4 comes first when a node attaches its programs, so
-    /// that of programs that were listed before this call the owner is known.
+    /// Looks at what is attached to a cgroup before and after `list` lists programs there, since other
+    /// nodes come, go and are upgraded meanwhile: [`FIRST`] is there as long as any other program of a
+    /// node is, so that one of the two looks has seen it.
     ///
     /// # Errors
     ///
-    /// What bpf(2) returns.
-    pub fn at(place: &Cgroup, own: Own) -> io::Result<Self> {
+    /// What bpf(2) returns, and what `list` does.
+    pub fn around(place: &Cgroup, own: Own, list: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let looking = |error| {
+            Error::io(format!("look at the eBPF programs of the cgroup {}", place.name()), error)
+        };
         let mut strangers = Self::default();
-        for hook in CALLS {
+        strangers.look(place, own).map_err(looking)?;
+        list()?;
+        strangers.look(place, own).map_err(looking)?;
+        Ok(strangers)
+    }
+
+    fn look(&mut self, place: &Cgroup, own: Own) -> io::Result<()> {
+        for hook in TELLING {
             for id in place.query(hook)?.programs {
                 let Some(program) = Program::from_id(id)?.filter(is_named_as_ours) else {
                     continue;
@@ -60,11 +74,11 @@ impl Strangers {
                     Own::Everywhere => gated,
                 };
                 if strange {
-                    strangers.maps.extend(maps);
+                    self.maps.extend(maps);
                 }
             }
         }
-        Ok(strangers)
+        Ok(())
     }
 
     /// Those of the programs with these ids that are this plugin's and this node's.
