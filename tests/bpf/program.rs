@@ -51,6 +51,10 @@ fn trials_show_verdict_and_packet() {
         let program = Program::load(Hook::Classifier, "pm_device", &device, c"GPL").unwrap();
         let lo = nix::net::if_::if_nametoindex("lo").unwrap();
         assert_eq!(program.test_run(&packet, lo, 0, 3).unwrap().verdict, lo);
+        // r0 = skb->ingress_ifindex
+        let from = [instruction(0x61, 0, 1, 36, 0), instruction(0x95, 0, 0, 0, 0)];
+        let from = Program::load(Hook::Classifier, "pm_from", &from, c"GPL").unwrap();
+        assert_eq!(from.test_run(&packet, lo, 7, 1).unwrap().verdict, 7);
         assert!(program.test_run(&packet, 4_000_000, 0, 1).is_err());
         assert!(program.test_run(&packet[..13], 0, 0, 1).is_err());
     });

@@ -218,7 +218,8 @@ impl Program {
     /// # Errors
     ///
     /// What bpf(2) returns: `EINVAL` for a frame of less than 14 bytes, and before Linux 5.9 for
-    /// any device but 0, which stands for the loopback device.
+    /// any device but 0, which stands for the loopback device. Linux 5.10 takes no other `from` than 0,
+    /// 6.1 does.
     pub fn test_run(
         &self,
         packet: &[u8],
