@@ -18,13 +18,19 @@ pub struct NodeFacts {
     /// The node's own addresses, of both families. IPv6 link-local ones are left out: every pod's
     /// link has one, and none can be called from another link.
     pub addresses: BTreeSet<IpAddr>,
-    /// IPv4 broadcast addresses of the node's subnets.
-    pub broadcasts: BTreeSet<IpAddr>,
+    /// Addresses that the kernel's routes call local, or are broadcast addresses of the node's subnets
+    /// (IPv4), and that are nobody's to call by a hostPort.
+    pub foreign: BTreeSet<IpAddr>,
+    /// Services' addresses are bound to a device of the node. New ones come at any time, so that they are
+    /// not among `foreign`: what is not in `addresses` is none of the node's.
+    pub binds_services: bool,
 }
 
 /// kube-proxy in IPVS mode binds the address of every Service to this device: they are no node
 /// addresses.
 const IPVS_DEVICE: &str = "kube-ipvs0";
+/// Kubernetes' NodeLocal DNSCache binds the address of the cluster's DNS Service to this one.
+const DNS_DEVICE: &str = "nodelocaldns";
 
 impl NodeFacts {
     /// Sorts devices by where they lead: out of the node are those with the default route, and those
@@ -52,8 +58,12 @@ impl NodeFacts {
                 .any(|port| port.master == Some(link.index) && !port.loopback && !pod_side(port)),
             _ => true,
         };
-        let ignored: BTreeSet<u32> =
-            links.iter().filter(|link| link.name == IPVS_DEVICE).map(|link| link.index).collect();
+        let on = |name: &str| {
+            let link = links.iter().find(|link| link.name == name);
+            link.map(|link| link.index)
+        };
+        let (services, dns) = (on(IPVS_DEVICE), on(DNS_DEVICE));
+        let is_on = |address: &Address, device: Option<u32>| device == Some(address.index);
         NodeFacts {
             uplinks: links
                 .iter()
@@ -62,10 +72,17 @@ impl NodeFacts {
                 .collect(),
             addresses: addresses
                 .iter()
-                .filter(|address| !ignored.contains(&address.index) && !is_link_local(&address.ip))
+                .filter(|address| !is_on(address, services) && !is_on(address, dns))
+                .filter(|address| !is_link_local(&address.ip))
                 .map(|address| address.ip)
                 .collect(),
-            broadcasts: addresses.iter().filter_map(broadcast).collect(),
+            foreign: addresses
+                .iter()
+                .filter(|address| is_on(address, dns))
+                .map(|address| address.ip)
+                .chain(addresses.iter().filter_map(broadcast))
+                .collect(),
+            binds_services: services.is_some(),
         }
     }
 
@@ -119,6 +136,7 @@ mod tests {
             link(9, "ens6", None, Some(8)),
             link(10, "kube-ipvs0", Some("dummy"), None),
             link(11, "eth9", Some("veth"), None),
+            link(12, "nodelocaldns", Some("dummy"), None),
         ];
         let addresses = [
             address(1, "127.0.0.1/8"),
@@ -128,6 +146,7 @@ mod tests {
             address(6, "10.0.1.254/32"),
             address(10, "10.96.0.1/32"),
             address(11, "198.51.100.1/24"),
+            address(12, "10.96.0.10/32"),
         ];
         let facts =
             NodeFacts::new(&links, &addresses, &[DefaultRoute { family: Family::V4, index: 2 }]);
@@ -137,8 +156,10 @@ mod tests {
         assert!(facts.is_local(&"127.1.2.3".parse().unwrap()));
         assert!(!facts.is_local(&"10.96.0.1".parse().unwrap()));
         assert!(!facts.is_local(&"fe80::1".parse().unwrap()));
-        let broadcasts: Vec<String> = facts.broadcasts.iter().map(ToString::to_string).collect();
-        assert_eq!(broadcasts, ["10.88.0.255", "192.0.2.255", "198.51.100.255"]);
+        assert!(!facts.is_local(&"10.96.0.10".parse().unwrap()));
+        let foreign: Vec<String> = facts.foreign.iter().map(ToString::to_string).collect();
+        assert_eq!(foreign, ["10.88.0.255", "10.96.0.10", "192.0.2.255", "198.51.100.255"]);
+        assert!(facts.binds_services);
     }
 
     #[test]
@@ -150,5 +171,6 @@ mod tests {
             &[DefaultRoute { family: Family::V6, index: 2 }],
         );
         assert_eq!(facts.uplinks, BTreeSet::from(["eth0".to_owned()]));
+        assert!(!facts.binds_services);
     }
 }

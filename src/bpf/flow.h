@@ -28,7 +28,8 @@ static __always_inline void stamp(struct flow *flow)
 		flow->last = t;
 }
 
-static __always_inline __u32 age(const struct flow *flow)
+/* Seconds without a packet. Less than 0 if another CPU has stamped it since this one looked. */
+static __always_inline __s32 age(const struct flow *flow)
 {
 	return now() - flow->last;
 }
@@ -38,29 +39,58 @@ static __always_inline void stamp(struct flow *flow)
 	(void)flow;
 }
 
-static __always_inline __u32 age(const struct flow *flow)
+static __always_inline __s32 age(const struct flow *flow)
 {
 	(void)flow;
 	return 0;
 }
 #endif
 
-static __always_inline void touch(struct flow *flow, const struct packet *p)
+/* What a flow begins with. UDP's first packet may be its only one. */
+static __always_inline __u32 first_flags(const struct packet *p)
 {
+	return p->opens || p->protocol == IPPROTO_UDP ? 0 : FLOW_GOES_ON;
+}
+
+/* A packet of the flow. `from_peer`: anybody may have sent it. Without branches, for the verifier. */
+static __always_inline void touch(struct flow *flow, const struct packet *p, int from_peer)
+{
+	__u32 before = flow->flags, flags = before;
+
 	/* An ICMP error says nothing about whether the flow goes on. */
 	if (p->icmp)
 		return;
 	stamp(flow);
-	if (p->closes)
-		flow->flags |= FLOW_CLOSED;
-	else if (p->opens && flow->flags & FLOW_CLOSED)
-		flow->flags &= ~FLOW_CLOSED;
+	if (from_peer)
+		flags &= ~FLOW_PEER_CLOSED;
+	flags |= p->closes * (from_peer ? FLOW_PEER_CLOSED : FLOW_CLOSED);
+	/* A new connection in the place of a closed one. */
+	flags &= ~((p->opens & flags / FLOW_CLOSED) *
+		   (FLOW_CLOSED | FLOW_PEER_CLOSED | FLOW_GOES_ON));
+	if (from_peer)
+		flags |= (p->opens ^ 1) * FLOW_GOES_ON;
+	if (flags != before)
+		flow->flags = flags;
 }
 
-/* Longer without a packet than any conntrack would have waited: a day for streams, 5 minutes. */
+/*
+ * Seconds to wait for another packet, longer than any conntrack would: a day for streams, 5 minutes for
+ * UDP; while only the first packet has come, 2 minutes and half a one. Without branches, too.
+ */
+static __always_inline __s32 patience(const struct flow *flow, __u8 protocol)
+{
+	__u64 udp = protocol ^ IPPROTO_UDP, goes_on = flow->flags / FLOW_GOES_ON & 1;
+
+	WHOLE(udp);
+	WHOLE(goes_on);
+	udp = (udp - 1) >> 63;
+	WHOLE(udp);
+	return 120 + goes_on * (86400 - 120) - udp * (120 - 30 + goes_on * (86400 - 120 - 300 + 30));
+}
+
 static __always_inline int idle(const struct flow *flow, __u8 protocol)
 {
-	return age(flow) > (protocol == IPPROTO_UDP ? 300 : 86400);
+	return age(flow) > patience(flow, protocol);
 }
 
 /* Whether the packet may take the entry over. */
@@ -69,55 +99,133 @@ static __always_inline int replaceable(const struct flow *flow, const struct pac
 	return (flow->flags & FLOW_CLOSED && p->opens) || idle(flow, p->protocol);
 }
 
-/* Whether the flow is that of this original tuple. */
-static __always_inline int remapped_from(const struct flow *flow, const struct tuple *t)
+/* How long a closed connection may still have packets under way (TIME_WAIT of Linux). */
+#define REST 60
+
+/*
+ * Whether nobody misses the entry: not even the other half of a connection that is half closed. One that
+ * was refused has none.
+ */
+static __always_inline int is_over(const struct flow *flow, __u8 protocol)
 {
-	return flow->peer_port == t->source_port && flow->host_port == t->destination_port &&
-	       same_addr(&flow->peer, &t->source) && same_addr(&flow->host, &t->destination);
+	__s32 limit = patience(flow, protocol);
+	__s64 closed = flow->flags / FLOW_CLOSED & 1, goes_on = flow->flags / FLOW_GOES_ON & 1;
+
+	WHOLE(closed);
+	WHOLE(goes_on);
+	return age(flow) > limit - closed * (limit + 1 - goes_on * (REST + 1));
 }
 
-/* Ports that Linux gives to sockets by itself (ip_local_port_range). */
+/* Whether the flow is that of this original tuple. */
+static __always_inline int remapped_from(const struct flow *flow, const struct remap_key *from)
+{
+	return flow->peer_port == from->peer_port && flow->host_port == from->host_port &&
+	       same_addr(&flow->peer, &from->peer) && same_addr(&flow->host, &from->host);
+}
+
+/* Ports that Linux gives to sockets by itself, both included. */
+static __always_inline void ephemeral_ports(__u32 *first, __u32 *last, __u64 unknown)
+{
+	struct config *config = find_config();
+
+	*first = 32768;
+	*last = 60999;
+	if (config && config->ephemeral_last) {
+		*first = config->ephemeral_first;
+		*last = config->ephemeral_last;
+	}
+	FORGET(*first, unknown);
+	FORGET(*last, unknown);
+}
+
 static __always_inline int is_ephemeral(__be16 port)
 {
-	__u16 number = bpf_ntohs(port);
+	__u32 number = bpf_ntohs(port), first, last;
 
-	return number >= 32768 && number < 61000;
+	ephemeral_ports(&first, &last, port);
+	return number >= first && number <= last;
+}
+
+static __always_inline __u32 hash_of(const struct remap_key *key)
+{
+	const __u32 *words = (const void *)key;
+	__u64 hash = 0;
+
+#pragma clang loop unroll(full)
+	for (unsigned int i = 0; i < sizeof(*key) / sizeof(*words); i++) {
+		hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15;
+		hash ^= hash >> 32;
+	}
+	return hash;
 }
 
 #define ATTEMPTS 8
+/* The first of them, which follow from the peer and what it called. */
+#define HASHED 3
 
 /*
  * Finds a port for a peer whose own may not be used towards the pod: fills key->peer_port, and
  * remembers the flow and the choice. `own`: the peer's own port will do if it is free. Others are
  * taken from outside the range that sockets get by themselves, so that the peer (or the node, for
  * masqueraded flows) does not come upon them later.
+ *
+ * A flow whose choice was evicted goes on with its port, if that is one of the first. The others are
+ * random, lest somebody take them all in advance.
+ *
+ * 0, 1 if the flow was there, or -1 without a port.
  */
 static __always_inline int choose_port(struct flow_key *key, struct flow *flow,
-				       const struct remap_key *from, __u32 own)
+				       const struct remap_key *from, const struct packet *p,
+				       __u32 own)
 {
+	__u32 hash = hash_of(from), first, last, there = 0;
+	__u64 update = BPF_NOEXIST;
 	struct remap to = {};
-	__u32 found = 0;
 
+	ephemeral_ports(&first, &last, hash);
+	FORGET(own, hash);
+	FORGET(flow->flags, hash);
 #pragma clang loop unroll(disable)
 	for (__u64 i = 0; i < ATTEMPTS; i++) {
-		__u32 number = bpf_get_prandom_u32();
 		struct flow *taken;
+		__u32 port;
 
-		number = i < ATTEMPTS / 2 ? 61000 + number % 4536 : 1024 + number % 31744;
-		key->peer_port = i == 0 && own ? from->peer_port : bpf_htons(number);
+		/* A connection that only begins has no port yet. */
+		if (to.port && (p->opens || i >= HASHED))
+			break;
+		hash = i < HASHED ? hash * 1664525 + 1013904223 : bpf_get_prandom_u32();
+		port = last + 1 + ((__u64)hash * (64512 - (last - first + 1)) >> 32);
+		/* Below 1024 are servers. */
+		if (port > 65535)
+			port -= 64512;
+		key->peer_port = i == 0 && own ? from->peer_port : bpf_htons(port);
 		taken = bpf_map_lookup_elem(&pm_flows, key);
-		if (!taken || taken->flags & FLOW_CLOSED || idle(taken, key->protocol)) {
-			found = 1;
+		if (i < HASHED && taken && remapped_from(taken, from)) {
+			touch(taken, p, 1);
+			to.port = key->peer_port;
+			there = 1;
 			break;
 		}
+		if (to.port)
+			continue;
+		if (taken && !is_over(taken, key->protocol)) {
+			if (i < ATTEMPTS - 2 ||
+			    !(taken->flags & FLOW_CLOSED ||
+			      (taken->flags & FLOW_PEER_CLOSED && age(taken) > REST)))
+				continue;
+		}
+		update = taken ? BPF_ANY : BPF_NOEXIST;
+		FORGET(update, hash);
+		to.port = key->peer_port;
 	}
-	if (!found || bpf_map_update_elem(&pm_flows, key, flow, BPF_ANY)) {
+	key->peer_port = to.port;
+	/* Another CPU may have taken it meanwhile. */
+	if (!to.port || (!there && bpf_map_update_elem(&pm_flows, key, flow, update))) {
 		count(REASON_DROP_NO_PORT);
 		return -1;
 	}
-	to.port = key->peer_port;
 	bpf_map_update_elem(&pm_remaps, from, &to, BPF_ANY);
-	return 0;
+	return there;
 }
 
 /*
@@ -125,8 +233,7 @@ static __always_inline int choose_port(struct flow_key *key, struct flow *flow,
  * of the two maps are evicted on their own, so that they have to agree.
  */
 static __always_inline struct flow *find_remapped(struct flow_key *key,
-						  const struct remap_key *from,
-						  const struct tuple *original)
+						  const struct remap_key *from)
 {
 	struct remap *remap = bpf_map_lookup_elem(&pm_remaps, from);
 	struct flow *flow;
@@ -135,7 +242,7 @@ static __always_inline struct flow *find_remapped(struct flow_key *key,
 		return 0;
 	key->peer_port = remap->port;
 	flow = bpf_map_lookup_elem(&pm_flows, key);
-	return flow && remapped_from(flow, original) ? flow : 0;
+	return flow && remapped_from(flow, from) ? flow : 0;
 }
 
 /* Also of a pod's own entry: the plugin looks for flows only where there were any. */

@@ -6,6 +6,9 @@
 #include "flow.h"
 #include "local.h"
 
+/* <asm-generic/errno-base.h> */
+#define EEXIST 17
+
 /* A source that nobody has: 192.0.0.8 (RFC 7600) and 100::8 (RFC 6666). */
 static __always_inline void set_dummy(struct addr *to)
 {
@@ -29,9 +32,14 @@ static __always_inline int is_node_flow(const struct packet *p)
 	};
 	struct flow *flow = bpf_map_lookup_elem(&pm_flows, &key);
 
-	if (!flow || !(flow->flags & FLOW_NODE) || replaceable(flow, p))
+	if (!flow || !(flow->flags & FLOW_NODE))
 		return 0;
-	touch(flow, p);
+	if (p->opens ? is_over(flow, p->protocol) : idle(flow, p->protocol)) {
+		/* Should the node go on nevertheless, it is noted anew. */
+		bpf_map_delete_elem(&pm_flows, &key);
+		return 0;
+	}
+	touch(flow, p, 1);
 	return 1;
 }
 
@@ -43,15 +51,16 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 					    struct tuple *to, int from_pod, __u64 *mac)
 {
 	struct tuple *t = &p->tuple;
-	struct claim_key claim_key = {
+	struct claim_key claim_key __attribute__((aligned(8))) = {
 		.addr = t->destination, .port = t->destination_port, .protocol = p->protocol,
 	};
-	struct flow_key key = {
+	struct flow_key key __attribute__((aligned(8))) = {
 		.peer = t->source, .peer_port = t->source_port, .protocol = p->protocol,
 	};
 	struct claim *claim;
 	struct flow *flow = 0;
 	__u32 any, made = 0, hairpin = 0, own = 0;
+	__u64 unknown = unknown_of(skb);
 
 	claim = find_claim(&claim_key, &any);
 	if (!claim)
@@ -74,10 +83,16 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	} else {
 		flow = bpf_map_lookup_elem(&pm_flows, &key);
 	}
+	/* What is constant in a hairpin, or for claims of any address. */
+	forget_addr(&claim_key.addr, unknown);
+	forget_addr(&key.peer, unknown);
+	FORGET(any, unknown);
+	FORGET(hairpin, unknown);
+	FORGET(own, unknown);
 
 	if (flow && !(flow->flags & (FLOW_REMAPPED | FLOW_HAIRPIN | FLOW_MASQUERADED)) &&
 	    same_addr(&flow->host, &t->destination) && flow->host_port == t->destination_port) {
-		touch(flow, p);
+		touch(flow, p, 1);
 	} else {
 		struct remap_key from = {
 			.peer = t->source, .host = t->destination,
@@ -95,30 +110,39 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 			count(REASON_NODE_FLOW);
 			return PASS;
 		}
-		remapped = find_remapped(&key, &from, t);
+		FORGET(taken, unknown);
+		remapped = find_remapped(&key, &from);
 		if (remapped) {
-			touch(remapped, p);
+			touch(remapped, p, 1);
 		} else {
 			struct flow new = {
 				.host = t->destination, .peer = t->source,
 				.host_port = t->destination_port, .peer_port = t->source_port,
-				.flags = any | hairpin, .owner = claim->owner,
+				.flags = any | hairpin | first_flags(p), .owner = claim->owner,
 			};
 
 			if (p->icmp)
 				return PASS;
 			stamp(&new);
-			if (taken) {
-				new.flags |= FLOW_REMAPPED;
-				if (choose_port(&key, &new, &from, own))
-					return DROP;
-				if (!hairpin)
-					count(REASON_REMAPPED);
-			} else {
-				key.peer_port = t->source_port;
-				bpf_map_update_elem(&pm_flows, &key, &new, BPF_ANY);
-			}
 			made = 1;
+			if (!taken) {
+				key.peer_port = t->source_port;
+				/* Unless another CPU was faster, for another of the peer's calls. */
+				taken = bpf_map_update_elem(&pm_flows, &key, &new,
+							    flow ? BPF_ANY : BPF_NOEXIST) == -EEXIST;
+			}
+			if (taken) {
+				int there;
+
+				new.flags |= FLOW_REMAPPED;
+				there = choose_port(&key, &new, &from, p, own);
+				if (there < 0)
+					return DROP;
+				FORGET(there, unknown);
+				made = !there;
+				if (!hairpin && made)
+					count(REASON_REMAPPED);
+			}
 		}
 	}
 
@@ -159,7 +183,7 @@ static __always_inline enum verdict turn_back(struct packet *p, struct tuple *to
 
 	if (!flow || !(flow->flags & (FLOW_HAIRPIN | FLOW_MASQUERADED)))
 		return PASS;
-	touch(flow, p);
+	touch(flow, p, 0);
 	to->destination = flow->peer;
 	to->destination_port = flow->peer_port;
 	if (flow->flags & FLOW_MASQUERADED) {

@@ -73,12 +73,19 @@ struct flow_key {
 #define FLOW_HAIRPIN 2
 /* Not a hostPort's: the node itself uses a hostPort's number as its source port. */
 #define FLOW_NODE 4
-/* FIN or RST was seen: a SYN may take the entry over. */
+/*
+ * The pod (of FLOW_NODE: the node) has sent FIN or RST: a SYN may take the entry over. What comes from
+ * outside says nothing of the kind, since anybody can forge it: a pod ignores a RST with a wrong number.
+ */
 #define FLOW_CLOSED 8
 /* The claim is that of any address. */
 #define FLOW_ANY 16
 /* Answers of a masqueraded flow (masqAll): the destination is put back to `peer`. */
 #define FLOW_MASQUERADED 32
+/* The peer has sent more than an opening packet: worth waiting for. */
+#define FLOW_GOES_ON 64
+/* The peer's last packet was FIN or RST: its port may be given away when ports are scarce. */
+#define FLOW_PEER_CLOSED 128
 
 struct flow {
 	struct addr host;	/* original destination */
@@ -151,6 +158,11 @@ struct socket_value {
 
 /* The plugin knows the node's network namespace by `netns_cookie`. */
 #define CONFIG_COOKIE 1
+/*
+ * The node's addresses are those that are listed, also for what comes from outside: the kernel's routes
+ * call those of Services local as well, which kube-proxy binds to a device of the node (IPVS).
+ */
+#define CONFIG_LISTED_ONLY 2
 
 /* The only entry of its map. */
 struct config {
@@ -164,6 +176,12 @@ struct config {
 	__be32 learn_address;
 	__be16 learn_port;
 	__u16 pad;
+	/*
+	 * Ports that sockets of the node get by themselves (ip_local_port_range); the last is 0 where the
+	 * plugin has not said it. Others are chosen in a peer's stead.
+	 */
+	__u32 ephemeral_first;
+	__u32 ephemeral_last;
 };
 
 /* Packets of one claim. Bytes are those of the IP packets. */

@@ -24,6 +24,13 @@ static __always_inline int is_reserved(const struct addr *a)
 	return first >> 22 == 0xfe800000 >> 22 || first >> 24 == 0xff;
 }
 
+static __always_inline int listed_only(void)
+{
+	struct config *config = find_config();
+
+	return config && config->flags & CONFIG_LISTED_ONLY;
+}
+
 /*
  * Whether the destination is the node itself. bpf_fib_lookup's NOT_FWDED means "local", "broadcast"
  * and "no route" alike. From an uplink, a packet to an address without a route is not to be
@@ -37,7 +44,7 @@ static __always_inline int is_local(struct __sk_buff *skb, const struct packet *
 	struct bpf_fib_lookup fib = {};
 	long result;
 
-	if (listed ? !*listed : from_pod)
+	if (listed ? !*listed : (from_pod || listed_only()))
 		return 0;
 	fib.ifindex = skb->ifindex;
 	fib.l4_protocol = p->protocol;

@@ -21,8 +21,8 @@
 /* What is looked up. Not preallocated: most nodes have a few dozen. */
 MAP(pm_claims, BPF_MAP_TYPE_HASH, struct claim_key, struct claim, 65536, BPF_F_NO_PREALLOC);
 /*
- * Addresses of the node when the plugin ran last: 1. Value 0 is a broadcast address, which
- * bpf_fib_lookup does not tell from one of the node's own.
+ * Addresses of the node when the plugin ran last: 1. Value 0 is an address that bpf_fib_lookup does not
+ * tell from one of the node's own: a broadcast address, or that of a Service.
  */
 MAP(pm_addresses, BPF_MAP_TYPE_HASH, struct addr, __u32, 4096, BPF_F_NO_PREALLOC);
 /*
@@ -39,9 +39,12 @@ MAP(pm_config, BPF_MAP_TYPE_ARRAY, __u32, struct config, 1, 0);
  * comes back with the peer's next packet.
  */
 MAP(pm_flows, BPF_MAP_TYPE_LRU_HASH, struct flow_key, struct flow, 131072, 0);
-MAP(pm_remaps, BPF_MAP_TYPE_LRU_HASH, struct remap_key, struct remap, 8192, 0);
-MAP(pm_fragments, BPF_MAP_TYPE_LRU_HASH, struct fragment_key, struct fragment, 4096, 0);
+/* With masqAll, half of the flows have one. 7 MB. */
+MAP(pm_remaps, BPF_MAP_TYPE_LRU_HASH, struct remap_key, struct remap, 65536, 0);
+MAP(pm_fragments, BPF_MAP_TYPE_LRU_HASH, struct fragment_key, struct fragment, 16384, 0);
+/* UDP sockets, which a DEL has to find; and those of TCP, which a node may have many more of. */
 MAP(pm_sockets, BPF_MAP_TYPE_LRU_HASH, struct socket_key, struct socket_value, 16384, 0);
+MAP(pm_streams, BPF_MAP_TYPE_LRU_HASH, struct socket_key, struct socket_value, 16384, 0);
 
 /* What is counted: pm_traffic only for keys that the plugin has put there. */
 MAP(pm_reasons, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS, 0);
@@ -70,6 +73,13 @@ static __always_inline void count(__u32 reason)
 
 	if (counter)
 		*counter += 1;
+}
+
+static __always_inline struct config *find_config(void)
+{
+	__u32 only = 0;
+
+	return bpf_map_lookup_elem(&pm_config, &only);
 }
 
 /* Not zero: a claim or a pod has this port. */

@@ -38,8 +38,8 @@ struct packet {
 	__u16 offset;		/* not 0: a fragment without the transport header */
 	__u16 more;		/* not 0: fragments follow */
 	__u8 protocol;		/* 0: behind a fragment's end */
-	__u8 opens;		/* TCP SYN or SCTP INIT */
-	__u8 closes;		/* TCP FIN or RST, SCTP ABORT or SHUTDOWN COMPLETE */
+	__u8 opens;		/* 1: TCP SYN or SCTP INIT */
+	__u8 closes;		/* 1: TCP FIN or RST, SCTP ABORT or SHUTDOWN COMPLETE */
 };
 
 struct ipv4 {
@@ -177,6 +177,15 @@ static __always_inline __u64 unknown_of(struct __sk_buff *skb)
 	return (__u64)skb->len << 32 | skb->mark;
 }
 
+/* The address must be aligned to 8 bytes. */
+static __always_inline void forget_addr(struct addr *addr, __u64 unknown)
+{
+	__u64 *words = (void *)addr;
+
+	FORGET(words[0], unknown);
+	FORGET(words[1], unknown);
+}
+
 static __always_inline void forget_tuple(struct tuple *tuple, __u64 unknown)
 {
 	__u64 *words = (void *)tuple;
@@ -222,7 +231,7 @@ static __always_inline void parse_state(struct __sk_buff *skb, struct packet *p)
 		p->closes = byte == 6 || byte == 14;
 	} else {
 		p->opens = (byte & 0x12) == 0x02;
-		p->closes = byte & 0x05;
+		p->closes = (byte & 0x05) != 0;
 	}
 }
 
@@ -304,8 +313,8 @@ static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, int 
 	__be16 *ports;
 	__u8 protocol;
 
-	/* A VLAN's packets belong to its own device. */
-	if (skb->vlan_present)
+	/* A VLAN's packets belong to its own device. VLAN 0 is none, but a priority (802.1Q). */
+	if (skb->vlan_present && skb->vlan_tci & 0x0fff)
 		return 0;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct ipv4 *ip = data + at;

@@ -28,13 +28,17 @@
 #define PACKET_MULTICAST 2
 
 /* Carries the verdict out. `mac`: 0, or what goes into the frame. */
-static __always_inline int finish(struct __sk_buff *skb, const struct packet *p,
+static __always_inline int finish(struct __sk_buff *skb, struct packet *p,
 				  struct tuple *to, __u32 verdict, __u64 mac)
 {
 	__u64 unknown = unknown_of(skb);
 
 	FORGET(verdict, unknown);
 	FORGET(mac, unknown);
+	/* What follows is walked once for all kinds of packets. */
+	FORGET(p->offset, unknown);
+	FORGET(p->icmp, unknown);
+	FORGET(p->protocol, unknown);
 	forget_tuple(to, unknown);
 	if (verdict == DROP)
 		return TC_ACT_SHOT;
@@ -90,9 +94,9 @@ static __always_inline int egress(struct __sk_buff *skb, __u32 at)
 		verdict = later_fragment(skb, &p, &to, 1, &mac);
 	} else {
 		if (port_known(p.tuple.source_port))
-			verdict = answer(&p, &to);
+			verdict = answer(skb, &p, &to);
 		if (verdict == PASS && port_known(p.tuple.destination_port))
-			verdict = masquerade(&p, &to);
+			verdict = masquerade(skb, &p, &to);
 		FORGET(verdict, unknown_of(skb));
 		if (p.more)
 			verdict = first_fragment(skb, &p, &to, verdict, 1, 0);

@@ -51,13 +51,25 @@ static __always_inline int means_node(const struct addr *a)
 	return listed && *listed;
 }
 
+/* What the socket called before, if its packets go where the key says. */
+static __always_inline struct socket_value *find_called(const struct socket_key *key)
+{
+	if (key->protocol == IPPROTO_UDP)
+		return bpf_map_lookup_elem(&pm_sockets, key);
+	return bpf_map_lookup_elem(&pm_streams, key);
+}
+
 /* Remembers what the socket called; not again for every datagram. */
 static __always_inline void remember(const struct socket_key *key, const struct addr *addr,
 				     __be16 port)
 {
-	struct socket_value *known = bpf_map_lookup_elem(&pm_sockets, key);
-	struct socket_value value = { .addr = *addr, .port = port };
+	struct socket_value *known, value = { .addr = *addr, .port = port };
 
+	if (key->protocol != IPPROTO_UDP) {
+		bpf_map_update_elem(&pm_streams, key, &value, BPF_ANY);
+		return;
+	}
+	known = bpf_map_lookup_elem(&pm_sockets, key);
 	if (!known || known->port != port || !same_addr(&known->addr, addr))
 		bpf_map_update_elem(&pm_sockets, key, &value, BPF_ANY);
 }
@@ -92,8 +104,12 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 		 * socket is connected: when an IPv6 one sends to a mapped IPv4 address, the kernel asks
 		 * again, with what it is connected to.
 		 */
-		if (!is_connected(ctx, reason))
+		if (is_connected(ctx, reason))
+			return;
+		if (key.protocol == IPPROTO_UDP)
 			bpf_map_delete_elem(&pm_sockets, &key);
+		else
+			bpf_map_delete_elem(&pm_streams, &key);
 		return;
 	}
 	if (!means_node(&called))
@@ -124,11 +140,10 @@ static __always_inline int call_any(struct bpf_sock_addr *ctx, int ipv6, __u32 r
 static __always_inline int call_gated(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
 {
 	struct config *config;
-	__u32 only = 0;
 
 	if (!concerns_claims(ctx))
 		return 1;
-	config = bpf_map_lookup_elem(&pm_config, &only);
+	config = find_config();
 	if (config && config->flags & CONFIG_COOKIE &&
 	    config->netns_cookie == bpf_get_netns_cookie(ctx))
 		call(ctx, ipv6, reason);
@@ -138,8 +153,7 @@ static __always_inline int call_gated(struct bpf_sock_addr *ctx, int ipv6, __u32
 /* Not 0: the plugin's own connection, which ends with EPERM here and has taught us the cookie. */
 static __always_inline int learn(struct bpf_sock_addr *ctx)
 {
-	__u32 only = 0;
-	struct config *config = bpf_map_lookup_elem(&pm_config, &only);
+	struct config *config = find_config();
 
 	if (!config || !config->learn_port || (__be16)ctx->user_port != config->learn_port ||
 	    ctx->user_ip4 != config->learn_address)
@@ -159,7 +173,7 @@ static __always_inline int called(struct bpf_sock_addr *ctx, int ipv6, __u32 rea
 		return 1;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	read_address(ctx, ipv6, &key.addr);
-	value = bpf_map_lookup_elem(&pm_sockets, &key);
+	value = find_called(&key);
 	if (!value)
 		return 1;
 	write_address(ctx, ipv6, &value->addr, value->port);

@@ -44,14 +44,18 @@ fn a_rejected_program_says_why() {
 fn trials_show_verdict_and_packet() {
     isolated(|| {
         let packet: Vec<u8> = (0..60).collect();
-        let trial = classifier("pm_shot", 2).test_run(&packet, 0, 1).unwrap();
+        let trial = classifier("pm_shot", 2).test_run(&packet, 0, 0, 1).unwrap();
         assert_eq!((trial.verdict, trial.packet), (2, packet.clone()));
         // r0 = skb->ifindex
         let device = [instruction(0x61, 0, 1, 40, 0), instruction(0x95, 0, 0, 0, 0)];
         let program = Program::load(Hook::Classifier, "pm_device", &device, c"GPL").unwrap();
         let lo = nix::net::if_::if_nametoindex("lo").unwrap();
-        assert_eq!(program.test_run(&packet, lo, 3).unwrap().verdict, lo);
-        assert!(program.test_run(&packet, 4_000_000, 1).is_err());
-        assert!(program.test_run(&packet[..13], 0, 1).is_err());
+        assert_eq!(program.test_run(&packet, lo, 0, 3).unwrap().verdict, lo);
+        // r0 = skb->ingress_ifindex
+        let from = [instruction(0x61, 0, 1, 36, 0), instruction(0x95, 0, 0, 0, 0)];
+        let from = Program::load(Hook::Classifier, "pm_from", &from, c"GPL").unwrap();
+        assert_eq!(from.test_run(&packet, lo, 7, 1).unwrap().verdict, 7);
+        assert!(program.test_run(&packet, 4_000_000, 0, 1).is_err());
+        assert!(program.test_run(&packet[..13], 0, 0, 1).is_err());
     });
 }

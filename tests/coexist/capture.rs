@@ -249,6 +249,10 @@ fn loopback_addresses_on_the_wire_are_not_taken() {
             let to = |to: Ipv4Addr| frames::udp_v4(&mac, [from, to], PORT, b"frame");
             let own = "198.51.100.1".parse().unwrap();
             assert_eq!(arrives(lab, &receiver, &to(own)), host_ip.is_empty());
+            // A tag of VLAN 0 is a priority and no VLAN, for the stack as well.
+            let priority = frames::tagged(&to(own), 5 << 13);
+            assert_eq!(arrives(lab, &receiver, &priority), host_ip.is_empty());
+            assert!(!arrives(lab, &receiver, &frames::tagged(&to(own), 5)));
             for ip in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 9, 9, 9), Ipv4Addr::UNSPECIFIED] {
                 assert!(!arrives(lab, &receiver, &to(ip)), "{ip} with hostIP {host_ip:?}");
             }

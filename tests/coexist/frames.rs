@@ -49,6 +49,12 @@ fn frame(mac: &[u8], ethertype: i32, parts: &[Vec<u8>]) -> Vec<u8> {
     [mac, &source, &(ethertype as u16).to_be_bytes(), &parts.concat()].concat()
 }
 
+/// The frame with a tag (802.1Q): 3 bits of priority, one more, and 12 bits of a VLAN's number.
+pub fn tagged(frame: &[u8], tag: u16) -> Vec<u8> {
+    [&frame[..12], &(libc::ETH_P_8021Q as u16).to_be_bytes(), &tag.to_be_bytes(), &frame[12..]]
+        .concat()
+}
+
 /// RFC 1071.
 fn sum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| {

@@ -2,6 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use portmap::backend::ebpf::layout::Addr;
+use zerocopy::IntoBytes;
+
 use crate::packet::{Kind, Packet, SYN};
 use crate::rig::{ANY, At, on_node};
 
@@ -104,6 +107,25 @@ fn an_address_that_is_not_listed_is_taken_from_outside_alone() {
         rig.list_address(rig.second(0).ip(), 0);
         rig.stays(At::UplinkIn, &call.to(rig.second(8080)));
         rig.stays(At::PodIn, &call.to(rig.second(8080)));
+    });
+}
+
+/// Services' addresses may be bound to a device of the node (kube-proxy with IPVS): its routes call them
+/// local.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn only_listed_addresses_are_taken_where_services_are_bound() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        rig.maps["pm_addresses"].remove(Addr::from(rig.second(0).ip()).as_bytes()).unwrap();
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.second(8080));
+        rig.configure(|config| config.take_listed_only(true));
+        rig.stays(At::UplinkIn, &call);
+        let listed = call.to(rig.node(8080));
+        rig.becomes(At::UplinkIn, &listed, &listed.to(rig.pod(80)));
+        rig.clear("pm_flows");
+        rig.configure(|config| config.take_listed_only(false));
+        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
     });
 }
 

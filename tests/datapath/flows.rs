@@ -3,7 +3,7 @@
 use portmap::model::Protocol;
 
 use crate::packet::{ACK, FIN, Kind, Packet, RST, SYN};
-use crate::rig::{At, CLOSED, NODE, REMAPPED, on_node};
+use crate::rig::{At, CLOSED, GOES_ON, NODE, REMAPPED, on_node};
 
 const SYN_ACK: Kind = Kind::Tcp(SYN | ACK);
 
@@ -14,18 +14,22 @@ fn the_nodes_own_connections_from_a_claimed_port_stay_its_own() {
         rig.claim_any(40000, rig.pod(80));
         for kind in [Kind::Tcp(SYN), Kind::Udp, Kind::Sctp(1)] {
             for at in [At::UplinkIn, At::PodIn] {
-                let peer = if at == At::UplinkIn { rig.client(443) } else { rig.other_pod(443) };
-                let own = Packet::new(kind, rig.node(40000), peer);
-                rig.stays(At::Out, &own);
-                assert_eq!(rig.flow(&own.turned()).unwrap().flags, NODE);
-                rig.stays(at, &own.turned());
-                // Any other peer of the same port is still forwarded.
-                let call = Packet::new(kind, rig.client(444), rig.node(40000));
-                rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
-                rig.clear("pm_flows");
+                // Or a pod's that it masquerades.
+                for (out, flags) in [(At::Own, NODE | GOES_ON), (At::Out, NODE)] {
+                    let peer =
+                        if at == At::UplinkIn { rig.client(443) } else { rig.other_pod(443) };
+                    let own = Packet::new(kind, rig.node(40000), peer);
+                    rig.stays(out, &own);
+                    assert_eq!(rig.flow(&own.turned()).unwrap().flags, flags);
+                    rig.stays(at, &own.turned());
+                    // Any other peer of the same port is still forwarded.
+                    let call = Packet::new(kind, rig.client(444), rig.node(40000));
+                    rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
+                    rig.clear("pm_flows");
+                }
             }
         }
-        assert_eq!(rig.count("nodeFlow"), 12);
+        assert_eq!(rig.count("nodeFlow"), 24);
     });
 }
 
@@ -67,15 +71,18 @@ fn a_new_call_follows_a_connection_of_the_nodes_own() {
     on_node(|rig| {
         rig.claim_any(40000, rig.pod(80));
         let own = Packet::new(Kind::Tcp(SYN), rig.node(40000), rig.client(443));
-        rig.stays(At::Out, &own);
+        rig.stays(At::Own, &own);
         let call = own.turned().with(Kind::Tcp(SYN));
         // The connection is open: even a SYN is for the node.
         rig.stays(At::UplinkIn, &call);
-        rig.stays(At::Out, &own.with(Kind::Tcp(FIN | ACK)));
-        assert_eq!(rig.flow(&call).unwrap().flags, NODE | CLOSED);
-        // What comes late is still the node's, a repeated SYN with ACK too.
-        rig.stays(At::UplinkIn, &call.with(Kind::Tcp(FIN | ACK)));
+        rig.stays(At::Own, &own.with(Kind::Tcp(FIN | ACK)));
+        assert_eq!(rig.flow(&call).unwrap().flags, NODE | CLOSED | GOES_ON);
+        // What comes late is still the node's, and the other half of the connection.
+        rig.stays(At::UplinkIn, &call.with(Kind::Tcp(ACK)));
         rig.stays(At::UplinkIn, &call.with(SYN_ACK));
+        rig.stays(At::UplinkIn, &call);
+        rig.stays(At::Own, &own.with(Kind::Tcp(FIN | ACK)));
+        rig.age_flow(Protocol::Tcp, rig.node(40000), rig.client(443), 61);
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
         rig.becomes(
             At::UplinkIn,
@@ -86,7 +93,7 @@ fn a_new_call_follows_a_connection_of_the_nodes_own() {
         // And one that has long been silent makes room.
         rig.clear("pm_flows");
         let own = Packet::new(Kind::Udp, rig.node(40000), rig.client(443));
-        rig.stays(At::Out, &own);
+        rig.stays(At::Own, &own);
         rig.age_flow(Protocol::Udp, rig.node(40000), rig.client(443), 301);
         let call = own.turned();
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
@@ -100,7 +107,7 @@ fn a_reset_of_the_nodes_own_begins_no_connection() {
     on_node(|rig| {
         rig.claim_any(8080, rig.pod(80));
         let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.node(8080));
-        rig.stays(At::Out, &call.turned().with(Kind::Tcp(RST | ACK)));
+        rig.stays(At::Own, &call.turned().with(Kind::Tcp(RST | ACK)));
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
     });
 }
@@ -116,7 +123,7 @@ fn a_connection_of_the_nodes_own_follows_a_closed_call() {
         let answer = forwarded.turned().with(Kind::Tcp(RST));
         rig.becomes(At::Out, &answer, &answer.from(rig.node(40000)));
         let own = Packet::new(Kind::Tcp(SYN), rig.node(40000), rig.client(443));
-        rig.stays(At::Out, &own);
+        rig.stays(At::Own, &own);
         assert!(rig.flow(&forwarded).is_none());
         rig.stays(At::UplinkIn, &own.turned());
     });
@@ -171,17 +178,17 @@ fn a_port_is_used_again_after_the_connection() {
         let direct = call.to(rig.pod(80));
         rig.becomes(At::UplinkIn, &call, &direct);
         for closing in [FIN | ACK, RST] {
-            let last = call.with(Kind::Tcp(closing));
-            rig.becomes(At::UplinkIn, &last, &direct.with(Kind::Tcp(closing)));
+            let last = direct.turned().with(Kind::Tcp(closing));
+            rig.becomes(At::Out, &last, &last.from(rig.node(8080)));
             assert!(rig.flow(&direct).unwrap().flags & CLOSED != 0);
             // The rest of the old connection goes its way.
-            let answer = direct.turned().with(Kind::Tcp(FIN | ACK));
-            rig.becomes(At::Out, &answer, &answer.from(rig.node(8080)));
+            let rest = call.with(Kind::Tcp(FIN | ACK));
+            rig.becomes(At::UplinkIn, &rest, &rest.to(rig.pod(80)));
             // A direct connection, and then a call again.
             rig.stays(At::UplinkIn, &direct);
             assert_eq!(rig.flow(&direct).unwrap().flags, 0);
             rig.stays(At::Out, &direct.turned());
-            rig.stays(At::UplinkIn, &direct.with(Kind::Tcp(RST)));
+            rig.stays(At::Out, &direct.turned().with(Kind::Tcp(RST)));
             rig.becomes(At::UplinkIn, &call, &direct);
         }
         assert_eq!(rig.count("remapped"), 0);
@@ -193,14 +200,21 @@ fn a_port_is_used_again_after_the_connection() {
 fn a_silent_flow_makes_room() {
     on_node(|rig| {
         rig.claim_any(8080, rig.pod(80));
-        for (kind, protocol, limit) in [
-            (Kind::Udp, Protocol::Udp, 300),
-            (Kind::Tcp(ACK), Protocol::Tcp, 86400),
-            (Kind::Sctp(0), Protocol::Sctp, 86400),
+        for (kind, protocol, packets, limit) in [
+            (Kind::Udp, Protocol::Udp, 1, 30),
+            (Kind::Udp, Protocol::Udp, 2, 300),
+            // Nobody has answered it, or nobody wanted the answer.
+            (Kind::Tcp(SYN), Protocol::Tcp, 2, 120),
+            (Kind::Sctp(1), Protocol::Sctp, 2, 120),
+            (Kind::Tcp(ACK), Protocol::Tcp, 1, 86400),
+            (Kind::Sctp(0), Protocol::Sctp, 1, 86400),
         ] {
+            rig.clear("pm_flows");
             let call = Packet::new(kind, rig.client(40000), rig.node(8080));
             let direct = call.to(rig.pod(80));
-            rig.becomes(At::UplinkIn, &call, &direct);
+            for _ in 0..packets {
+                rig.becomes(At::UplinkIn, &call, &direct);
+            }
             rig.age_flow(protocol, rig.pod(80), rig.client(40000), limit - 10);
             rig.with_new_port(At::UplinkIn, &direct, &direct);
             rig.clear("pm_remaps");
@@ -223,7 +237,7 @@ fn one_port_calls_two_hostports_of_one_pod() {
             for host in [rig.node(8081), rig.second(8080)] {
                 let call = first.to(host);
                 let port = rig.with_new_port(At::UplinkIn, &call, &call.to(rig.pod(80)));
-                assert!(port >= 61000, "{port}");
+                assert!(!(32768..61000).contains(&port) && port >= 1024, "{port}");
                 let seen = call.between(rig.client(port), rig.pod(80));
                 rig.becomes(At::UplinkIn, &call, &seen);
                 rig.becomes(At::Out, &seen.turned(), &call.turned());
@@ -332,12 +346,61 @@ fn answers_to_the_nodes_own_calls_at_the_pod_are_no_flows() {
         rig.claim_any(8080, rig.pod(80));
         // As connect4 makes them: from the node to the pod.
         let own = Packet::new(SYN_ACK, rig.gateway(40000), rig.pod(80));
-        rig.stays(At::Out, &own);
+        rig.stays(At::Own, &own);
         rig.stays(At::PodIn, &own.turned());
         assert!(rig.entries("pm_flows").is_empty());
         // From a claimed port, they are.
         let own = own.from(rig.gateway(8080));
-        rig.stays(At::Out, &own);
+        rig.stays(At::Own, &own);
         rig.stays(At::PodIn, &own.turned());
+    });
+}
+
+/// The plugin may not have seen the address yet.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_new_address_of_the_node_makes_connections_of_its_own() {
+    on_node(|rig| {
+        rig.claim_any(40000, rig.pod(80));
+        rig.clear("pm_addresses");
+        for kind in [Kind::Udp, Kind::Tcp(SYN)] {
+            let own = Packet::new(kind, rig.node(40000), rig.client(443));
+            rig.stays(At::Own, &own);
+            rig.stays(At::UplinkIn, &own.turned());
+            // What is forwarded may be anybody's.
+            let other = own.from(rig.other_pod(40000));
+            rig.stays(At::Out, &other);
+            assert!(rig.flow(&other.turned()).is_none());
+        }
+    });
+}
+
+/// Processors read the clock one after the other.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_packet_of_just_now_is_not_of_long_ago() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        let call = Packet::new(Kind::Udp, rig.client(40000), rig.node(8080));
+        let direct = call.to(rig.pod(80));
+        rig.becomes(At::UplinkIn, &call, &direct);
+        rig.age_flow(Protocol::Udp, rig.pod(80), rig.client(40000), 2_u32.wrapping_neg());
+        let port = rig.with_new_port(At::UplinkIn, &direct, &direct);
+        assert_ne!(port, 40000);
+    });
+}
+
+/// Two calls of one port, one of which had its port replaced: it stays that way in mid-stream, also
+/// when the choice is evicted and its own port is free.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_replaced_port_is_found_again() {
+    on_node(|rig| {
+        let (second, port) = rig.call_two_host_ports();
+        let forwarded = second.between(rig.client(port), rig.pod(80));
+        rig.clear("pm_remaps");
+        rig.becomes(At::UplinkIn, &second, &forwarded);
+        rig.becomes(At::Out, &forwarded.turned(), &second.turned());
+        assert_eq!(rig.count("remapped"), 1);
     });
 }

@@ -1,7 +1,7 @@
 //! A pod that calls its own hostPort.
 
 use crate::packet::{ACK, KINDS, Kind, Packet, SYN};
-use crate::rig::{At, HAIRPIN, NEXT, REMAPPED, on_node};
+use crate::rig::{At, HAIRPIN, REMAPPED, on_node};
 
 #[test]
 #[ignore = "privileged: loads BPF programs"]
@@ -24,8 +24,8 @@ fn packets_turn_round_at_the_pods_link() {
                 let answer = seen.turned();
                 rig.bounces(At::PodIn, &answer, &call.turned());
                 // Both pass the link's egress on their way back.
-                rig.stays(At::Out, &seen.bounced());
-                rig.stays(At::Out, &call.turned().bounced());
+                rig.stays(At::Bounced, &seen.bounced());
+                rig.stays(At::Bounced, &call.turned().bounced());
                 assert!(rig.flow(&call.turned().turned()).is_none());
             }
         }
@@ -87,9 +87,28 @@ fn a_masqueraded_hairpin_comes_from_the_node() {
             assert_eq!(port == own, kept);
             let seen = call.between(rig.gateway(port), rig.pod(80));
             rig.bounces(At::PodIn, &call, &seen);
-            rig.gives(At::Out, &seen.bounced().frame(), NEXT, &seen.bounced().frame());
+            rig.stays(At::Bounced, &seen.bounced());
             rig.bounces(At::PodIn, &seen.turned(), &call.turned());
         }
         assert_eq!(rig.count("masqueraded"), 0);
+    });
+}
+
+/// An evicted choice must not turn the pod's packets over to the node, whoever speaks next.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_hairpin_goes_on_when_the_choice_is_forgotten() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        let call = Packet::new(Kind::Tcp(ACK), rig.pod(40000), rig.node(8080));
+        let seen = call.between(rig.dummy(40000), rig.pod(80));
+        rig.bounces(At::PodIn, &call, &seen);
+        rig.clear("pm_remaps");
+        rig.bounces(At::PodIn, &seen.turned(), &call.turned());
+        rig.stays(At::Bounced, &call.turned().bounced());
+        assert_eq!(rig.count("nodeFlow"), 0);
+        rig.bounces(At::PodIn, &call, &seen);
+        rig.stays(At::Bounced, &seen.bounced());
+        rig.bounces(At::PodIn, &seen.turned(), &call.turned());
     });
 }

@@ -14,6 +14,7 @@ mod editions;
 mod errors;
 mod extensions;
 mod flows;
+mod forged;
 mod forward;
 mod fragments;
 mod hairpin;

@@ -5,8 +5,10 @@ use std::net::SocketAddr;
 use portmap::backend::ebpf::layout::claim_flags;
 use portmap::model::Protocol;
 
-use crate::packet::{ACK, FIN, KINDS, Kind, Packet, SYN, error, error_kinds};
-use crate::rig::{At, MASQUERADED, NEXT, NODE, OWNER, Rig, on_node};
+use zerocopy::IntoBytes;
+
+use crate::packet::{ACK, FIN, KINDS, Kind, Packet, RST, SYN, error, error_kinds};
+use crate::rig::{At, CLOSED, GOES_ON, MASQUERADED, NEXT, NODE, OWNER, PEER_CLOSED, Rig, on_node};
 
 fn claim(rig: &Rig, port: u16) {
     let source = rig.gateway(0).ip();
@@ -41,7 +43,10 @@ fn the_pod_sees_the_node_and_the_peer_sees_the_host() {
                 assert!(!(32768..61000).contains(&chosen) && chosen >= 1024, "{chosen}");
                 assert_eq!(chosen == peer.port(), !(32768..61000).contains(&peer.port()));
                 let flow = rig.flow(&seen).unwrap();
-                assert_eq!((flow.peer, flow.flags, flow.owner), (peer, MASQUERADED, OWNER));
+                assert_eq!(
+                    (flow.peer, flow.flags & !GOES_ON, flow.owner),
+                    (peer, MASQUERADED, OWNER)
+                );
                 // The same for the next packet.
                 rig.becomes(At::Out, &forwarded, &seen);
                 let answer = seen.turned();
@@ -112,8 +117,8 @@ fn the_nodes_own_connections_keep_their_ports() {
     on_node(|rig| {
         claim(rig, 8080);
         let own = Packet::new(Kind::Udp, rig.gateway(20000), rig.pod(80));
-        rig.stays(At::Out, &own);
-        assert_eq!(rig.flow(&own).unwrap().flags, NODE);
+        rig.stays(At::Own, &own);
+        assert_eq!(rig.flow(&own).unwrap().flags, NODE | GOES_ON);
         let call = Packet::new(Kind::Udp, rig.client(20000), rig.node(8080));
         let seen = masqueraded(rig, &call, &call.to(rig.pod(80)));
         assert_ne!(seen.source.port(), 20000);
@@ -181,13 +186,156 @@ fn ports_of_closed_connections_are_used_again() {
         claim(rig, 8080);
         let call = Packet::new(Kind::Tcp(SYN), rig.client(20000), rig.node(8080));
         let seen = masqueraded(rig, &call, &call.to(rig.pod(80)));
-        let last = call.to(rig.pod(80)).with(Kind::Tcp(FIN | ACK));
-        rig.becomes(At::Out, &last, &seen.with(Kind::Tcp(FIN | ACK)));
+        let forwarded = call.to(rig.pod(80));
+        let [ack, fin] = [ACK, FIN | ACK].map(|flags| seen.turned().with(Kind::Tcp(flags)));
+        // The pod has no more to say, but the client has: the port stays its own.
+        rig.becomes(At::Out, &forwarded.with(ack.kind), &seen.with(ack.kind));
+        rig.becomes(At::PodIn, &fin, &fin.to(call.source));
+        let other = call.from(rig.other_pod(20000));
+        let beside = masqueraded(rig, &other, &other.to(rig.pod(80)));
+        assert_ne!(beside.source, seen.source);
+        rig.becomes(At::Out, &forwarded.with(ack.kind), &seen.with(ack.kind));
+        rig.becomes(At::PodIn, &ack, &ack.to(call.source));
+        let third = call.from(rig.elsewhere(20000));
+        rig.age_flow(Protocol::Tcp, rig.pod(80), seen.source, 61);
+        let again = masqueraded(rig, &third, &third.to(rig.pod(80)));
+        assert_eq!(again.source, seen.source);
+        rig.becomes(At::PodIn, &again.turned(), &again.turned().to(third.source));
+    });
+}
+
+/// Refused, and asked again.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn the_port_of_a_refused_connection_is_free_at_once() {
+    on_node(|rig| {
+        claim(rig, 8080);
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(20000), rig.node(8080));
+        let seen = masqueraded(rig, &call, &call.to(rig.pod(80)));
+        let refusal = seen.turned().with(Kind::Tcp(RST | ACK));
+        rig.becomes(At::PodIn, &refusal, &refusal.to(call.source));
         let other = call.from(rig.other_pod(20000));
         let again = masqueraded(rig, &other, &other.to(rig.pod(80)));
         assert_eq!(again.source, seen.source);
-        rig.becomes(At::PodIn, &again.turned(), &again.turned().to(other.source));
     });
+}
+
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn ports_are_free_when_they_are_scarce() {
+    on_node(|rig| {
+        claim(rig, 8080);
+        let call = Packet::new(Kind::Tcp(ACK), rig.client(20000), rig.node(8080));
+        masqueraded(rig, &call, &call.to(rig.pod(80)));
+        // Connections of others have all ports.
+        let (key, value) = rig
+            .entries("pm_flows")
+            .into_iter()
+            .find(|(_, value)| u32::from(value[36]) & MASQUERADED != 0)
+            .unwrap();
+        let fill = |flags: u32, age: u32| {
+            let mut value = value.clone();
+            value[31] ^= 0x40;
+            value[36..40].copy_from_slice(&(MASQUERADED | GOES_ON | flags).to_ne_bytes());
+            let last = u32::from_ne_bytes(value[44..48].try_into().unwrap());
+            value[44..48].copy_from_slice(&last.wrapping_sub(age).to_ne_bytes());
+            for port in 1024..=u16::MAX {
+                let mut key = key.clone();
+                key[34..36].copy_from_slice(&port.to_be_bytes());
+                rig.put("pm_flows", &key, &value);
+            }
+        };
+        let mut peer = 21000;
+        for (flags, age, free) in [
+            (0, 0, false),
+            (CLOSED, 0, true),
+            (PEER_CLOSED, 0, false),
+            (PEER_CLOSED, 61, true),
+            (0, 86401, true),
+        ] {
+            fill(flags, age);
+            peer += 1;
+            let other = call.from(SocketAddr::new(call.source.ip(), peer));
+            let forwarded = other.to(rig.pod(80));
+            rig.becomes(At::UplinkIn, &other, &forwarded);
+            let verdict = rig.trial(At::Out, &forwarded.frame()).verdict;
+            assert_eq!(verdict == NEXT, free, "{flags} {age}");
+        }
+    });
+}
+
+/// An evicted choice must not end a connection.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_flow_keeps_its_port_when_the_choice_is_forgotten() {
+    on_node(|rig| {
+        claim(rig, 8080);
+        for kind in [Kind::Tcp(ACK), Kind::Udp, Kind::Sctp(0)] {
+            // A port of its own; one that is chosen; and one that is, because another peer had it.
+            let calls = [rig.client(20000), rig.client(40000), rig.other_pod(20000)]
+                .map(|peer| Packet::new(kind, peer, rig.node(8080)));
+            let seen = calls.clone().map(|call| masqueraded(rig, &call, &call.to(rig.pod(80))));
+            rig.clear("pm_remaps");
+            // The port that the last one wanted is free by now.
+            let first = portmap::backend::ebpf::layout::FlowKey::new(
+                rig.pod(80),
+                seen[0].source,
+                protocol(kind),
+            );
+            assert!(rig.maps["pm_flows"].remove(first.as_bytes()).unwrap());
+            for (call, seen) in calls.iter().zip(&seen).skip(1) {
+                rig.becomes(At::Out, &call.to(rig.pod(80)), seen);
+                rig.becomes(At::PodIn, &seen.turned(), &seen.turned().to(call.source));
+            }
+            rig.clear("pm_flows");
+            rig.clear("pm_remaps");
+        }
+    });
+}
+
+/// The node, or kube-proxy for others, may call a pod from a port that stands for a client's.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn other_connections_of_the_node_are_told_from_masqueraded_ones() {
+    on_node(|rig| {
+        claim(rig, 8080);
+        for (number, kind) in [Kind::Tcp(SYN), Kind::Udp, Kind::Sctp(1)].into_iter().enumerate() {
+            let peer = rig.client(40000 + u16::try_from(number).unwrap());
+            let call = Packet::new(kind, peer, rig.node(8080));
+            let seen = masqueraded(rig, &call, &call.to(rig.pod(80)));
+            for at in [At::Own, At::Out] {
+                let own = seen.clone();
+                let port = rig.with_new_port(at, &own, &own);
+                assert_ne!(port, seen.source.port());
+                let moved = own.from(rig.gateway(port));
+                rig.becomes(at, &own, &moved);
+                rig.becomes(At::PodIn, &moved.turned(), &own.turned());
+            }
+            rig.becomes(At::PodIn, &seen.turned(), &seen.turned().to(peer));
+        }
+    });
+}
+
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn ports_are_chosen_beside_those_that_sockets_get() {
+    on_node(|rig| {
+        claim(rig, 8080);
+        for (range, free) in [(1024..=60000, 60001..=u16::MAX), (10000..=u16::MAX, 1024..=9999)] {
+            rig.configure(|config| config.keep_free(&range));
+            for number in 0..100 {
+                let peer = SocketAddr::new(rig.client(0).ip(), *range.end() - number);
+                let call = Packet::new(Kind::Udp, peer, rig.node(8080));
+                let port = masqueraded(rig, &call, &call.to(rig.pod(80))).source.port();
+                assert!(free.contains(&port), "{port}");
+            }
+        }
+    });
+}
+
+fn protocol(kind: Kind) -> Protocol {
+    let all = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+    all.into_iter().find(|protocol| protocol.number() == kind.protocol()).unwrap()
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
 
 use nix::net::if_::if_nametoindex;
-use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, FlowKey, REASONS, claim_flags};
+use portmap::backend::ebpf::layout::{
+    Addr, ClaimKey, ClaimValue, Config, FlowKey, REASONS, claim_flags,
+};
 use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
 use portmap::model::{Family, Protocol};
@@ -32,6 +34,8 @@ pub const NODE: u32 = 4;
 pub const CLOSED: u32 = 8;
 pub const ANY: u32 = 16;
 pub const MASQUERADED: u32 = 32;
+pub const GOES_ON: u32 = 64;
+pub const PEER_CLOSED: u32 = 128;
 
 /// Owner of all claims here.
 pub const OWNER: u32 = 0x0bad_cafe;
@@ -41,7 +45,14 @@ pub const OWNER: u32 = 0x0bad_cafe;
 pub enum At {
     UplinkIn,
     PodIn,
+    /// For what came in by a pod's link.
     Out,
+    /// For what the node has made itself.
+    Own,
+    /// At the pod's link, for what came in by it.
+    Bounced,
+    /// For what came in by the uplink, too.
+    Through,
     UplinkInLayer3,
     OutLayer3,
 }
@@ -51,7 +62,7 @@ impl At {
         match self {
             At::UplinkIn => "pm_uplink_in",
             At::PodIn => "pm_pod_in",
-            At::Out => "pm_out",
+            At::Out | At::Own | At::Bounced | At::Through => "pm_out",
             At::UplinkInLayer3 => "pm_uplink_in_l3",
             At::OutLayer3 => "pm_out_l3",
         }
@@ -176,6 +187,13 @@ impl Rig {
         self.put("pm_addresses", Addr::from(address).as_bytes(), kind.as_bytes());
     }
 
+    /// As the plugin does for what the node's own sockets get, and where Services are bound to a device.
+    pub fn configure(&self, change: impl Fn(&mut Config)) {
+        let mut config = Config::default();
+        change(&mut config);
+        self.put("pm_config", 0_u32.as_bytes(), config.as_bytes());
+    }
+
     /// hostPort `host` (with an unspecified address: any) to a pod, and the pod's own entry; for all
     /// protocols. `change` is for options of both.
     pub fn claim_with(&self, host: SocketAddr, pod: SocketAddr, change: impl Fn(&mut ClaimValue)) {
@@ -233,9 +251,15 @@ impl Rig {
     }
 
     pub fn repeated(&self, at: At, frame: &[u8], times: u32) -> Trial {
-        let device = if at == At::PodIn { self.pod_link } else { self.uplink };
+        let (device, from) = match at {
+            At::PodIn => (self.pod_link, 0),
+            At::UplinkIn | At::UplinkInLayer3 | At::Own => (self.uplink, 0),
+            At::Out | At::OutLayer3 => (self.uplink, self.pod_link),
+            At::Bounced => (self.pod_link, self.pod_link),
+            At::Through => (self.uplink, self.uplink),
+        };
         self.programs[at.program()]
-            .test_run(frame, device, times)
+            .test_run(frame, device, from, times)
             .unwrap_or_else(|error| panic!("{error}: {}", hex(frame)))
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use portmap::backend::ebpf::layout::{
-    Addr, ClaimKey, ClaimValue, Config, claim_flags, config_flags,
+    Addr, ClaimKey, ClaimValue, Config, SocketKey, claim_flags, config_flags,
 };
 use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::topology::{Lab, Options, Shape};
@@ -260,6 +260,14 @@ fn sockets_of_the_node_reach_pods() {
         }
         let key = ClaimKey::new(Addr::any(Family::V4), Protocol::Tcp, 28080);
         assert_eq!(object.traffic(&key)[0], 4);
+        // A node's TCP connections do not push out what is known of its UDP sockets.
+        for (map, protocol) in [("pm_sockets", Protocol::Udp), ("pm_streams", Protocol::Tcp)] {
+            let keys = object.maps[map].entries().unwrap();
+            let keys: Vec<SocketKey> =
+                keys.iter().map(|(key, _)| SocketKey::read_from_bytes(key).unwrap()).collect();
+            assert!(!keys.is_empty());
+            assert!(keys.iter().all(|key| key.protocol == protocol.number()), "{map}: {keys:?}");
+        }
     });
 }
 

@@ -4,10 +4,12 @@
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::Command;
 
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
+use portmap::backend::ebpf::layout::{Addr, Config, config_flags};
 use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Lab;
@@ -16,6 +18,7 @@ use portmap::model::Family;
 use portmap::sys::bpf::object::Object;
 use portmap::sys::bpf::pins::Pins;
 use serde_json::json;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::support::{ebpf, prev_result};
 use super::talks::Talks;
@@ -352,4 +355,42 @@ fn tcp_that_is_open_during_a_takeover_ends_and_begins_anew() {
     assert_eq!(call(&lab.node, loopback(8080)), "pod-b");
     // The node's own packets meet no claim.
     assert_eq!(inner.ask().unwrap().server, "pod-a");
+}
+
+/// What is true of the node's addresses changes between calls, and a node without ADDs has DELs.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_del_looks_at_the_nodes_addresses_again() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    let ip = |arguments: &str| {
+        let mut command = Command::new("ip");
+        let status = lab.node.spawn(command.args(arguments.split(' '))).unwrap().wait().unwrap();
+        assert!(status.success(), "ip {arguments}");
+    };
+    let config = || {
+        let value = ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap();
+        Config::read_from_bytes(&value).unwrap()
+    };
+    let is_known = |address: &str| {
+        let address = Addr::from(address.parse::<IpAddr>().unwrap());
+        let known = || {
+            let value = ebpf::map("pm_addresses").get(address.as_bytes()).unwrap();
+            (value, config().flags & config_flags::LISTED_ONLY != 0)
+        };
+        lab.node.run(known).unwrap()
+    };
+    let own = Some(1_u32.to_ne_bytes().to_vec());
+    // kube-proxy's name is all that the device has of it.
+    ip("link add kube-ipvs0 type veth peer name other");
+    ip("address add 10.96.0.1/32 dev kube-ipvs0");
+    ip("address add 203.0.113.77/32 dev lo");
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    assert_eq!(is_known("203.0.113.77"), (own, true));
+    assert_eq!(is_known("10.96.0.1"), (None, true));
+    ip("address del 203.0.113.77/32 dev lo");
+    ip("link del kube-ipvs0");
+    scene.ok("DEL", 1);
+    assert_eq!(is_known("203.0.113.77"), (None, false));
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount, umount};
-use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, port_bit};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, Config, port_bit};
 use portmap::demo::netns::Netns;
 use portmap::demo::snapshot::pins;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
@@ -122,7 +122,7 @@ const DAMAGES: [Damage; 30] = [
     damage(
         By::Any,
         "the configuration cleared",
-        |_| ebpf::map("pm_config").put(&[0; 4], &[0; 24]).unwrap(),
+        |_| ebpf::map("pm_config").put(&[0; 4], &[0; size_of::<Config>()]).unwrap(),
         "the programs at sockets act in no network namespace",
     ),
     damage(

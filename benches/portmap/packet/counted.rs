@@ -161,7 +161,7 @@ impl Talk {
 /// Nanoseconds that counting adds, with what a program takes for a frame that it ignores.
 pub fn empty(program: &Program, counting: &Counting, frame: &[u8], repeats: u32) -> Res<f64> {
     let (runs, nanoseconds) = counting.of(program)?;
-    program.test_run(frame, 0, repeats)?;
+    program.test_run(frame, 0, 0, repeats)?;
     let after = counting.of(program)?;
     mean(program.name(), after.0 - runs, after.1 - nanoseconds)
 }

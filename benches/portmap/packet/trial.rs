@@ -99,7 +99,7 @@ pub fn single(programs: &Programs, case: &Case) -> Res<f64> {
 
 fn run(programs: &Programs, case: &Case, repeat: u32) -> Res<f64> {
     let device = if_nametoindex(case.device)?;
-    let trial = programs.get(case.program)?.test_run(&case.frame, device, repeat)?;
+    let trial = programs.get(case.program)?.test_run(&case.frame, device, 0, repeat)?;
     if trial.verdict != NEXT || (trial.packet != case.frame) != case.changes {
         return Err(format!(
             "{} on {}: verdict {:#x}, and the frame was {}: another one is measured than was meant",

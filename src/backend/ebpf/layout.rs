@@ -3,6 +3,7 @@
 //! ports are in network byte order, everything else in the host's.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4};
+use std::ops::RangeInclusive;
 
 use zerocopy::network_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -204,6 +205,8 @@ impl FlowKey {
 pub mod flow_flags {
     /// The node itself uses a hostPort's number as its source port.
     pub const NODE: u32 = 4;
+    /// More than an opening packet has come.
+    pub const GOES_ON: u32 = 64;
 }
 
 /// `struct flow`.
@@ -229,7 +232,7 @@ impl FlowValue {
             peer: Addr::NONE,
             host_port: 0.into(),
             peer_port: 0.into(),
-            flags: flow_flags::NODE,
+            flags: flow_flags::NODE | flow_flags::GOES_ON,
             owner: 0,
             last,
         }
@@ -281,10 +284,17 @@ impl SocketValue {
     }
 }
 
+/// The lowest port that is chosen for a peer: those below are servers'.
+const LOWEST: u32 = 1024;
+/// With fewer ports to choose from, peers soon find none.
+const ENOUGH: u32 = 4096;
+
 /// Bits of `flags` in `struct config`.
 pub mod config_flags {
     /// `netns_cookie` is the node's.
     pub const COOKIE: u32 = 1;
+    /// Addresses that are not listed are not the node's, whatever its routes say.
+    pub const LISTED_ONLY: u32 = 2;
 }
 
 /// `struct config`.
@@ -299,6 +309,9 @@ pub struct Config {
     pub learn_address: [u8; 4],
     learn_port: U16,
     pad: u16,
+    /// Ports that sockets get by themselves; 0 if nothing is known of them.
+    ephemeral_first: u32,
+    ephemeral_last: u32,
 }
 
 impl Config {
@@ -308,6 +321,27 @@ impl Config {
         self.flags &= !config_flags::COOKIE;
         self.learn_address = address.ip().octets();
         self.learn_port = address.port().into();
+    }
+
+    /// Keeps the ports that sockets get by themselves free of those that are chosen for peers. A range
+    /// that leaves hardly any others cannot be kept free.
+    pub fn keep_free(&mut self, ephemeral: &RangeInclusive<u16>) {
+        let (first, last) =
+            (u32::from(*ephemeral.start()).max(LOWEST), u32::from(*ephemeral.end()));
+        let others = (first - LOWEST) + (u32::from(u16::MAX) - last);
+        (self.ephemeral_first, self.ephemeral_last) = match first <= last && others >= ENOUGH {
+            true => (first, last),
+            // None at all.
+            false => (LOWEST, LOWEST - 1),
+        };
+    }
+
+    /// Whether a route to an address of the node is enough to take its packets from outside.
+    pub fn take_listed_only(&mut self, only: bool) {
+        match only {
+            true => self.flags |= config_flags::LISTED_ONLY,
+            false => self.flags &= !config_flags::LISTED_ONLY,
+        }
     }
 
     /// The program takes the port away when it has seen the connection.
@@ -438,7 +472,10 @@ mod tests {
             ("socket_value", members!(SocketValue: addr, port, pad)),
             (
                 "config",
-                members!(Config: netns_cookie, revision, flags, learn_address, learn_port, pad),
+                members!(
+                    Config: netns_cookie, revision, flags, learn_address, learn_port, pad,
+                    ephemeral_first, ephemeral_last
+                ),
             ),
             (
                 "traffic",
@@ -468,6 +505,22 @@ mod tests {
         assert_eq!(theirs, REASONS);
         let maps = crate::sys::bpf::object::Object::parse(OWN.object).unwrap().maps();
         assert_eq!(maps["pm_reasons"].max_entries as usize, REASONS.len());
+    }
+
+    #[test]
+    fn ports_for_peers_are_left_whatever_sockets_get() {
+        let kept = |range: RangeInclusive<u16>| {
+            let mut config = Config::default();
+            config.keep_free(&range);
+            (config.ephemeral_first, config.ephemeral_last)
+        };
+        assert_eq!(kept(32768..=60999), (32768, 60999));
+        assert_eq!(kept(32768..=65535), (32768, 65535));
+        assert_eq!(kept(1..=60000), (1024, 60000));
+        let wrong = RangeInclusive::new(60000, 50000);
+        for range in [1024..=65535, 1024..=64000, 1..=65535, wrong] {
+            assert_eq!(kept(range), (1024, 1023));
+        }
     }
 
     #[test]

@@ -8,11 +8,13 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddrV4;
+use std::ops::RangeInclusive;
 
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::layout::{Config, FlowValue, LAYOUT, REVISION, config_flags};
 use crate::error::{Error, Result};
+use crate::facts::NodeFacts;
 use crate::sys::bpf::map::{Definition, Map};
 use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
@@ -43,9 +45,10 @@ static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!("../../bpf/portmap.bpf
 const WORKED_ON: [&str; 6] =
     ["pm_claims", "pm_ports", "pm_port_uses", "pm_traffic", "pm_addresses", "pm_config"];
 /// Maps that are the programs' own business.
-const OTHERS: [&str; 5] = ["pm_flows", "pm_remaps", "pm_fragments", "pm_sockets", "pm_reasons"];
+const OTHERS: [&str; 6] =
+    ["pm_flows", "pm_remaps", "pm_fragments", "pm_sockets", "pm_streams", "pm_reasons"];
 /// Maps whose entries an upgrade takes along: connections, and what was counted.
-const CARRIED: [&str; 4] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_traffic"];
+const CARRIED: [&str; 5] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams", "pm_traffic"];
 
 /// See `src/bpf/maps.h`.
 pub struct Maps {
@@ -245,6 +248,15 @@ impl Loaded {
             if config.has_learnt() {
                 config.flags |= config_flags::COOKIE;
             }
+        })
+    }
+
+    /// Says which ports are not to be chosen for peers, and whether the node has bound addresses that are
+    /// not its own.
+    pub fn describe_node(&self, ephemeral: &RangeInclusive<u16>, facts: &NodeFacts) -> Result<()> {
+        self.reconfigure(|config| {
+            config.keep_free(ephemeral);
+            config.take_listed_only(facts.binds_services);
         })
     }
 

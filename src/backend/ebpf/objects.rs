@@ -103,13 +103,13 @@ pub fn port_uses(claims: &Claims) -> BTreeMap<u16, u32> {
     uses
 }
 
-/// The map of addresses: 1 for the node's own, 0 for broadcast addresses, which the kernel's route
-/// lookup does not tell from them (`bpf_fib_lookup` returns NOT_FWDED for both).
+/// The map of addresses: 1 for the node's own, 0 for others that the kernel's route lookup does not tell
+/// from them (`bpf_fib_lookup` returns NOT_FWDED for both).
 #[must_use]
 pub fn addresses(facts: &NodeFacts) -> BTreeMap<Addr, u32> {
     let own = facts.addresses.iter().filter(|ip| !ip.is_loopback()).map(|ip| (Addr::from(*ip), 1));
     // An address that is both (a subnet's last one, given to a link) is the node's.
-    facts.broadcasts.iter().map(|ip| (Addr::from(*ip), 0)).chain(own).collect()
+    facts.foreign.iter().map(|ip| (Addr::from(*ip), 0)).chain(own).collect()
 }
 
 /// `tcp 192.0.2.1:80`, for messages.

@@ -14,8 +14,8 @@ use super::syscall::{self, Load};
 const LOG: usize = (u32::MAX >> 8) as usize;
 /// How much of the log an error carries. The reason stands at the end.
 const LOG_LINES: usize = 20;
-/// Offset of `ifindex` in `struct __sk_buff`.
-const SK_BUFF_IFINDEX: usize = 40;
+/// Offset of `ingress_ifindex` in `struct __sk_buff`, which `ifindex` follows.
+const SK_BUFF_INGRESS_IFINDEX: usize = 36;
 /// Room for what comes out of a trial, which can be larger than what goes in.
 const PACKET: usize = 64 * 1024;
 
@@ -211,17 +211,26 @@ impl Program {
         Ok(ids)
     }
 
-    /// Runs a classifier `repeat` times on an Ethernet frame, as if it had come in by the device
-    /// with index `device` of this network namespace. Nothing is sent.
+    /// Runs a classifier `repeat` times on an Ethernet frame, as if it were at the device with index
+    /// `device` of this network namespace, and had come in by the one with index `from` (0: by none).
+    /// Nothing is sent.
     ///
     /// # Errors
     ///
     /// What bpf(2) returns: `EINVAL` for a frame of less than 14 bytes, and before Linux 5.9 for
-    /// any device but 0, which stands for the loopback device.
-    pub fn test_run(&self, packet: &[u8], device: u32, repeat: u32) -> io::Result<Trial> {
+    /// any device but 0, which stands for the loopback device. Linux 5.10 takes no other `from` than 0,
+    /// 6.1 does.
+    pub fn test_run(
+        &self,
+        packet: &[u8],
+        device: u32,
+        from: u32,
+        repeat: u32,
+    ) -> io::Result<Trial> {
         let mut context = Vec::new();
         if device != 0 {
-            context.resize(SK_BUFF_IFINDEX, 0);
+            context.resize(SK_BUFF_INGRESS_IFINDEX, 0);
+            context.extend(from.to_ne_bytes());
             context.extend(device.to_ne_bytes());
         }
         let mut out = vec![0; PACKET];
