@@ -82,6 +82,8 @@ static __always_inline enum verdict answer(struct __sk_buff *skb, struct packet 
 	struct flow *flow = bpf_map_lookup_elem(&pm_flows, &key);
 
 	if (!flow) {
+		if (held(p))
+			return DROP;
 		if (!p->icmp)
 			note_node_flow(skb, p, &key);
 		return PASS;

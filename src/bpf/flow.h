@@ -245,6 +245,31 @@ static __always_inline struct flow *find_remapped(struct flow_key *key,
 	return flow && remapped_from(flow, from) ? flow : 0;
 }
 
+/*
+ * Whether to drop what a pod sends by a connection that is not known: its sender will send it again, and
+ * the peer would reset a connection that gets answers from an address which it has not called.
+ */
+static __always_inline int held(const struct packet *p)
+{
+	const struct tuple *t = &p->tuple;
+	struct claim_key self = {
+		.addr = t->source, .port = t->source_port, .protocol = p->protocol,
+	};
+	struct config *config;
+	struct claim *claim;
+
+	if (p->protocol != IPPROTO_TCP || p->icmp)
+		return 0;
+	config = find_config();
+	if (!config || config->hold_until <= now())
+		return 0;
+	claim = bpf_map_lookup_elem(&pm_claims, &self);
+	if (!claim || !(claim->flags & CLAIM_SELF))
+		return 0;
+	count(REASON_HELD);
+	return 1;
+}
+
 /* Also of a pod's own entry: the plugin looks for flows only where there were any. */
 static __always_inline void count_connection(const struct claim_key *key)
 {

@@ -181,7 +181,9 @@ static __always_inline enum verdict turn_back(struct packet *p, struct tuple *to
 	};
 	struct flow *flow = bpf_map_lookup_elem(&pm_flows, &key);
 
-	if (!flow || !(flow->flags & (FLOW_HAIRPIN | FLOW_MASQUERADED)))
+	if (!flow)
+		return held(p) ? DROP : PASS;
+	if (!(flow->flags & (FLOW_HAIRPIN | FLOW_MASQUERADED)))
 		return PASS;
 	touch(flow, p, 0);
 	to->destination = flow->peer;

@@ -182,6 +182,12 @@ struct config {
 	 */
 	__u32 ephemeral_first;
 	__u32 ephemeral_last;
+	/*
+	 * CLOCK_MONOTONIC in 2^30 ns until which another version's programs are being replaced, whose
+	 * maps have connections that these do not.
+	 */
+	__u32 hold_until;
+	__u32 pad_at_end;
 };
 
 /* Packets of one claim. Bytes are those of the IP packets. */
@@ -216,6 +222,7 @@ enum reason {
 	REASON_DROP_REWRITE,	/* the kernel refused to change a packet half-way */
 	REASON_DROP_LATE_FRAGMENT, /* of a hairpin, before its first */
 	REASON_SCTP_FRAGMENT,	/* passed: its checksum needs the length of the whole datagram */
+	REASON_HELD,		/* dropped: of a connection that an upgrade has not taken along yet */
 	REASONS
 };
 

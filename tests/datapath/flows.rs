@@ -3,7 +3,7 @@
 use portmap::model::Protocol;
 
 use crate::packet::{ACK, FIN, Kind, Packet, RST, SYN};
-use crate::rig::{At, CLOSED, GOES_ON, NODE, REMAPPED, on_node};
+use crate::rig::{At, CLOSED, GOES_ON, NODE, REMAPPED, SHOT, on_node};
 
 const SYN_ACK: Kind = Kind::Tcp(SYN | ACK);
 
@@ -402,5 +402,35 @@ fn a_replaced_port_is_found_again() {
         rig.becomes(At::UplinkIn, &second, &forwarded);
         rig.becomes(At::Out, &forwarded.turned(), &second.turned());
         assert_eq!(rig.count("remapped"), 1);
+    });
+}
+
+/// While another version's programs are replaced: answers that nobody can put right yet are sent again.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn answers_by_unknown_connections_are_held_for_a_while() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        rig.claim_any(8053, rig.pod(53));
+        let now = u32::try_from(portmap::sys::monotonic() >> 30).unwrap();
+        let answer = Packet::new(Kind::Tcp(ACK), rig.pod(80), rig.client(40000));
+        let verdict = |at: At, packet: &Packet| rig.trial(at, &packet.frame()).verdict;
+        rig.configure(|config| config.hold_until = now + 30);
+        for at in [At::Out, At::PodIn] {
+            assert_eq!(verdict(at, &answer), SHOT, "{at:?}");
+            // UDP is not sent again, and other ports and senders are nobody's.
+            rig.stays(at, &Packet::new(Kind::Udp, rig.pod(53), rig.client(40000)));
+            rig.stays(at, &answer.from(rig.pod(8080)));
+            rig.stays(at, &answer.from(rig.other_pod(80)));
+        }
+        assert_eq!(rig.count("held"), 2);
+        // Known ones go on, and after a while all do.
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40001), rig.node(8080));
+        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
+        let known = call.to(rig.pod(80)).turned().with(Kind::Tcp(ACK));
+        rig.becomes(At::Out, &known, &known.from(rig.node(8080)));
+        rig.configure(|config| config.hold_until = now);
+        rig.stays(At::Out, &answer);
+        rig.stays(At::PodIn, &answer);
     });
 }

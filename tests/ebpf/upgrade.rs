@@ -187,7 +187,7 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     // Each but those of the node's own sockets, which need none.
     assert!(remembered.len() >= 18, "{}", remembered.len());
 
-    talks.during(|| drop(scene.ok("ADD", 1)));
+    talks.during_a_change_of_maps(|| drop(scene.ok("ADD", 1)));
 
     assert_eq!((scene.digests(), scene.layouts()), (vec![OWN.digest.to_owned()], vec![OWN.layout]));
     assert_gone(&maps, &programs);
@@ -216,7 +216,7 @@ fn an_older_layout_is_upgraded_by_del_as_well() {
     scene.loaded_by(&build(&OLDER.0, 0, 0));
     let (maps, programs) = scene.ids();
     let mut talks = Talks::open(&lab);
-    talks.during(|| drop(scene.ok("DEL", 1)));
+    talks.during_a_change_of_maps(|| drop(scene.ok("DEL", 1)));
     assert_eq!((scene.digests(), scene.layouts()), (vec![OWN.digest.to_owned()], vec![OWN.layout]));
     assert_gone(&maps, &programs);
     scene.ok("CHECK", 0);

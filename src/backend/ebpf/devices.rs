@@ -59,7 +59,7 @@ pub fn sync(
     let plan = Plan::make(host, links, facts, scope)?;
     let ids = loaded.load(&plan.programs())?;
     let mut filters = Filters::open().map_err(netlink)?;
-    let mut todo = Vec::new();
+    let (mut todo, mut upgrades) = (Vec::new(), false);
     for hook in &plan.hooks {
         let Some(id) = ids.get(hook.program).copied() else {
             continue;
@@ -72,13 +72,22 @@ pub fn sync(
         match plan.look(&mut filters, hook, id)? {
             Found::Right => {}
             Found::Former(_) | Found::Twice if mode == Mode::Extend => return Ok(false),
-            _ => todo.push(hook),
+            found => {
+                upgrades |= matches!(found, Found::Former(_));
+                todo.push(hook);
+            }
         }
     }
     match mode {
         Mode::Extend if plan.has_strays() => return Ok(false),
         Mode::Extend => {}
         Mode::Restore => plan.clear_others(&mut filters)?,
+    }
+    if upgrades {
+        loaded.hold()?;
+        // Those at egress hold what they do not know. Before them, a program at ingress would make
+        // connections that the former one at egress does not know, and does not hold.
+        todo.sort_by_key(|hook| hook.direction != Direction::Egress);
     }
     for hook in todo {
         let done = loaded.with_program(hook.program, |program| {
@@ -100,6 +109,9 @@ pub fn sync(
             Err(Error::Io { source, .. }) if is_gone(&source) => {}
             other => other?,
         }
+    }
+    if upgrades {
+        loaded.release()?;
     }
     Ok(true)
 }

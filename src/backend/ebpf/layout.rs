@@ -312,6 +312,9 @@ pub struct Config {
     /// Ports that sockets get by themselves; 0 if nothing is known of them.
     ephemeral_first: u32,
     ephemeral_last: u32,
+    /// CLOCK_MONOTONIC in 2^30 ns until which another version's programs are being replaced.
+    pub hold_until: u32,
+    pad_at_end: u32,
 }
 
 impl Config {
@@ -378,7 +381,7 @@ pub fn ports_of(index: u32) -> impl Iterator<Item = u16> {
 }
 
 /// `enum reason`, in the order of its values: names for people.
-pub const REASONS: [&str; 21] = [
+pub const REASONS: [&str; 22] = [
     "forwarded",
     "answered",
     "newFlow",
@@ -400,6 +403,7 @@ pub const REASONS: [&str; 21] = [
     "dropRewrite",
     "dropLateFragment",
     "sctpFragment",
+    "held",
 ];
 
 #[cfg(test)]

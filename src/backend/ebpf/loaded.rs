@@ -279,16 +279,47 @@ impl Loaded {
             .map_err(failed("write the configuration of the eBPF programs"))
     }
 
+    /// Before another version's programs are replaced: takes along the connections that came about
+    /// since the maps were made. What a pod sends by one that comes about from now on is dropped by the
+    /// new programs, to be sent again, until [`Loaded::release`], and for 3 seconds at the most.
+    pub fn hold(&self) -> Result<()> {
+        if !self.carry_older()? {
+            return Ok(());
+        }
+        let now = u32::try_from(monotonic() >> 30).unwrap_or_default();
+        self.reconfigure(|config| config.hold_until = now + 3)
+    }
+
+    /// No program of another version makes connections any more.
+    pub fn release(&self) -> Result<()> {
+        self.carry_older()?;
+        self.reconfigure(|config| config.hold_until = 0)
+    }
+
+    /// Says whether there are any older maps.
+    fn carry_older(&self) -> Result<bool> {
+        let layout = self.build.layout;
+        let carry_all = || -> io::Result<bool> {
+            let mut older = self.pins.list()?.layouts;
+            older.retain(|old| *old < layout);
+            for old in &older {
+                if let Some(maps) = self.pins.maps(layout, CARRIED)? {
+                    carry(&self.pins, *old, &maps)?;
+                }
+            }
+            Ok(!older.is_empty())
+        };
+        carry_all().map_err(failed("take connections along from former eBPF maps"))
+    }
+
     /// After an upgrade: takes along what came about while both were at work, and lets the old maps
     /// and programs go. A newer plugin's stay.
     pub fn finish_upgrade(&self) -> Result<()> {
+        self.carry_older()?;
         let layout = self.build.layout;
         let tidy = || -> io::Result<()> {
             let contents = self.pins.list()?;
             for old in contents.layouts.into_iter().filter(|old| *old < layout) {
-                if let Some(maps) = self.pins.maps(layout, CARRIED)? {
-                    carry(&self.pins, old, &maps)?;
-                }
                 self.pins.remove_maps(old)?;
             }
             for digest in contents.revisions.iter().filter(|name| !self.digests.contains(name)) {
