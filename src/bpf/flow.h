@@ -159,9 +159,9 @@ static __always_inline __u32 hash_of(const struct remap_key *key)
 	return hash;
 }
 
-#define ATTEMPTS 8
+#define ATTEMPTS 6
 /* The first of them, which follow from the peer and what it called. */
-#define HASHED 3
+#define HASHED 2
 
 /*
  * Finds a port for a peer whose own may not be used towards the pod: fills key->peer_port, and
