@@ -86,15 +86,19 @@ impl<'a> Talks<'a> {
         self.while_calling(action, &|from, call| reach(from, call));
     }
 
-    /// As [`Talks::during`], but the first datagram of a new connection may be lost: between two
-    /// programs with different maps there is a moment in which one has seen the question and the other
-    /// has to see the answer.
+    /// As [`Talks::during`], but the first datagrams of a new connection may be lost: between programs
+    /// with different maps there is a moment in which one has seen the question and another has to see
+    /// the answer. As resolvers do, it is asked again.
     pub fn during_a_change_of_maps(&mut self, action: impl FnOnce() + Send) {
-        self.while_calling(action, &|from, call| match call.transport {
-            Transport::Tcp => reach(from, call),
-            _ => {
-                let short = Call { timeout: call.timeout / 10, ..call };
-                reach(from, short).or_else(|_| reach(from, call))
+        self.while_calling(action, &|from, call| {
+            let mut attempts = if call.transport == Transport::Tcp { 1 } else { 10 };
+            loop {
+                let short = Call { timeout: call.timeout / attempts, ..call };
+                attempts -= 1;
+                match reach(from, short) {
+                    Err(_) if attempts > 0 => std::thread::sleep(call.timeout / 30),
+                    result => return result,
+                }
             }
         });
     }

@@ -478,7 +478,7 @@ mod tests {
                 "config",
                 members!(
                     Config: netns_cookie, revision, flags, learn_address, learn_port, pad,
-                    ephemeral_first, ephemeral_last
+                    ephemeral_first, ephemeral_last, hold_until, pad_at_end
                 ),
             ),
             (
