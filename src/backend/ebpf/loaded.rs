@@ -4,22 +4,21 @@
 //! is the object taken apart, and only programs that are needed are verified, which is most of the
 //! cost of a first call.
 
+mod config;
+mod upgrade;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddrV4;
-use std::ops::RangeInclusive;
 
-use zerocopy::{FromBytes, IntoBytes};
-
-use super::layout::{Config, FlowValue, LAYOUT, REVISION, config_flags};
+use super::layout::{LAYOUT, REVISION};
 use crate::error::{Error, Result};
-use crate::facts::NodeFacts;
-use crate::sys::bpf::map::{Definition, Map};
+use crate::sys::bpf::map::Map;
 use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::bpf::program::Program;
-use crate::sys::monotonic;
+use config::config;
+use upgrade::make_maps;
 
 /// An object, and what this and other versions of the plugin know it by.
 #[derive(Debug, Clone, Copy)]
@@ -47,9 +46,6 @@ const WORKED_ON: [&str; 6] =
 /// Maps that are the programs' own business.
 const OTHERS: [&str; 6] =
     ["pm_flows", "pm_remaps", "pm_fragments", "pm_sockets", "pm_streams", "pm_reasons"];
-/// Maps whose entries an upgrade takes along: connections, and what was counted.
-const CARRIED: [&str; 5] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams", "pm_traffic"];
-
 /// See `src/bpf/maps.h`.
 pub struct Maps {
     pub claims: Map,
@@ -223,112 +219,6 @@ impl Loaded {
             self.pins.map(self.build.layout, "pm_reasons").map_err(failed("open the eBPF maps"))?;
         map.ok_or_else(|| missing("pm_reasons"))
     }
-
-    /// Says which version's programs are attached from now on.
-    pub fn claim_revision(&self) -> Result<()> {
-        self.reconfigure(|config| config.revision = config.revision.max(self.build.revision))
-    }
-
-    /// Says in which network namespace the socket hooks act.
-    pub fn set_cookie(&self, cookie: u64) -> Result<()> {
-        self.reconfigure(|config| {
-            config.netns_cookie = cookie;
-            config.flags |= config_flags::COOKIE;
-        })
-    }
-
-    /// Lets the program on connect4 keep the cookie of whoever connects to an address next.
-    pub fn learn_from(&self, address: SocketAddrV4) -> io::Result<()> {
-        self.reconfigure(|config| config.learn(address)).map_err(io::Error::other)
-    }
-
-    /// After that connection: what was learnt holds from now on, if anything was.
-    pub fn trust_learnt_cookie(&self) -> Result<()> {
-        self.reconfigure(|config| {
-            if config.has_learnt() {
-                config.flags |= config_flags::COOKIE;
-            }
-        })
-    }
-
-    /// Says which ports are not to be chosen for peers, and whether the node has bound addresses that are
-    /// not its own.
-    pub fn describe_node(&self, ephemeral: &RangeInclusive<u16>, facts: &NodeFacts) -> Result<()> {
-        self.reconfigure(|config| {
-            config.keep_free(ephemeral);
-            config.take_listed_only(facts.binds_services);
-        })
-    }
-
-    /// The network namespace that the socket hooks act in, if it is known.
-    pub fn cookie(&self) -> Result<Option<u64>> {
-        let config = config(&self.maps)?;
-        Ok((config.flags & config_flags::COOKIE != 0).then_some(config.netns_cookie))
-    }
-
-    fn reconfigure(&self, change: impl FnOnce(&mut Config)) -> Result<()> {
-        let before = config(&self.maps)?;
-        let mut after = before;
-        change(&mut after);
-        if before == after {
-            return Ok(());
-        }
-        self.maps
-            .config
-            .put(0_u32.as_bytes(), after.as_bytes())
-            .map_err(failed("write the configuration of the eBPF programs"))
-    }
-
-    /// Before another version's programs are replaced: takes along the connections that came about
-    /// since the maps were made. What a pod sends by one that comes about from now on is dropped by the
-    /// new programs, to be sent again, until [`Loaded::release`], and for 3 seconds at the most.
-    pub fn hold(&self) -> Result<()> {
-        if !self.carry_older()? {
-            return Ok(());
-        }
-        let now = u32::try_from(monotonic() >> 30).unwrap_or_default();
-        self.reconfigure(|config| config.hold_until = now + 3)
-    }
-
-    /// No program of another version makes connections any more.
-    pub fn release(&self) -> Result<()> {
-        self.carry_older()?;
-        self.reconfigure(|config| config.hold_until = 0)
-    }
-
-    /// Says whether there are any older maps.
-    fn carry_older(&self) -> Result<bool> {
-        let layout = self.build.layout;
-        let carry_all = || -> io::Result<bool> {
-            let mut older = self.pins.list()?.layouts;
-            older.retain(|old| *old < layout);
-            for old in &older {
-                if let Some(maps) = self.pins.maps(layout, CARRIED)? {
-                    carry(&self.pins, *old, &maps)?;
-                }
-            }
-            Ok(!older.is_empty())
-        };
-        carry_all().map_err(failed("take connections along from former eBPF maps"))
-    }
-
-    /// After an upgrade: takes along what came about while both were at work, and lets the old maps
-    /// and programs go. A newer plugin's stay.
-    pub fn finish_upgrade(&self) -> Result<()> {
-        self.carry_older()?;
-        let layout = self.build.layout;
-        let tidy = || -> io::Result<()> {
-            let contents = self.pins.list()?;
-            for old in contents.layouts.into_iter().filter(|old| *old < layout) {
-                self.pins.remove_maps(old)?;
-            }
-            for digest in contents.revisions.iter().filter(|name| !self.digests.contains(name)) {
-                self.pins.remove_programs(digest)?;
-            }
-            Ok(())
-        };
-        tidy().map_err(failed("remove the former eBPF maps and programs"))
-    }
 }
 
 /// Whether anything is pinned, by whichever version.
@@ -378,58 +268,6 @@ fn refuse_newer_than(pins: &Pins, own: u32) -> Result<()> {
 
 fn pins() -> Result<Pins> {
     Pins::open().map_err(failed("use the directory for eBPF maps"))
-}
-
-/// All maps of a layout: those that are there, and new ones for those that are missing or, by
-/// whatever accident, of another kind.
-fn make_maps(
-    pins: &Pins,
-    layout: u32,
-    definitions: &BTreeMap<String, Definition>,
-) -> io::Result<BTreeMap<String, Map>> {
-    let mut present = BTreeMap::new();
-    for (name, definition) in definitions {
-        let map = pins.map(layout, name)?.filter(|map| definition.fits(map.definition()));
-        present.extend(map.map(|map| (name.clone(), map)));
-    }
-    if present.len() == definitions.len() {
-        return Ok(present);
-    }
-    let older: Vec<u32> = pins.list()?.layouts.into_iter().filter(|old| *old < layout).collect();
-    pins.create_maps(layout, definitions.values(), |maps| {
-        for name in CARRIED {
-            if let (Some(old), Some(new)) = (present.get(name), maps.get(name)) {
-                take_over(name, old, new)?;
-            }
-        }
-        older.iter().try_for_each(|old| carry(pins, *old, maps))
-    })
-}
-
-/// Entries of an older layout, as far as the new maps do not have them.
-fn carry(pins: &Pins, layout: u32, maps: &BTreeMap<String, Map>) -> io::Result<()> {
-    for name in CARRIED {
-        if let (Some(old), Some(new)) = (pins.map(layout, name)?, maps.get(name)) {
-            take_over(name, &old, new)?;
-        }
-    }
-    Ok(())
-}
-
-fn take_over(name: &str, old: &Map, new: &Map) -> io::Result<()> {
-    // A flow whose last packet nobody has noted would pass for one that is long forgotten.
-    let now = u32::try_from(monotonic() >> 30).unwrap_or_default();
-    let flow = FlowValue::of_node(now);
-    let rest = if name == "pm_flows" { flow.as_bytes() } else { &[] };
-    new.take_over(old, rest).map(drop)
-}
-
-fn config(maps: &Maps) -> Result<Config> {
-    let value = maps
-        .config
-        .get(0_u32.as_bytes())
-        .map_err(failed("read the configuration of the eBPF programs"))?;
-    Ok(value.and_then(|value| Config::read_from_bytes(&value).ok()).unwrap_or_default())
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> Error {
