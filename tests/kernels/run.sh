@@ -32,13 +32,16 @@ trap 'rm -rf -- "$payload"' EXIT
 strip -o "$payload/portmap" "$portmap"
 strip -o "$payload/matrix" "$matrix"
 strip -o "$payload/kernels" "$kernels"
-# Where the test programs look for the plugin: beside the directory that cargo put them into.
+cp -R -- testdata/samples "$payload/samples"
+# Where the test programs look for the plugin (beside the directory that cargo put them into) and for
+# recordings. Not shipped to these paths: the guest may mount something over them.
 plugin=$(dirname "$(dirname "$(realpath "$matrix")")")/portmap
 cat >"$payload/test.sh" <<END
 #!/bin/sh
 set -eu
-mkdir -p '$(dirname "$plugin")'
+mkdir -p '$(dirname "$plugin")' '$PWD/testdata'
 cp portmap '$plugin'
+cp -R samples '$PWD/testdata/'
 # Nothing but the kernel forwards.
 env -i '$plugin' demo --backend ebpf
 case \$KM_LABEL in *[!0-9.newst]*) exit 0 ;; esac
@@ -55,8 +58,7 @@ chmod 755 "$payload/test.sh"
 logs=target/kernels/logs
 mkdir -p "$logs"
 tests/kernels/boot.sh -m 1536 -T 1500 -j "$(nproc)" -l "$logs" -p "$payload" \
-    -t bash -t ip -t iptables -t ip6tables -t nft -t tc -f /usr/lib/*-linux-gnu/xtables \
-    -f "$PWD/testdata/samples" "$@" >"$payload/summary" || {
+    -t bash -t ip -t iptables -t ip6tables -t nft -t tc -f /usr/lib/*-linux-gnu/xtables "$@" >"$payload/summary" || {
     status=$?
     cat "$payload/summary"
     # Label, release, verdict, seconds and log of each.
