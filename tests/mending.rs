@@ -319,3 +319,25 @@ fn a_network_that_is_not_there_is_flushed_without_harm() {
     node.ok("DEL", &config, &pod);
     node.flush();
 }
+
+/// What is left of a record that cannot be read is all that a repeated DEL has to go by.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_damaged_record_stays_until_its_rules_are_gone() {
+    let lab = lab(Shape::Cilium, 1);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let before = node.snapshot();
+    let pod = attachment(&lab.pods[0], "c1");
+    let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+    node.ok("ADD", &config, &pod);
+    let file = record_file(&node, "c1");
+    std::fs::write(&file, r#"{"format":1,"netw"#).unwrap();
+    let (tool, elsewhere) = (node.path.join("nft"), node.path.join("nft-that-is-not-here"));
+    std::fs::rename(&tool, &elsewhere).unwrap();
+    node.fails("DEL", &config, &pod);
+    assert!(file.exists());
+    std::fs::rename(&elsewhere, &tool).unwrap();
+    node.ok("DEL", &config, &pod);
+    assert!(!file.exists());
+    node.assert_clean(&before);
+}
