@@ -2,7 +2,7 @@
 # Puts portmap where the container runtime looks for CNI plugins. Safe to repeat, and safe at any
 # moment: the runtime may be starting the old file while this runs, and this may be killed.
 # Needs a POSIX shell and coreutils (or busybox); curl or wget only for --url, cargo only when there
-# is no binary to copy.
+# is no binary to copy. On Debian it then installs the linker that cargo needs.
 set -eu
 
 # The tools' messages are recognised below.
@@ -195,6 +195,14 @@ build() {
     fi
     export PATH
     command -v cargo >/dev/null || die "there is no portmap beside install.sh, and no cargo to build it with (looked in $PATH): give --binary FILE, or install Rust"
+
+    # Rust links with cc, which Debian's base has not got.
+    if ! command -v cc >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        say "Installing gcc and libc6-dev, which Rust links with."
+        apt-get update -q >&2 || die "apt-get cannot update its lists"
+        DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends gcc libc6-dev >&2 ||
+            die "apt-get cannot install gcc and libc6-dev, without which Rust cannot link"
+    fi
 
     say "Building portmap with $(command -v cargo)${as:+ as $as}; this takes a minute or two."
     # The first directory is where .cargo/config.toml applies.

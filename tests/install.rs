@@ -224,6 +224,55 @@ fn a_build_is_found_wherever_cargo_put_it() {
     assert_eq!(fs::read(dir.join("bin/portmap")).unwrap(), fs::read(built).unwrap());
 }
 
+/// Debian's base has no linker, and Rust brings none.
+#[test]
+fn what_cargo_links_with_is_installed_where_apt_is() {
+    let dir = Dir::new("linker");
+    let shell = Shell::dash(&dir);
+    let source = dir.join("source");
+    fs::create_dir_all(&source).unwrap();
+    fs::write(source.join("Cargo.toml"), "").unwrap();
+    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    let built = dir.portmap("1.0.0", 0);
+    let program = |name: &str, script: &str| {
+        let path = shell.path.join(name);
+        drop(fs::remove_file(&path));
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    };
+    let (log, cc) = (dir.join("log"), shell.path.join("cc"));
+    program(
+        "apt-get",
+        &format!(
+            "echo $* >> {0}\n[ $1 = update ] || {{ : > {1}; chmod 755 {1}; }}",
+            log.display(),
+            cc.display()
+        ),
+    );
+    program(
+        "cargo",
+        &format!("[ -e {} ] && echo '{{\"executable\":\"{}\"}}'", cc.display(), built.display()),
+    );
+    let install = |dest: &str| {
+        let mut command = shell.command(&source.join("install.sh"));
+        command.arg("--dest").arg(dir.join(dest)).env("HOME", &dir.0);
+        command
+    };
+    // Who is not root is told by cargo.
+    program("id", "echo 1000");
+    fails(&mut install("nobody"), 1, "cargo could not build portmap");
+    assert!(!log.exists());
+    program("id", "echo 0");
+    let said = succeeds(&mut install("bin"));
+    assert!(said.contains("Installing gcc and libc6-dev"), "{said}");
+    let asked = fs::read_to_string(&log).unwrap();
+    assert!(asked.contains("--no-install-recommends gcc libc6-dev"), "{asked}");
+    assert_eq!(fs::read(dir.join("bin/portmap")).unwrap(), fs::read(built).unwrap());
+    // It is there now.
+    succeeds(&mut install("again"));
+    assert_eq!(fs::read_to_string(&log).unwrap(), asked);
+}
+
 #[test]
 #[ignore = "privileged: gives a directory to another user"]
 fn under_sudo_the_build_belongs_to_who_called_it() {

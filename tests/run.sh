@@ -93,6 +93,7 @@ unshare util-linux
 setpriv util-linux
 strace strace
 cc gcc
+/usr/include/stdlib.h libc6-dev
 readelf binutils
 shellcheck shellcheck
 dash dash
