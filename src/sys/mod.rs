@@ -18,6 +18,7 @@ pub mod sysctl;
 pub mod terminal;
 
 use std::ffi::OsStr;
+use std::ops::RangeInclusive;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -35,6 +36,7 @@ pub struct Host {
     warnings: Mutex<Vec<String>>,
     kernel: OnceLock<Features>,
     cilium: OnceLock<bool>,
+    ephemeral: OnceLock<RangeInclusive<u16>>,
     /// One socket for all questions about devices and routes.
     routes: Mutex<Option<RouteReader>>,
     /// The devices as `node_facts` saw them last.
@@ -50,6 +52,7 @@ impl Host {
             warnings: Mutex::default(),
             kernel: OnceLock::new(),
             cilium: OnceLock::new(),
+            ephemeral: OnceLock::new(),
             routes: Mutex::default(),
             links: Mutex::default(),
         }
@@ -116,10 +119,12 @@ impl Host {
 
     /// The ports that sockets get by themselves; Linux's default where /proc does not tell.
     #[must_use]
-    pub fn ephemeral_ports(&self) -> std::ops::RangeInclusive<u16> {
-        let text = sysctl::read(&["net", "ipv4", "ip_local_port_range"]).unwrap_or_default();
-        let mut bounds = text.split_whitespace().filter_map(|word| word.parse().ok());
-        bounds.next().unwrap_or(32768)..=bounds.next().unwrap_or(60999)
+    pub fn ephemeral_ports(&self) -> &RangeInclusive<u16> {
+        self.ephemeral.get_or_init(|| {
+            let text = sysctl::read(&["net", "ipv4", "ip_local_port_range"]).unwrap_or_default();
+            let mut bounds = text.split_whitespace().filter_map(|word| word.parse().ok());
+            bounds.next().unwrap_or(32768)..=bounds.next().unwrap_or(60999)
+        })
     }
 
     /// Seconds since 1970.

@@ -4,15 +4,14 @@
 use std::net::{IpAddr, SocketAddr};
 
 use portmap::demo::netns::Netns;
-use portmap::demo::plugin::Attachment;
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Shape, UPLINK};
 use portmap::demo::traffic::{Call, Failure, Transport};
 use portmap::model::Family;
 use serde_json::json;
 
-use crate::rig::{INSIDE, PORT, SILENCE, Stage, TIMEOUT, TRANSPORTS, all, mapped, shell};
-use crate::support::{Node, Variant};
+use crate::come;
+use crate::rig::{INSIDE, PORT, SILENCE, Stage, TIMEOUT, TRANSPORTS, all, shell};
 
 const ADDRESSES: [&str; 2] = ["198.51.100.50", "fd00:51::50"];
 
@@ -49,16 +48,7 @@ fn outside_clients_reach_an_ipvlan_pod() {
             {"address": format!("{v6}/64"), "interface": 0},
         ],
     });
-    let attachment = Attachment {
-        container_id: "container-of-ipvlan".into(),
-        netns: pod.path(),
-        ifname: "eth0".into(),
-        args: String::new(),
-    };
-    let node = Node::new(&lab.node, Variant::Ebpf);
-    let config = node.config(json!(mapped(PORT, INSIDE)), result);
-    node.ok("ADD", &config, &attachment);
-    node.ok("CHECK", &config, &attachment);
+    let (node, config, attachment) = come(lab, &pod, result);
     let to = |family| SocketAddr::new(lab.node_address(family), PORT);
     let call = |family, transport| (&lab.client, Call::new(transport, to(family), TIMEOUT));
     let calls: Vec<_> =

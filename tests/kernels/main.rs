@@ -18,3 +18,26 @@ mod sctp;
 #[path = "../support/mod.rs"]
 mod support;
 mod vlan;
+
+use portmap::demo::netns::Netns;
+use portmap::demo::plugin::Attachment;
+use portmap::demo::topology::Lab;
+use serde_json::{Value, json};
+
+use rig::{INSIDE, PORT, mapped};
+use support::{Node, Variant};
+
+/// A pod that is none of the laboratory's, after ADD and CHECK with the result of the plugin before.
+fn come<'a>(lab: &'a Lab, pod: &Netns, result: Value) -> (Node<'a>, Value, Attachment) {
+    let attachment = Attachment {
+        container_id: "container-of-a-guest".into(),
+        netns: pod.path(),
+        ifname: "eth0".into(),
+        args: String::new(),
+    };
+    let node = Node::new(&lab.node, Variant::Ebpf);
+    let config = node.config(json!(mapped(PORT, INSIDE)), result);
+    node.ok("ADD", &config, &attachment);
+    node.ok("CHECK", &config, &attachment);
+    (node, config, attachment)
+}

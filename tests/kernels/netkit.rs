@@ -10,7 +10,6 @@ use netlink_packet_route::link::{
 use netlink_sys::protocols::NETLINK_ROUTE;
 use portmap::demo::matrix::{Place, Source};
 use portmap::demo::netns::Netns;
-use portmap::demo::plugin::Attachment;
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Shape};
 use portmap::demo::traffic::{Call, Transport, reach};
@@ -18,8 +17,8 @@ use portmap::model::Family;
 use portmap::sys::netlink::socket::{Message, NetlinkSocket};
 use serde_json::json;
 
+use crate::come;
 use crate::rig::{INSIDE, PORT, Stage, TIMEOUT, assert_calls, mapped, reaches, shell};
-use crate::support::{Node, Variant};
 
 const ADDRESSES: [[&str; 2]; 2] = [["10.244.9.9", "10.244.9.254"], ["fd00:9::9", "fd00:9::fe"]];
 
@@ -82,16 +81,7 @@ fn host_ports_of_netkit_pods_are_reached() {
                 {"address": format!("{v6}/128"), "interface": 1},
             ],
         });
-        let attachment = Attachment {
-            container_id: "container-of-netkit".into(),
-            netns: pod.path(),
-            ifname: "eth0".into(),
-            args: String::new(),
-        };
-        let node = Node::new(&lab.node, Variant::Ebpf);
-        let config = node.config(json!(mapped(PORT, INSIDE)), result);
-        node.ok("ADD", &config, &attachment);
-        node.ok("CHECK", &config, &attachment);
+        let (node, config, attachment) = come(lab, &pod, result);
         let mut cases = Vec::new();
         for family in Family::ALL {
             let ip = lab.node_address(family);

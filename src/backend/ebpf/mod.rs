@@ -208,7 +208,7 @@ impl Apply for Ebpf {
         let now = if change.added.is_none() { host.node_facts().ok() } else { None };
         let facts = now.as_ref().unwrap_or(change.facts);
         let write = || -> io::Result<Vec<Former>> {
-            loaded.describe_node(&host.ephemeral_ports(), facts).map_err(io::Error::other)?;
+            loaded.describe_node(host.ephemeral_ports(), facts).map_err(io::Error::other)?;
             let former = entries::change(&loaded.maps, &keys, &after)?;
             entries::addresses(&loaded.maps, &objects::addresses(facts))?;
             Ok(former)
@@ -234,7 +234,7 @@ impl Apply for Ebpf {
             Found::Missing(_) if records.is_empty() => return self.unload(host),
             Found::Missing(_) => Loaded::ensure(&OWN, host.kernel()?.batches)?,
         };
-        loaded.describe_node(&host.ephemeral_ports(), desired.facts)?;
+        loaded.describe_node(host.ephemeral_ports(), desired.facts)?;
         let former = entries::restore(&loaded.maps, &wanted)
             .and_then(|former| {
                 let addresses = objects::addresses(desired.facts);
