@@ -92,6 +92,7 @@ bpftool bpftool
 unshare util-linux
 setpriv util-linux
 strace strace
+git git
 cc gcc
 /usr/include/stdlib.h libc6-dev
 readelf binutils
