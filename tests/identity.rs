@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use support::bare::{LINK, NODE_V4, attachment, mapping, netns, prev_result};
 use support::entries::{Entries, entries};
 use support::foreign;
-use support::{IPTABLES, Node, RULES, VARIANTS, Variant};
+use support::{GONE_NETNS, IPTABLES, Node, RULES, VARIANTS, Variant};
 
 /// A node with rules of kube-proxy, Docker and an administrator.
 fn node(netns: &Netns, variant: Variant) -> Node<'_> {
@@ -210,7 +210,7 @@ fn del_needs_the_key_alone() {
             with("runtimeConfig", json!({"portMappings": [mapping(1, 1, "tcp")]})),
             with("prevResult", json!(7)),
         ];
-        let paths = ["", "/var/run/netns/gone", "/proc/1/nowhere"];
+        let paths = ["", "/var/run/netns/gone", GONE_NETNS];
         for (config, path) in configs.iter().zip(paths.iter().cycle()) {
             node.ok("ADD", &rich(&node, 10), &attachment("one"));
             let mut pod = attachment("one");

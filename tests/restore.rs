@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 #[path = "support/mod.rs"]
 mod support;
-use support::{Node, PORTMAP, VARIANTS, Variant, attachment, golden, prev_result};
+use support::{GONE_NETNS, Node, PORTMAP, VARIANTS, Variant, attachment, golden, prev_result};
 
 fn last_line(output: &Output) -> &str {
     output.stdout.lines().last().unwrap_or_default()
@@ -39,7 +39,7 @@ fn what_was_removed_comes_back_for_live_attachments() {
             })
             .collect();
         let mut gone = attachment(&lab.pods[2], "gone");
-        gone.netns = "/run/netns/no-such-namespace".into();
+        gone.netns = GONE_NETNS.into();
         // The newest of port 8080, before its namespace went.
         let gone = (config(2, 8080), gone);
         for (config, pod) in live.iter().chain([&gone]) {
@@ -153,7 +153,10 @@ fn what_restore_and_flush_say_is_golden() {
     let lab = Lab::build(Options { pods: 2, ..Options::new(Shape::Ptp) }).unwrap();
     let node = Node::new(&lab.node, Variant::Nftables);
     let says = |name: &str, output: &Output| {
-        golden::holds(&format!("commands/{name}"), &format!("{}{}", output.stdout, output.stderr));
+        // As runtimes name them, for who reads it in the documentation.
+        let text =
+            format!("{}{}", output.stdout, output.stderr).replace(GONE_NETNS, "/run/netns/gone");
+        golden::holds(&format!("commands/{name}"), &text);
     };
     let add = |pod: usize| {
         let port = 8080 + u16::try_from(pod).unwrap();
@@ -165,7 +168,7 @@ fn what_restore_and_flush_say_is_golden() {
         let mut key = attachment(&lab.pods[pod], ["4e16b3d1", "9f0c2a77"][pod]);
         key.args = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=".to_owned() + ["web-0", "web-1"][pod];
         if pod == 1 {
-            key.netns = "/run/netns/gone".into();
+            key.netns = GONE_NETNS.into();
         }
         node.ok("ADD", &config, &key);
     };

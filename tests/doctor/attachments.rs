@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::rig::{Rig, lab};
-use crate::support::{UPSTREAM, VARIANTS, Variant, attachment, prev_result};
+use crate::support::{GONE_NETNS, UPSTREAM, VARIANTS, Variant, attachment, prev_result};
 
 /// What takes everything away that the plugin has made in the kernel.
 fn damage(variant: Variant) -> &'static str {
@@ -42,16 +42,13 @@ fn records_of_pods_that_are_gone_and_records_that_are_damaged() {
         let rig = Rig::new(&lab, variant);
         rig.add(0);
         let mut gone = attachment(&lab.pods[1], "gone");
-        gone.netns = "/run/netns/no-such-namespace".into();
+        gone.netns = GONE_NETNS.into();
         let mappings = json!([{"hostPort": 9090, "containerPort": 80}]);
         let config = rig.node.config(mappings, prev_result(&lab, 1, "1.0.0"));
         rig.node.ok("ADD", &config, &gone);
         let said = rig.doctor();
         let stale = said.only("stale");
-        assert!(
-            stale["found"].as_str().unwrap().contains("/run/netns/no-such-namespace"),
-            "{variant:?}: {stale}"
-        );
+        assert!(stale["found"].as_str().unwrap().contains(GONE_NETNS), "{variant:?}: {stale}");
         assert!(stale["fix"].as_str().unwrap().starts_with("portmap gc --state-dir "), "{stale}");
         assert_eq!(said.checks(), [("stale".into(), "warning".into())], "{variant:?}");
         rig.node.ok("DEL", &config, &gone);

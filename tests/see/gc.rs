@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::support::{IPTABLES, Node, RULES, UPSTREAM, VARIANTS, attachment, prev_result};
+use super::support::{
+    GONE_NETNS, IPTABLES, Node, RULES, UPSTREAM, VARIANTS, attachment, prev_result,
+};
 use super::{add, add_dead, changes_nothing, lab, report, run, run_with};
 
 /// The file of a container's record.
@@ -80,7 +82,7 @@ fn a_damaged_record_goes_only_if_its_container_is_known_to_be_gone() {
         let (dry, status) = changes_nothing(&node, || report(&node, &["gc", "--dry-run"]));
         assert_eq!((dry["repaired"].as_array().unwrap().len(), status), (1, 0), "{dry}");
         let (found, status) = report(&node, &["gc"]);
-        assert_eq!(found["repaired"][0]["netns"], "/run/netns/no-such-namespace", "{variant:?}");
+        assert_eq!(found["repaired"][0]["netns"], GONE_NETNS, "{variant:?}");
         assert_eq!((status, node.snapshot()), (0, alone), "{variant:?}");
         node.ok("CHECK", &live.0, &live.1);
         node.ok("DEL", &live.0, &live.1);

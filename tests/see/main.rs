@@ -21,7 +21,7 @@ use portmap::demo::plugin::{self, Attachment, Output};
 use portmap::demo::topology::{Lab, Options, Shape};
 use serde_json::{Value, json};
 
-use support::{Node, PORTMAP, attachment, files_of, prev_result};
+use support::{GONE_NETNS, Node, PORTMAP, attachment, files_of, prev_result};
 
 fn lab(pods: usize) -> Lab {
     Lab::build(Options { pods, ..Options::new(Shape::Ptp) }).unwrap()
@@ -72,6 +72,6 @@ fn add_dead(node: &Node, lab: &Lab, pod: usize, port: u16) {
     let mappings = json!([{"hostPort": port, "containerPort": 80}]);
     let config = node.config(mappings, prev_result(lab, pod, "1.0.0"));
     let mut gone = attachment(&lab.pods[pod], &format!("container-{pod}"));
-    gone.netns = "/run/netns/no-such-namespace".into();
+    gone.netns = GONE_NETNS.into();
     node.ok("ADD", &config, &gone);
 }

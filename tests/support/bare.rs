@@ -6,7 +6,7 @@ use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{Attachment, Output};
 use serde_json::{Value, json};
 
-use super::{Node, PORTMAP, UPSTREAM};
+use super::{GONE_NETNS, Node, PORTMAP, UPSTREAM};
 
 /// Address of the node itself, for mappings with a specific hostIP.
 pub const NODE_V4: &str = "203.0.113.1";
@@ -42,7 +42,7 @@ pub fn netns() -> Netns {
 pub fn attachment(container_id: &str) -> Attachment {
     Attachment {
         container_id: container_id.to_owned(),
-        netns: "/proc/1/nowhere".into(),
+        netns: GONE_NETNS.into(),
         ifname: "eth0".to_owned(),
         args: String::new(),
     }
@@ -54,7 +54,7 @@ pub fn prev_result(addresses: &[&str]) -> Value {
         addresses.iter().map(|address| json!({"address": address, "interface": 0})).collect();
     json!({
         "cniVersion": "1.0.0",
-        "interfaces": [{"name": "eth0", "sandbox": "/proc/1/nowhere"}],
+        "interfaces": [{"name": "eth0", "sandbox": GONE_NETNS}],
         "ips": ips,
     })
 }

@@ -31,6 +31,9 @@ use serde_json::{Value, json};
 pub const PORTMAP: &str = env!("CARGO_BIN_EXE_portmap");
 /// Upstream's plugin, of Debian's package containernetworking-plugins (1.1.1).
 pub const UPSTREAM: &str = "/usr/lib/cni/portmap";
+/// A network namespace that has gone, by a path that says so everywhere. /run/netns would not: where nobody
+/// has made a namespace it is missing itself, so that nothing is known of what it would hold.
+pub const GONE_NETNS: &str = "/proc/1/nowhere";
 
 /// What a node has to forward with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
