@@ -107,7 +107,7 @@ fn bound_socket(transport: Transport, address: SocketAddr) -> io::Result<OwnedFd
         setsockopt(&fd, sockopt::Ipv6V6Only, &true)?;
     }
     // For accept(2) and recv(2) alike, so that a server notices that it should end.
-    let timeout = TimeVal::new(0, POLL.as_micros() as libc::suseconds_t);
+    let timeout = TimeVal::new(0, POLL.as_micros() as i64);
     setsockopt(&fd, sockopt::ReceiveTimeout, &timeout)?;
     bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrStorage::from(address))?;
     if transport == Transport::Tcp {

@@ -169,10 +169,7 @@ fn open_socket(call: Call) -> Result<OwnedFd, Failure> {
         Transport::Udp | Transport::UdpUnconnected => SockType::Datagram,
     };
     let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
-    let timeout = TimeVal::new(
-        call.timeout.as_secs() as libc::time_t,
-        call.timeout.subsec_micros() as libc::suseconds_t,
-    );
+    let timeout = TimeVal::new(call.timeout.as_secs() as i64, call.timeout.subsec_micros() as i64);
     setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
     setsockopt(&fd, sockopt::ReceiveTimeout, &timeout)?;
     if let Some(local) = call.bind {

@@ -288,7 +288,7 @@ fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts
 /// that is not reached any more.
 fn warn_about_shadows(host: &Host, record: &Record, facts: &NodeFacts) {
     let claims = record.claims();
-    let served = netlink::socket_diag::served(&claims).unwrap_or_default();
+    let served = netlink::socket_diag::served(&claims, &facts.addresses).unwrap_or_default();
     for claim in claims {
         if let Some(ip) = claim.address.filter(|ip| !facts.is_local(ip)) {
             host.warn(format!(
