@@ -91,6 +91,7 @@ tc iproute2
 bpftool bpftool
 unshare util-linux
 setpriv util-linux
+sysctl procps
 strace strace
 git git
 cc gcc
