@@ -175,6 +175,16 @@ invoker_home() {
     esac
 }
 
+# Runs a command as the user whose build it is.
+as_builder() {
+    if [ -n "$as" ]; then
+        sudo -u "$as" -H -- env "PATH=$PATH" ${CARGO_TARGET_DIR:+"CARGO_TARGET_DIR=$CARGO_TARGET_DIR"} \
+            ${CARGO_BUILD_TARGET:+"CARGO_BUILD_TARGET=$CARGO_BUILD_TARGET"} "$@"
+    else
+        "$@"
+    fi
+}
+
 # Sets `source` to a fresh release build.
 build() {
     [ -f "$here/Cargo.toml" ] || die "there is no portmap beside install.sh and no source to build it from: give --binary FILE"
@@ -207,11 +217,9 @@ build() {
     say "Building portmap with $(command -v cargo)${as:+ as $as}; this takes a minute or two."
     # The first directory is where .cargo/config.toml applies.
     cd "$here"
-    set -- cargo build --release --locked --bin portmap --message-format=json-render-diagnostics
-    if [ -n "$as" ]; then
-        set -- sudo -u "$as" -H -- env "PATH=$PATH" ${CARGO_TARGET_DIR:+"CARGO_TARGET_DIR=$CARGO_TARGET_DIR"} "$@"
-    fi
-    messages=$("$@") || die "cargo could not build portmap; its messages are above"
+    built_for=$(as_builder ./scripts/target.sh) || die "rustc does not work; its messages are above"
+    messages=$(as_builder cargo build --release --locked --bin portmap --target "$built_for" \
+        --message-format=json-render-diagnostics) || die "cargo could not build portmap; its messages are above"
     # Where the file is depends on the target directory and the target: cargo knows.
     source=
     while IFS= read -r line; do

@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-targets=${targets:- x86_64-unknown-linux-gnu}
+targets=${targets:- x86_64-unknown-linux-musl}
 
 command -v cargo-cyclonedx >/dev/null || die "cargo-cyclonedx is missing: cargo install --locked cargo-cyclonedx"
 version=$(cargo metadata --format-version 1 --no-deps --locked | sed -n 's/.*"name":"portmap","version":"\([^"]*\)".*/\1/p')

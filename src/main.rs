@@ -23,6 +23,10 @@ use portmap::sys::{Host, terminal};
 use portmap::usage::{Cli, Command, completions, introduction, manual};
 use portmap::verb;
 
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     let env = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
     match Invocation::read(env).transpose() {

@@ -24,6 +24,7 @@ use nix::unistd::Pid;
 use running::{Running, fails, names, succeeds, text};
 
 const INSTALL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/install.sh");
+const TARGET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/target.sh");
 
 /// Everything of coreutils that a node is asked for. A tool that is not in this list is not there
 /// when the script runs under dash.
@@ -137,6 +138,30 @@ impl Shell {
     }
 }
 
+/// A program that is found in PATH.
+fn program(shell: &Shell, name: &str, script: &str) {
+    let path = shell.path.join(name);
+    drop(fs::remove_file(&path));
+    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// A checkout, and a compiler with glibc's standard library alone.
+fn source(dir: &Dir, shell: &Shell) -> PathBuf {
+    let source = dir.join("source");
+    fs::create_dir_all(source.join("scripts")).unwrap();
+    fs::write(source.join("Cargo.toml"), "").unwrap();
+    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    fs::copy(TARGET, source.join("scripts/target.sh")).unwrap();
+    symlink(find("sed"), shell.path.join("sed")).unwrap();
+    let rustc = format!(
+        "case $1 in --version) echo host: x86_64-unknown-linux-gnu ;; *) echo {}/$4 ;; esac",
+        dir.join("rustlib").display()
+    );
+    program(shell, "rustc", &rustc);
+    source
+}
+
 /// A tool that is missing is a failure, never a test that was passed.
 fn find(tool: &str) -> PathBuf {
     ["/usr/bin", "/bin", "/usr/sbin", "/sbin"]
@@ -196,10 +221,7 @@ fn without_cargo_it_says_what_is_missing() {
 fn a_build_is_found_wherever_cargo_put_it() {
     let dir = Dir::new("build");
     let shell = Shell::dash(&dir);
-    let source = dir.join("source");
-    fs::create_dir_all(&source).unwrap();
-    fs::write(source.join("Cargo.toml"), "").unwrap();
-    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    let source = source(&dir, &shell);
     let built = dir.portmap("1.0.0", 0);
     // A cargo that was "found" only in the home directory, as in an init script.
     let cargo = dir.join("home/.cargo/bin/cargo");
@@ -229,17 +251,9 @@ fn a_build_is_found_wherever_cargo_put_it() {
 fn what_cargo_links_with_is_installed_where_apt_is() {
     let dir = Dir::new("linker");
     let shell = Shell::dash(&dir);
-    let source = dir.join("source");
-    fs::create_dir_all(&source).unwrap();
-    fs::write(source.join("Cargo.toml"), "").unwrap();
-    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    let source = source(&dir, &shell);
     let built = dir.portmap("1.0.0", 0);
-    let program = |name: &str, script: &str| {
-        let path = shell.path.join(name);
-        drop(fs::remove_file(&path));
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-    };
+    let program = |name: &str, script: &str| program(&shell, name, script);
     let (log, cc) = (dir.join("log"), shell.path.join("cc"));
     program(
         "apt-get",
@@ -273,16 +287,49 @@ fn what_cargo_links_with_is_installed_where_apt_is() {
     assert_eq!(fs::read_to_string(&log).unwrap(), asked);
 }
 
+/// glibc takes longer to start.
+#[test]
+fn it_is_built_with_musl_where_rust_has_that() {
+    let dir = Dir::new("target");
+    let shell = Shell::dash(&dir);
+    let source = source(&dir, &shell);
+    symlink(find("mkdir"), shell.path.join("cc")).unwrap();
+    let built = dir.portmap("1.0.0", 0);
+    let asked = dir.join("asked");
+    let cargo =
+        format!("echo $* > {}; echo '{{\"executable\":\"{}\"}}'", asked.display(), built.display());
+    program(&shell, "cargo", &cargo);
+    let target = |environment: &[(&str, &str)]| {
+        let mut command = shell.command(&source.join("install.sh"));
+        command.arg("--dest").arg(dir.join("bin")).env("HOME", &dir.0);
+        succeeds(command.envs(environment.iter().copied()));
+        let asked = fs::read_to_string(&asked).unwrap();
+        let (_, target) = asked.split_once("--target ").unwrap();
+        target.split_whitespace().next().unwrap().to_owned()
+    };
+    assert_eq!(target(&[]), "x86_64-unknown-linux-gnu");
+    let libraries = dir.join("rustlib/x86_64-unknown-linux-musl");
+    // Without a network rustup fails.
+    program(&shell, "rustup", "exit 1");
+    assert_eq!(target(&[]), "x86_64-unknown-linux-gnu");
+    let rustup = format!(
+        "[ \"$*\" = 'target add x86_64-unknown-linux-musl' ] && mkdir -p {}",
+        libraries.display()
+    );
+    program(&shell, "rustup", &rustup);
+    assert_eq!(target(&[]), "x86_64-unknown-linux-musl");
+    program(&shell, "rustup", "exit 1");
+    assert_eq!(target(&[]), "x86_64-unknown-linux-musl");
+    assert_eq!(target(&[("CARGO_BUILD_TARGET", "wherever")]), "wherever");
+}
+
 #[test]
 #[ignore = "privileged: gives a directory to another user"]
 fn under_sudo_the_build_belongs_to_who_called_it() {
     let dir = Dir::new("sudo");
     let shell = Shell::dash(&dir);
     symlink(find("env"), shell.path.join("env")).unwrap();
-    let source = dir.join("source");
-    fs::create_dir_all(&source).unwrap();
-    fs::write(source.join("Cargo.toml"), "").unwrap();
-    fs::copy(INSTALL, source.join("install.sh")).unwrap();
+    let source = source(&dir, &shell);
     std::os::unix::fs::chown(&source, Some(65534), None).unwrap();
     let built = dir.portmap("1.0.0", 0);
     for (name, script) in [

@@ -271,8 +271,8 @@ fn a_release_is_the_same_bytes_wherever_it_is_made() {
         "#!/bin/sh
          case $1 in
              metadata) echo '{{\"packages\":[{{\"name\":\"portmap\",\"version\":\"1.2.3\",\"id\":\"x\"}}]}}' ;;
-             build) mkdir -p $CARGO_TARGET_DIR/x86_64-unknown-linux-gnu/release
-                 cp {} $CARGO_TARGET_DIR/x86_64-unknown-linux-gnu/release/portmap ;;
+             build) mkdir -p $CARGO_TARGET_DIR/x86_64-unknown-linux-musl/release
+                 cp {} $CARGO_TARGET_DIR/x86_64-unknown-linux-musl/release/portmap ;;
              cyclonedx) while [ $1 != --override-filename ]; do shift; done; echo '{{}}' > $2.json ;;
          esac\n",
         dir.0.join("small").display(),

@@ -50,7 +50,8 @@ fail() {
 # their next build, and tests that need no root should not have it.
 as_caller() {
     if [ -n "$caller" ]; then
-        sudo -u "$caller" -H -- env "PATH=$PATH" ${CARGO_TARGET_DIR:+"CARGO_TARGET_DIR=$CARGO_TARGET_DIR"} "$@"
+        sudo -u "$caller" -H -- env "PATH=$PATH" ${CARGO_TARGET_DIR:+"CARGO_TARGET_DIR=$CARGO_TARGET_DIR"} \
+            ${CARGO_BUILD_TARGET:+"CARGO_BUILD_TARGET=$CARGO_BUILD_TARGET"} "$@"
     else
         "$@"
     fi
@@ -127,7 +128,11 @@ done
 if ! command -v cargo-deny >/dev/null; then
     as_caller cargo install cargo-deny --locked --version "$CARGO_DENY_VERSION" --root target/tools
 fi
+# What is tested is what install.sh builds.
+CARGO_BUILD_TARGET=$(as_caller scripts/target.sh)
+export CARGO_BUILD_TARGET
 as_caller rustc --version
+printf 'Building for %s\n' "$CARGO_BUILD_TARGET"
 as_caller cargo deny --version
 
 heading 'Formatting'
