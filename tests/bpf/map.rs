@@ -45,9 +45,16 @@ fn entries_come_and_go() {
                 assert_eq!(map.get(&key(1)).unwrap(), None);
                 assert!(!map.remove(&key(1)).unwrap());
                 assert_eq!(map.entries().unwrap(), []);
-                for number in 0..9_000 {
+                for number in 0..5_000 {
                     map.put(&key(number), &value(&map, u64::from(number))).unwrap();
                 }
+                // Some that are there, and some that are not.
+                let more: Vec<_> = (4_000..9_000)
+                    .map(|number| (key(number), value(&map, u64::from(number))))
+                    .collect();
+                let more: Vec<_> = more.iter().map(|(key, value)| (&key[..], &value[..])).collect();
+                map.put_all(&more).unwrap();
+                map.put_all(&[]).unwrap();
                 assert_eq!(map.get(&key(77)).unwrap(), Some(value(&map, 77)));
                 assert!(!map.put_new(&key(77), &value(&map, 0)).unwrap());
                 map.put(&key(77), &value(&map, 78)).unwrap();
@@ -111,6 +118,8 @@ fn lengths_are_checked_here_because_the_kernel_cannot() {
         assert!(map.get(&[0; 5]).is_err());
         assert!(map.remove(&[]).is_err());
         assert!(map.remove_all(&[&[0; 4][..], &[0; 5]]).is_err());
+        let together: [(&[u8], &[u8]); 2] = [(&[0; 3], &[0; 8]), (&[0; 5], &[0; 8])];
+        assert!(map.put_all(&together).is_err());
         let message = map.get(&[0; 5]).unwrap_err().to_string();
         assert_eq!(message, "keys of this map have 4 bytes and values 8");
     });

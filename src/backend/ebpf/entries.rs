@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::mem::discriminant;
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -28,11 +29,12 @@ pub fn in_effect(maps: &Maps, called: &ClaimKey) -> io::Result<Option<ClaimValue
 /// connections.
 pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Vec<Former>> {
     let mut present = Present::default();
-    for key in keys {
-        for key in [*key, key.of_any()] {
-            present.claims.extend(get(maps, &key)?.map(|value| (key, value)));
-        }
-        present.uses.insert(key.port(), read_uses(maps, key.port())?);
+    let asked: BTreeSet<ClaimKey> = keys.iter().flat_map(|key| [*key, key.of_any()]).collect();
+    for key in asked {
+        present.claims.extend(get(maps, &key)?.map(|value| (key, value)));
+    }
+    for port in keys.iter().map(ClaimKey::port).collect::<BTreeSet<u16>>() {
+        present.uses.insert(port, read_uses(maps, port)?);
     }
     let former = losers(maps, &present, keys, after)?;
     apply(maps, &plan::change(&present, keys, after))?;
@@ -65,20 +67,36 @@ fn losers(
 }
 
 fn apply(maps: &Maps, writes: &[Write]) -> io::Result<()> {
+    let of_one_kind = |one: &Write, other: &Write| match (one, other) {
+        // The bits of ports go before the first claim, or after the last.
+        (Write::Uses(_, one), Write::Uses(_, other)) => (*one == 0) == (*other == 0),
+        _ => discriminant(one) == discriminant(other),
+    };
+    writes.chunk_by(of_one_kind).try_for_each(|writes| apply_together(maps, writes))
+}
+
+/// Writes of one kind.
+fn apply_together(maps: &Maps, writes: &[Write]) -> io::Result<()> {
+    let none_yet = vec![0; maps.traffic.value_bytes()];
+    let (mut uses, mut counts, mut puts, mut removals) = (vec![], vec![], vec![], vec![]);
     for write in writes {
         match write {
-            Write::Uses(port, uses) => write_uses(maps, *port, *uses)?,
-            Write::Count(key) => {
-                maps.traffic.put(key.as_bytes(), &vec![0; maps.traffic.value_bytes()])?;
-            }
-            Write::Put(key, value) => maps.claims.put(key.as_bytes(), value.as_bytes())?,
-            Write::Remove(key) => {
-                maps.claims.remove(key.as_bytes())?;
-                maps.traffic.remove(key.as_bytes())?;
-            }
+            Write::Uses(port, number) => uses.push((*port, *number)),
+            Write::Count(key) => counts.push((key.as_bytes(), none_yet.as_slice())),
+            Write::Put(key, value) => puts.push((key.as_bytes(), value.as_bytes())),
+            Write::Remove(key) => removals.push(key.as_bytes()),
         }
     }
-    Ok(())
+    write_uses(maps, &uses)?;
+    maps.traffic.put_all(&counts)?;
+    maps.claims.put_all(&puts)?;
+    maps.claims.remove_all(&removals)?;
+    maps.traffic.remove_all(&removals).map(drop)
+}
+
+/// Whether there are no claims, and nothing that is left of any.
+pub fn are_none(maps: &Maps) -> io::Result<bool> {
+    Ok(maps.claims.is_empty()? && maps.port_uses.is_empty()? && maps.traffic.is_empty()?)
 }
 
 /// All there is.
@@ -145,14 +163,15 @@ pub fn problems(
 
 /// Brings the map of addresses to what is wanted.
 pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<()> {
+    let present: BTreeMap<Vec<u8>, Vec<u8>> = maps.addresses.entries()?.into_iter().collect();
     for (addr, value) in wanted {
-        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
+        if present.get(addr.as_bytes()).map(Vec::as_slice) != Some(value.as_bytes()) {
             maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
         }
     }
-    let present: BTreeSet<Addr> = keys_of(&maps.addresses)?;
-    for addr in present.iter().filter(|addr| !wanted.contains_key(addr)) {
-        maps.addresses.remove(addr.as_bytes())?;
+    let is_wanted = |addr: &[u8]| wanted.keys().any(|wanted| wanted.as_bytes() == addr);
+    for addr in present.keys().filter(|addr| !is_wanted(addr)) {
+        maps.addresses.remove(addr)?;
     }
     Ok(())
 }
@@ -191,14 +210,19 @@ fn read_uses(maps: &Maps, port: u16) -> io::Result<u32> {
     Ok(value.and_then(|value| u32::read_from_bytes(&value).ok()).unwrap_or_default())
 }
 
-fn write_uses(maps: &Maps, port: u16, uses: u32) -> io::Result<()> {
-    if uses == 0 {
-        set_bit(maps, port, false)?;
-        maps.port_uses.remove(port.as_bytes()).map(drop)
-    } else {
-        maps.port_uses.put(port.as_bytes(), uses.as_bytes())?;
-        set_bit(maps, port, true)
+/// All of them 0, or none. A port has its bit while its number is there.
+fn write_uses(maps: &Maps, uses: &[(u16, u32)]) -> io::Result<()> {
+    let unused = uses.iter().all(|(_, number)| *number == 0);
+    let keys: Vec<&[u8]> = uses.iter().map(|(port, _)| port.as_bytes()).collect();
+    if !unused {
+        let entries = keys.iter().copied().zip(uses.iter().map(|(_, number)| number.as_bytes()));
+        maps.port_uses.put_all(&entries.collect::<Vec<_>>())?;
     }
+    set_bits(maps, uses.iter().map(|(port, _)| *port), !unused)?;
+    if unused {
+        maps.port_uses.remove_all(&keys)?;
+    }
+    Ok(())
 }
 
 fn word(maps: &Maps, index: u32) -> io::Result<u64> {
@@ -211,14 +235,19 @@ fn is_watched(maps: &Maps, port: u16) -> io::Result<bool> {
     Ok(word(maps, index)? & bit != 0)
 }
 
-fn set_bit(maps: &Maps, port: u16, on: bool) -> io::Result<()> {
-    let (index, bit) = port_bit(port);
-    let before = word(maps, index)?;
-    let after = if on { before | bit } else { before & !bit };
-    if before == after {
-        return Ok(());
+fn set_bits(maps: &Maps, ports: impl Iterator<Item = u16>, on: bool) -> io::Result<()> {
+    let mut words: BTreeMap<u32, u64> = BTreeMap::new();
+    for (index, bit) in ports.map(port_bit) {
+        *words.entry(index).or_default() |= bit;
     }
-    maps.ports.put(index.as_bytes(), after.as_bytes())
+    for (index, bits) in words {
+        let before = word(maps, index)?;
+        let after = if on { before | bits } else { before & !bits };
+        if before != after {
+            maps.ports.put(index.as_bytes(), after.as_bytes())?;
+        }
+    }
+    Ok(())
 }
 
 fn keys_of<K: FromBytes + Ord>(map: &Map) -> io::Result<BTreeSet<K>> {

@@ -44,13 +44,6 @@ pub struct Former {
 /// From what is there to what `after` has, at `keys` alone. `present` need not know what programs look at.
 #[must_use]
 pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> Vec<Write> {
-    let mut writes = Vec::new();
-    let mut uses = present.uses.clone();
-    let mut count = |writes: &mut Vec<Write>, key: &ClaimKey, change: i32| {
-        let uses = uses.entry(key.port()).or_default();
-        *uses = uses.saturating_add_signed(change);
-        writes.push(Write::Uses(key.port(), *uses));
-    };
     let is_pod = |value: Option<&ClaimValue>| {
         value.is_some_and(|value| value.flags & claim_flags::SELF != 0)
     };
@@ -59,29 +52,42 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
         None => (true, is_pod(present.claims.get(key))),
         wanted => (false, !is_pod(wanted)),
     });
+    let (mut counts, mut puts, mut removals) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut more, mut fewer) = (BTreeMap::new(), BTreeMap::new());
     for key in todo {
         let before = present.claims.get(key);
         match after.get(key) {
             Some(wanted) => {
                 if before.is_none() {
-                    count(&mut writes, key, 1);
+                    *more.entry(key.port()).or_default() += 1;
                 }
                 if !same_owner(before, Some(wanted)) {
-                    writes.push(Write::Count(*key));
+                    counts.push(Write::Count(*key));
                 }
                 if before != Some(wanted) {
-                    writes.push(Write::Put(*key, *wanted));
+                    puts.push(Write::Put(*key, *wanted));
                 }
             }
             None => {
-                writes.push(Write::Remove(*key));
+                removals.push(Write::Remove(*key));
                 if before.is_some() {
-                    count(&mut writes, key, -1);
+                    *fewer.entry(key.port()).or_default() += 1;
                 }
             }
         }
     }
-    writes
+    let mut uses = present.uses.clone();
+    let mut count = |ports: BTreeMap<u16, u32>, change: fn(u32, u32) -> u32| -> Vec<Write> {
+        let count = |(port, number)| {
+            let uses = uses.entry(port).or_default();
+            *uses = change(*uses, number);
+            Write::Uses(port, *uses)
+        };
+        ports.into_iter().map(count).collect()
+    };
+    // Those of a kind stand together: the kernel takes them in one call.
+    let (more, fewer) = (count(more, u32::saturating_add), count(fewer, u32::saturating_sub));
+    [more, counts, puts, removals, fewer].concat()
 }
 
 /// From all that is there, whatever it is, to what is wanted and nothing else.

@@ -146,6 +146,23 @@ impl Elements {
         (came, result.map(drop))
     }
 
+    /// Updates as many entries as there are keys, with `BPF_ANY`. Returns how many were before the
+    /// error. Linux 5.6.
+    pub fn update_batch(&self, keys: &[u8], values: &[u8]) -> (usize, io::Result<()>) {
+        let count = keys.len() / self.key_size.max(1);
+        if let Err(error) = self.check(keys, Some(values), count) {
+            return (0, Err(error));
+        }
+        let mut attr = empty();
+        attr.batch.keys = address(keys);
+        attr.batch.values = address(values);
+        attr.batch.count = count as u32;
+        attr.batch.map_fd = number(self.fd.as_fd());
+        // SAFETY: `keys` and `values` have `count` of them.
+        let result = unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) };
+        (self.counted(&attr, count, &result).0, result.map(drop))
+    }
+
     /// Deletes entries. Returns how many went before the error. Linux 5.6.
     pub fn delete_batch(&self, keys: &[u8]) -> (usize, io::Result<()>) {
         let count = keys.len() / self.key_size.max(1);

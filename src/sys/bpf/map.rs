@@ -10,7 +10,10 @@ use aya_obj::generated::{BPF_ANY, BPF_NOEXIST, bpf_cmd};
 use super::element::{Elements, Place, is_per_cpu};
 use super::syscall;
 
-/// Entries that one batch asks for. More save little: a batch of so many takes 0.2 ms.
+/// Entries that the first batch asks for: room for more would be cleared, page by page, for the few that
+/// most maps have.
+const FIRST_BATCH: usize = 64;
+/// Entries that any batch asks for at most. More save little: a batch of so many takes 0.2 ms.
 const BATCH: usize = 4096;
 
 /// `ENOTSUPP`, which is the kernel's own and has no name here: a type of map without batches.
@@ -167,9 +170,35 @@ impl Map {
         }
     }
 
+    /// Sets the values of keys, one after the other. On an error those before the first that cannot be
+    /// set are.
+    pub fn put_all(&self, entries: &[(&[u8], &[u8])]) -> io::Result<()> {
+        let (key_size, value_size) = (self.elements.key_size(), self.value_bytes());
+        let fits =
+            |(key, value): &(&[u8], &[u8])| (key.len(), value.len()) == (key_size, value_size);
+        let mut rest = entries;
+        while self.batches && rest.len() > 1 && rest.iter().all(fits) {
+            let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) = rest.iter().copied().unzip();
+            let (put, result) = self.elements.update_batch(&keys.concat(), &values.concat());
+            rest = &rest[put..];
+            match result.as_ref().map_err(io::Error::raw_os_error) {
+                Ok(()) => {}
+                Err(Some(libc::EINVAL | ENOTSUPP)) => break,
+                Err(_) => return result,
+            }
+        }
+        rest.iter().try_for_each(|(key, value)| self.put(key, value))
+    }
+
     /// Removes a key; says whether it was there.
     pub fn remove(&self, key: &[u8]) -> io::Result<bool> {
         Ok(absent(self.elements.delete(key))?.is_some())
+    }
+
+    /// Whether it has no entries.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        let mut first = vec![0; self.elements.key_size()];
+        Ok(absent(self.elements.next_key(None, &mut first))?.is_none())
     }
 
     /// All entries. Of those that come or go meanwhile, some; an entry may come twice.
@@ -196,7 +225,8 @@ impl Map {
     /// Says false if the kernel has no batches for this map, before `visit` was called.
     fn for_each_batch(&self, visit: &mut impl FnMut(&[u8], &[u8])) -> io::Result<bool> {
         let (key_size, value_size) = (self.elements.key_size(), self.value_bytes());
-        let mut count = BATCH.min(self.definition.max_entries.max(1) as usize);
+        let most = BATCH.min(self.definition.max_entries.max(1) as usize);
+        let mut count = FIRST_BATCH.min(most);
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         let mut place = Place::default();
         let mut begun = false;
@@ -208,7 +238,10 @@ impl Map {
             let entries = keys.chunks_exact(key_size).zip(values.chunks_exact(value_size));
             entries.take(came).for_each(|(key, value)| visit(key, value));
             match result.as_ref().map_err(io::Error::raw_os_error) {
-                Ok(()) => begun = true,
+                Ok(()) => {
+                    begun = true;
+                    count = (count * 8).min(most).max(count);
+                }
                 Err(Some(libc::ENOENT)) => return Ok(true),
                 // More entries than were asked for have one hash.
                 Err(Some(libc::ENOSPC)) => count *= 2,
