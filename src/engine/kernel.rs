@@ -1,13 +1,23 @@
 //! What the kernel can do, asked once per boot.
 
+use serde::{Deserialize, Serialize};
+
 use super::Engine;
 use crate::backend::{self, Backend};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::sys::bpf::features::Features;
+use crate::sys::bpf::pins::Numbers;
 
-/// Name of the note with what eBPF can do here. State of an earlier boot is discarded, and so is this.
+/// Name of the note with what is known of eBPF here. State of an earlier boot is discarded, and so is this.
 const NOTE: &str = "kernel";
+
+#[derive(Serialize, Deserialize)]
+struct Known {
+    features: Features,
+    #[serde(default)]
+    programs: Numbers,
+}
 
 impl Engine<'_> {
     /// The implementation of a kind, which knows the kernel as far as it has to.
@@ -23,8 +33,15 @@ impl Engine<'_> {
         if self.recall_kernel()? {
             return Ok(());
         }
-        let text = serde_json::to_string(self.host.kernel()?)
-            .map_err(|error| Error::Decode(error.to_string()))?;
+        self.host.kernel()?;
+        self.remember_kernel()
+    }
+
+    /// Notes what the host knows of the kernel and of the programs that are loaded.
+    pub(super) fn remember_kernel(&self) -> Result<()> {
+        let known = Known { features: self.host.kernel()?.clone(), programs: self.host.programs() };
+        let text =
+            serde_json::to_string(&known).map_err(|error| Error::Decode(error.to_string()))?;
         self.store.set_note(NOTE, Some(&text))
     }
 
@@ -34,7 +51,11 @@ impl Engine<'_> {
             return Ok(true);
         }
         let known = self.store.note(NOTE)?;
-        let known = known.and_then(|text| serde_json::from_str::<Features>(&text).ok());
-        Ok(known.map(|features| self.host.remember_kernel(features)).is_some())
+        let Some(known) = known.and_then(|text| serde_json::from_str::<Known>(&text).ok()) else {
+            return Ok(false);
+        };
+        self.host.remember_kernel(known.features);
+        self.host.remember_programs(known.programs);
+        Ok(true)
     }
 }

@@ -66,12 +66,13 @@ impl Engine<'_> {
                 .is_ok_and(|problems| problems.is_empty()),
             _ => true,
         };
+        let programs = self.host.programs();
         let outcome = if is_whole {
             backend.change(self.host, &change)?
         } else {
             Outcome::NeedsRestore("the attachment's rules are not as recorded".into())
         };
-        match outcome {
+        let done = match outcome {
             Outcome::Done => self.remember_facts(kind, &known, facts),
             Outcome::NeedsRestore(reason) => {
                 let gone = if added.is_none() { Some(record) } else { None };
@@ -82,7 +83,12 @@ impl Engine<'_> {
                 self.restore_without(kind, gone, added, &Lost::of(&lost), facts, first)
                     .map_err(|error| error.after(&reason))
             }
+        };
+        if done.is_ok() && self.host.programs() != programs {
+            // The next call is slower without, and no worse.
+            drop(self.remember_kernel());
         }
+        done
     }
 
     /// Restores from all records but `gone`. `added` must come to be there, and `lost` goes, as far as

@@ -4,6 +4,7 @@
 
 pub mod bpf;
 pub mod command;
+mod directory;
 pub mod install;
 pub mod iptables;
 pub mod legacy;
@@ -27,6 +28,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use bpf::features::Features;
+use bpf::pins::Numbers;
 use command::Tools;
 use netlink::route::{Link, Route, RouteReader};
 
@@ -35,6 +37,8 @@ pub struct Host {
     pub tools: Tools,
     warnings: Mutex<Vec<String>>,
     kernel: OnceLock<Features>,
+    /// eBPF programs that are known to be loaded.
+    programs: Mutex<Numbers>,
     cilium: OnceLock<bool>,
     ephemeral: OnceLock<RangeInclusive<u16>>,
     /// One socket for all questions about devices and routes.
@@ -51,6 +55,7 @@ impl Host {
             tools: Tools::new(path),
             warnings: Mutex::default(),
             kernel: OnceLock::new(),
+            programs: Mutex::default(),
             cilium: OnceLock::new(),
             ephemeral: OnceLock::new(),
             routes: Mutex::default(),
@@ -88,6 +93,16 @@ impl Host {
     pub fn remember_kernel(&self, features: Features) {
         // The first one stays, which is right as well.
         drop(self.kernel.set(features));
+    }
+
+    /// The numbers of eBPF programs, as somebody has found them; they may be others by now.
+    pub fn programs(&self) -> Numbers {
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes over what was found.
+    pub fn remember_programs(&self, numbers: Numbers) {
+        *self.programs.lock().unwrap_or_else(PoisonError::into_inner) = numbers;
     }
 
     /// Whether Cilium runs here. Its agent pins its maps in the node's bpffs, all of them under this

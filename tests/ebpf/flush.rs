@@ -1,5 +1,6 @@
 //! `portmap flush` where programs outlive the last pod.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
@@ -192,4 +193,46 @@ fn a_node_without_ebpf_is_flushed() {
     assert!(met, "eBPF was not asked whether anything is attached");
     node.assert_clean(&before);
     assert!(!Path::new("/sys/fs/bpf/portmap").exists());
+}
+
+/// Calls remember the numbers of programs, and are not misled where somebody else has loaded others.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn programs_that_were_loaded_anew_are_found_out() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    let note = scene.node.state_dir.join("notes/kernel");
+    let noted = || -> BTreeMap<String, u32> {
+        let note: Value = serde_json::from_slice(&std::fs::read(&note).unwrap()).unwrap();
+        serde_json::from_value(note["programs"]["programs"].clone()).unwrap()
+    };
+    let loaded = || -> BTreeMap<String, u32> {
+        let numbers = || {
+            let pinned = ebpf::pinned(Path::new(ebpf::PINS)).into_iter();
+            let id = |path: &Path| Program::from_pin(path).unwrap().unwrap().id();
+            pinned
+                .filter(|(_, path)| path.parent().unwrap().to_string_lossy().contains("/p-"))
+                .map(|(name, path)| (name, id(&path)))
+                .collect()
+        };
+        lab.node.run(numbers).unwrap()
+    };
+    (0..2).for_each(|pod| drop(scene.ok("ADD", pod)));
+    let first = loaded();
+    assert_eq!(noted(), first);
+    let stale = std::fs::read(&note).unwrap();
+
+    scene.node.flush();
+    (0..2).for_each(|pod| drop(scene.ok("ADD", pod)));
+    let second = loaded();
+    assert_eq!(noted(), second);
+    assert!(second.iter().all(|(name, id)| first[name] != *id), "{second:?}");
+
+    std::fs::write(&note, stale).unwrap();
+    scene.ok("ADD", 2);
+    assert_eq!((noted(), loaded()), (second.clone(), second));
+    for pod in 0..3 {
+        scene.ok("CHECK", pod);
+        assert!(scene.reached(pod), "{pod}");
+    }
 }

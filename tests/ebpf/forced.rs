@@ -9,6 +9,7 @@ use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::Family;
 use portmap::sys::bpf::cookie;
 use portmap::sys::bpf::features::Features;
+use serde_json::json;
 
 use super::group::Group;
 use super::support::ebpf;
@@ -22,7 +23,8 @@ impl Scene<'_> {
         change(&mut features);
         let notes = self.node.state_dir.join("notes");
         std::fs::create_dir_all(&notes).unwrap();
-        std::fs::write(notes.join("kernel"), serde_json::to_string(&features).unwrap()).unwrap();
+        let note = json!({"features": features});
+        std::fs::write(notes.join("kernel"), note.to_string()).unwrap();
     }
 
     fn come(&self) {

@@ -1,5 +1,6 @@
 //! This plugin's filters among others' on a device.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use crate::sys::bpf::Direction;
@@ -18,11 +19,13 @@ const NAME_WITH_QDISC: &str = "portmap with clsact";
 /// Filters of all devices of the node.
 pub struct Filters {
     clsact: Clsact,
+    /// Devices that have got their qdisc from this very value.
+    made: BTreeSet<u32>,
 }
 
 impl Filters {
     pub fn open() -> io::Result<Self> {
-        Ok(Self { clsact: Clsact::open()? })
+        Ok(Self { clsact: Clsact::open()?, made: BTreeSet::new() })
     }
 
     /// Whether a clsact qdisc is there, or can be made: an ingress qdisc takes its place.
@@ -50,15 +53,19 @@ impl Filters {
             let name = own.name.as_deref().unwrap_or(NAME);
             return self.clsact.put(device, direction, own.slot, name, program);
         }
-        let made = self.clsact.ensure(device)?;
+        let known = self.made.contains(&device);
+        let made = !known && self.clsact.ensure(device)?;
         // The second direction follows the first one, which made the qdisc.
-        let name = if made || self.made_qdisc(device)? { NAME_WITH_QDISC } else { NAME };
+        let name = if known || made || self.made_qdisc(device)? { NAME_WITH_QDISC } else { NAME };
         let put = self.clsact.put(device, direction, free_slot(&filters), name, program);
         if made && put.is_err() {
             // Nothing would remember whose it is. The error of `put` is the one to report.
             drop(self.clsact.remove_unused(device));
         }
         put?;
+        if made {
+            self.made.insert(device);
+        }
         for behind in filters.iter().filter(|filter| is_own(filter)) {
             self.clsact.remove(device, direction, behind.slot)?;
         }
@@ -79,6 +86,7 @@ impl Filters {
                 }
             }
         }
+        self.made.remove(&device);
         if made && !others {
             // Both filters in one step: a kill in between would leave a qdisc that nobody remembers.
             return self.clsact.remove_qdisc(device).map(drop);
@@ -96,6 +104,7 @@ impl Filters {
             with_qdisc |= own.name.as_deref() == Some(NAME_WITH_QDISC);
         }
         if with_qdisc {
+            self.made.remove(&device);
             self.clsact.remove_unused(device)?;
         }
         Ok(())

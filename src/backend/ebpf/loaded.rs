@@ -15,7 +15,7 @@ use super::layout::{LAYOUT, REVISION};
 use crate::error::{Error, Result};
 use crate::sys::bpf::map::Map;
 use crate::sys::bpf::object::{self, Aligned, Object};
-use crate::sys::bpf::pins::Pins;
+use crate::sys::bpf::pins::{Numbers, Pins};
 use crate::sys::bpf::program::Program;
 use config::config;
 use upgrade::make_maps;
@@ -71,6 +71,8 @@ pub struct Loaded {
     digests: Vec<String>,
     batches: bool,
     programs: RefCell<BTreeMap<String, Program>>,
+    /// Numbers of programs by name, of those that are open or known from an earlier call.
+    ids: RefCell<BTreeMap<String, u32>>,
 }
 
 /// What a look at the pins came to.
@@ -130,25 +132,70 @@ impl Loaded {
             let newer = present.into_iter().filter(|digest| digest != build.digest);
             digests.splice(0..0, newer);
         }
-        Ok(Loaded { maps, pins, build: *build, digests, batches, programs: RefCell::default() })
+        Ok(Loaded {
+            maps,
+            pins,
+            build: *build,
+            digests,
+            batches,
+            programs: RefCell::default(),
+            ids: RefCell::default(),
+        })
+    }
+
+    /// Takes the numbers of programs from what an earlier call knew, as far as they still have their
+    /// pins: opening a dozen of them is a good part of what a call costs.
+    pub fn trust(&self, known: &Numbers) -> Result<()> {
+        if known.revision != self.digest() {
+            return Ok(());
+        }
+        let present = self
+            .pins
+            .program_names(self.digest())
+            .map_err(failed("list the pinned eBPF programs"))?;
+        let known = known.programs.iter().filter(|(name, _)| present.contains(*name));
+        self.ids.borrow_mut().extend(known.map(|(name, id)| (name.clone(), *id)));
+        Ok(())
+    }
+
+    /// For later calls' [`Loaded::trust`].
+    pub fn numbers(&self) -> Numbers {
+        Numbers { revision: self.digest().to_owned(), programs: self.ids.borrow().clone() }
+    }
+
+    /// The revision whose programs go before others'.
+    fn digest(&self) -> &str {
+        self.digests.first().map_or(self.build.digest, String::as_str)
     }
 
     /// Numbers of programs by name, as far as they are loaded.
     pub fn loaded(&self, names: &BTreeSet<&str>) -> Result<BTreeMap<String, u32>> {
-        let mut programs = self.programs.borrow_mut();
         for name in names {
-            for digest in &self.digests {
-                if programs.contains_key(*name) {
-                    break;
-                }
-                let opened = self
-                    .pins
-                    .program(digest, name)
-                    .map_err(|error| Error::io(format!("open the eBPF program {name}"), error))?;
-                programs.extend(opened.map(|program| ((*name).to_owned(), program)));
+            if !self.ids.borrow().contains_key(*name)
+                && let Some(program) = self.open_program(name)?
+            {
+                self.adopt(name, program);
             }
         }
-        Ok(programs.iter().map(|(name, program)| (name.clone(), program.id())).collect())
+        Ok(self.ids.borrow().clone())
+    }
+
+    fn open_program(&self, name: &str) -> Result<Option<Program>> {
+        for digest in &self.digests {
+            let opened = self
+                .pins
+                .program(digest, name)
+                .map_err(|error| Error::io(format!("open the eBPF program {name}"), error))?;
+            if opened.is_some() {
+                return Ok(opened);
+            }
+        }
+        Ok(None)
+    }
+
+    fn adopt(&self, name: &str, program: Program) {
+        self.ids.borrow_mut().insert(name.to_owned(), program.id());
+        self.programs.borrow_mut().insert(name.to_owned(), program);
     }
 
     /// Loads those of the programs that are not there.
@@ -172,14 +219,13 @@ impl Loaded {
             Ok(programs)
         };
         let programs = load().map_err(failed("load the eBPF programs"))?;
-        self.programs.borrow_mut().extend(todo.iter().map(|name| (*name).to_owned()).zip(programs));
+        todo.iter().zip(programs).for_each(|(name, program)| self.adopt(name, program));
         self.loaded(names)
     }
 
     /// Which of these programs have no pin, in words. `ids` is what [`Loaded::loaded`] found.
     pub fn unpinned(&self, names: &BTreeSet<&str>, ids: &BTreeMap<String, u32>) -> Vec<String> {
-        let digest = self.digests.first().map_or(self.build.digest, String::as_str);
-        let dir = self.pins.programs_dir(digest);
+        let dir = self.pins.programs_dir(self.digest());
         let missing = names.iter().filter(|name| !ids.contains_key(**name));
         missing
             .map(|name| {
@@ -188,12 +234,17 @@ impl Loaded {
             .collect()
     }
 
-    /// Does something with a program that has been loaded or opened.
+    /// Does something with a program that has been loaded, or of which [`Loaded::loaded`] knew.
     pub fn with_program<T>(
         &self,
         name: &str,
         action: impl FnOnce(&Program) -> Result<T>,
     ) -> Result<T> {
+        if !self.programs.borrow().contains_key(name)
+            && let Some(program) = self.open_program(name)?
+        {
+            self.adopt(name, program);
+        }
         match self.programs.borrow().get(name) {
             Some(program) => action(program),
             None => Err(missing(name)),
@@ -236,13 +287,18 @@ pub fn refuse_newer() -> Result<()> {
     refuse_newer_than(&pins()?, LAYOUT)
 }
 
-/// Whether nothing has to be made before claims can be written.
+/// Whether maps have been made here.
 ///
 /// # Errors
 ///
 /// As [`Loaded::open`].
-pub fn is_complete() -> Result<bool> {
-    Ok(missing_map(&pins()?, LAYOUT)?.is_none())
+pub fn has_maps() -> Result<bool> {
+    let pins = pins()?;
+    if pins.has_layout(LAYOUT) {
+        return Ok(true);
+    }
+    refuse_newer_than(&pins, LAYOUT)?;
+    Ok(false)
 }
 
 /// Which map is not there, in words.

@@ -174,21 +174,23 @@ impl Apply for Ebpf {
     }
 
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
-        // State of another directory, or of one that is gone, may be in the maps.
-        if change.added.is_some() && change.parts_before.is_empty() {
-            return Ok(Outcome::NeedsRestore("this is the first attachment".into()));
-        }
         let loaded = match open(host)? {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
+        // Claims of another state directory, or of one that is gone.
+        let is_first = change.added.is_some() && change.parts_before.is_empty();
+        if is_first && !entries::are_none(&loaded.maps).map_err(failed("read the eBPF maps"))? {
+            return Ok(Outcome::NeedsRestore("others' claims are in the eBPF maps".into()));
+        }
         if change.added.is_some() {
+            loaded.trust(&host.programs())?;
             let links = host.links()?;
             let hooked =
                 devices::sync(host, &loaded, &links, change.facts, Scope::All, Mode::Extend)
                     .and_then(|done| Ok(done && sockets::sync(host, &loaded, Mode::Extend)?));
             match hooked {
-                Ok(true) => {}
+                Ok(true) => host.remember_programs(loaded.numbers()),
                 Ok(false) => {
                     return Ok(Outcome::NeedsRestore("other eBPF programs are attached".into()));
                 }
@@ -248,6 +250,7 @@ impl Apply for Ebpf {
             sockets::sync(host, &loaded, Mode::Restore)?;
             loaded.claim_revision()?;
             loaded.finish_upgrade()?;
+            host.remember_programs(loaded.numbers());
         }
         forget(host, &loaded, &former)?;
         seed(host, &loaded, desired.added);

@@ -28,7 +28,7 @@ const AWS_MARK: (u32, u32) = (0x80, 0x80);
 pub fn prepare() -> Result<()> {
     let failed = |error| Error::io("use eBPF", error);
     require_capabilities().map_err(failed)?;
-    if !loaded::is_complete()? {
+    if !loaded::has_maps()? {
         Pins::open().and_then(|pins| pins.try_out()).map_err(failed)?;
     }
     Ok(())

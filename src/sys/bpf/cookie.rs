@@ -4,6 +4,8 @@
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
 /// The cookie of the network namespace of this thread; `None` from a kernel that does not tell
 /// processes (before 5.14).
 ///
@@ -11,7 +13,7 @@ use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 ///
 /// What making a socket returns.
 pub fn own() -> io::Result<Option<u64>> {
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     match super::syscall::netns_cookie(&socket) {
         Ok(cookie) => Ok(Some(cookie)),
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),

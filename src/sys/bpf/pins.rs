@@ -19,12 +19,14 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::unistd::{AccessFlags, access};
+use serde::{Deserialize, Serialize};
 
 use super::in_parallel;
 use super::map::{Definition, Map};
 use super::object::lift_memory_limit;
 use super::program::Program;
 use super::refusal::explained;
+use crate::sys::directory;
 use crate::sys::namespace::in_scratch_mounts;
 
 /// Where the kernel makes a directory for a bpffs, if it has bpf(2) at all.
@@ -46,6 +48,15 @@ pub struct Contents {
     pub layouts: Vec<u32>,
     /// Revisions of the object of which there are programs.
     pub revisions: Vec<String>,
+}
+
+/// The kernel's numbers for programs, which are the same until the next boot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numbers {
+    /// The object that they are from, by the name of its directory.
+    pub revision: String,
+    /// By name.
+    pub programs: BTreeMap<String, u32>,
 }
 
 impl Pins {
@@ -81,6 +92,12 @@ impl Pins {
     #[must_use]
     pub fn maps_dir(&self, layout: u32) -> PathBuf {
         self.root.join(format!("m{layout}"))
+    }
+
+    /// Whether there are maps of a layout.
+    #[must_use]
+    pub fn has_layout(&self, layout: u32) -> bool {
+        self.maps_dir(layout).is_dir()
     }
 
     /// Where a revision's programs are.
@@ -132,6 +149,11 @@ impl Pins {
     #[must_use]
     pub fn exists(&self) -> bool {
         self.root.is_dir()
+    }
+
+    /// Names of a revision's programs; none if it is not there.
+    pub fn program_names(&self, revision: &str) -> io::Result<BTreeSet<String>> {
+        names_in(&self.programs_dir(revision))
     }
 
     /// One of a revision's programs; `None` if it is not there.
@@ -243,13 +265,7 @@ impl Pins {
 
 /// Names in a directory; none if there is no such directory.
 fn names_in(dir: &Path) -> io::Result<BTreeSet<String>> {
-    match fs::read_dir(dir) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(BTreeSet::new()),
-        Err(error) => Err(error),
-        Ok(entries) => {
-            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
-        }
-    }
+    directory::names(dir)?.into_iter().flatten().collect()
 }
 
 fn ensure_bpffs() -> io::Result<()> {

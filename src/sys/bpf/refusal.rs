@@ -45,9 +45,7 @@ pub fn require_capabilities() -> io::Result<()> {
 
 /// The thread's effective capabilities, as [`Causes::effective`].
 fn effective() -> u64 {
-    let status = text("/proc/thread-self/status");
-    let bits = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(u64::MAX)
+    rustix::thread::capabilities(None).map_or(u64::MAX, |sets| sets.effective.bits())
 }
 
 /// A file of /proc or of securityfs; nothing if it cannot be read.
@@ -61,7 +59,7 @@ fn text(path: &str) -> String {
 /// What is known of this process and the kernel that can be a cause.
 #[derive(Debug, Clone, Default)]
 struct Causes {
-    /// Bits of the thread's effective capabilities; all where /proc does not tell.
+    /// Bits of the thread's effective capabilities; all where the kernel does not tell.
     effective: u64,
     /// The highest capability that the kernel knows.
     last_capability: u32,

@@ -15,7 +15,7 @@ const DUMP_ATTEMPTS: usize = 5;
 /// Size of the receive buffer. The kernel fills dump datagrams as far as the reader's buffer goes,
 /// up to 32 KiB (`netlink_recvmsg`, `netlink_dump`), so nothing is gained by more, and no answer to
 /// the requests made here is larger.
-const DATAGRAM: usize = 64 * 1024;
+const DATAGRAM: usize = 32 * 1024;
 
 const NLMSG_NOOP: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
@@ -79,9 +79,9 @@ pub struct NetlinkSocket {
 impl NetlinkSocket {
     /// Opens a socket; `protocol` is one of `netlink_sys::protocols`.
     pub fn open(protocol: isize) -> io::Result<Self> {
-        let mut socket = Socket::new(protocol)?;
-        socket.bind_auto()?;
-        // Connected to port 0, the socket takes messages from nobody but the kernel.
+        let socket = Socket::new(protocol)?;
+        // Connected to port 0, the socket takes messages from nobody but the kernel. It gets a port of
+        // its own with that (`netlink_connect`).
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Self { socket, sequence: 0, datagram: Vec::with_capacity(DATAGRAM) })
     }

@@ -9,42 +9,37 @@ use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag, mknod};
 
 use crate::error::{Error, Result};
+use crate::sys::directory;
 
 /// Names in a directory, without those that begin with a dot; none if there is no directory.
 pub(super) fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>> + use<>> {
     let failed = |path: &Path, error| Error::io(format!("read {}", path.display()), error);
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => Some(entries),
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => return Err(failed(path, error)),
-    };
+    let names = directory::names(path).map_err(|error| failed(path, error))?;
     let path = path.to_owned();
-    let names = entries.into_iter().flatten().map(move |entry| {
-        entry
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
-            .map_err(|error| failed(&path, error))
-    });
+    let names =
+        names.into_iter().flatten().map(move |name| name.map_err(|error| failed(&path, error)));
     Ok(names.filter(|name| name.as_ref().map_or(true, |name| !name.starts_with('.'))))
 }
 
-/// Makes an empty file if there is none, and its directory. mknod(2), because there is nothing to be
-/// done with a descriptor.
-pub(super) fn touch(path: &Path) -> io::Result<()> {
+/// Makes an empty file if there is none, and its directory, and says whether that was missing.
+/// mknod(2), because there is nothing to be done with a descriptor.
+pub(super) fn touch(path: &Path) -> io::Result<bool> {
     let mode = Mode::from_bits_truncate(0o644);
-    with_parent(path, || match mknod(path, SFlag::S_IFREG, mode, 0) {
+    let make = || match mknod(path, SFlag::S_IFREG, mode, 0) {
         Err(Errno::EEXIST) => Ok(()),
         other => other.map_err(io::Error::from),
-    })
+    };
+    with_parent(path, make).map(|((), was_missing)| was_missing)
 }
 
-/// Makes a file in a directory, which is made first if it turns out to be missing.
-fn with_parent<T>(path: &Path, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+/// Makes a file in a directory, which is made first if it turns out to be missing. Says whether it was.
+fn with_parent<T>(path: &Path, make: impl Fn() -> io::Result<T>) -> io::Result<(T, bool)> {
     match (make(), path.parent()) {
         (Err(error), Some(parent)) if error.kind() == ErrorKind::NotFound => {
             fs::create_dir_all(parent)?;
-            make()
+            Ok((make()?, true))
         }
-        (made, _) => made,
+        (made, _) => Ok((made?, false)),
     }
 }
 
@@ -69,7 +64,7 @@ pub(super) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
 
 /// Makes or overwrites a file, and its directory.
 pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = with_parent(path, || File::create(path))?;
+    let (mut file, _) = with_parent(path, || File::create(path))?;
     file.write_all(content)?;
     Ok(nix::unistd::fsync(file.as_fd())?)
 }

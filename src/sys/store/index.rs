@@ -15,7 +15,7 @@ impl Store {
     /// Every other record that shares one of the keys, oldest first.
     pub fn sharing(&self, keys: &BTreeSet<IndexKey>, id: &str) -> Result<Vec<Record>> {
         let mut found = BTreeMap::new();
-        for key in keys {
+        for key in keys.iter().filter(|key| !self.is_alone(key, id)) {
             for other in self.users(key)? {
                 if other == id || found.contains_key(&other) {
                     continue;
@@ -116,8 +116,20 @@ impl Store {
 
     pub(super) fn index_add(&self, key: &IndexKey, id: &str) -> Result<()> {
         let path = self.index_dir(key).join(id);
-        touch(&path)
-            .map_err(|error| Error::io(format!("write the index entry {}", path.display()), error))
+        let is_first = touch(&path).map_err(|error| {
+            Error::io(format!("write the index entry {}", path.display()), error)
+        })?;
+        let mut alone = self.alone.borrow_mut();
+        match is_first {
+            true => alone.insert(key.clone(), id.to_owned()),
+            false => alone.remove(key),
+        };
+        Ok(())
+    }
+
+    /// Whether this call has made the first entry of a key, for this record.
+    fn is_alone(&self, key: &IndexKey, id: &str) -> bool {
+        self.alone.borrow().get(key).is_some_and(|first| first == id)
     }
 
     pub(super) fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {

@@ -58,6 +58,7 @@ impl Store {
         let store = Store {
             dir: dir.to_owned(),
             looked_up: RefCell::default(),
+            alone: RefCell::default(),
             only_reads: true,
             _lock: held,
         };

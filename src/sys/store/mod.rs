@@ -46,6 +46,8 @@ pub struct Store {
     dir: PathBuf,
     /// Records that were looked up, which the lock keeps from changing: one is asked for by many keys.
     looked_up: RefCell<BTreeMap<String, Record>>,
+    /// Keys that nobody had before, and the record that has.
+    alone: RefCell<BTreeMap<IndexKey, String>>,
     /// Opened by [`Store::look`]: what a kill has left is skipped, not cleared away.
     only_reads: bool,
     /// `None` where nobody has ever locked it, and only readers are.
@@ -117,9 +119,14 @@ impl Store {
     /// known, and then nothing is.
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
         create_state_dir(dir)?;
-        let looked_up = RefCell::default();
         let held = Some(lock(&dir.join("lock"))?);
-        let store = Store { dir: dir.to_owned(), looked_up, only_reads: false, _lock: held };
+        let store = Store {
+            dir: dir.to_owned(),
+            looked_up: RefCell::default(),
+            alone: RefCell::default(),
+            only_reads: false,
+            _lock: held,
+        };
         let boot = store.dir.join("boot");
         match fs::read_to_string(&boot) {
             Ok(known) if known == boot_id => return Ok(store),

@@ -10,7 +10,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
@@ -127,7 +126,7 @@ fn is_root(dir: &OwnedFd) -> io::Result<bool> {
 }
 
 fn inode(dir: &OwnedFd) -> io::Result<u64> {
-    Ok(File::from(dir.try_clone()?).metadata()?.ino())
+    Ok(nix::sys::stat::fstat(dir)?.st_ino)
 }
 
 /// Whether the network namespace of this thread is the one that the machine has booted with: only
