@@ -20,9 +20,17 @@ target=$host
 case $host in
     *-linux-gnu)
         musl=${host%-gnu}-musl
-        has_musl() { [ -d "$(rustc --print target-libdir --target "$musl")" ]; }
+        has_musl() {
+            set -- "$(rustc --print target-libdir --target "$musl")"/libstd-*.rlib
+            [ -e "$1" ]
+        }
+        # Under sudo it may be the caller's, who could not change any more what root has put there.
+        owns_rustup() {
+            command -v rustup >/dev/null &&
+                [ "$(stat -c %u "${RUSTUP_HOME:-${HOME:-/root}/.rustup}" 2>/dev/null)" = "$(id -u)" ]
+        }
         # Without a network it gives up soon.
-        if has_musl || { command -v rustup >/dev/null && timeout 120 rustup target add "$musl" >&2 && has_musl; }; then
+        if has_musl || { owns_rustup && timeout 120 rustup target add "$musl" >&2 && has_musl; }; then
             target=$musl
         fi
         ;;

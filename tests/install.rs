@@ -313,10 +313,17 @@ fn it_is_built_with_musl_where_rust_has_that() {
     program(&shell, "rustup", "exit 1");
     assert_eq!(target(&[]), "x86_64-unknown-linux-gnu");
     let rustup = format!(
-        "[ \"$*\" = 'target add x86_64-unknown-linux-musl' ] && mkdir -p {}",
+        "[ \"$*\" = 'target add x86_64-unknown-linux-musl' ] && : > {0}/libstd-1.rlib",
         libraries.display()
     );
     program(&shell, "rustup", &rustup);
+    // What was left half-way is no library.
+    fs::create_dir_all(&libraries).unwrap();
+    fs::create_dir_all(dir.join(".rustup")).unwrap();
+    // Somebody else's is left alone.
+    program(&shell, "id", "echo 12345");
+    assert_eq!(target(&[]), "x86_64-unknown-linux-gnu");
+    program(&shell, "id", &format!("exec {} \"$@\"", find("id").display()));
     assert_eq!(target(&[]), "x86_64-unknown-linux-musl");
     program(&shell, "rustup", "exit 1");
     assert_eq!(target(&[]), "x86_64-unknown-linux-musl");

@@ -1,4 +1,4 @@
-//! What the kernel can do, asked once per boot.
+//! What the kernel can do, asked once per boot, and the programs that it has.
 
 use serde::{Deserialize, Serialize};
 

@@ -326,6 +326,12 @@ fn a_newer_layout_is_not_touched() {
     assert_eq!(state(), before, "flush");
     // Other networks and backends are not concerned.
     talks.go_on();
+    // An upgrade that was killed has left the former maps where they were.
+    lab.node.run(|| std::fs::create_dir(Path::new(PINS).join("m1")).unwrap()).unwrap();
+    let before = state();
+    let (code, text) = scene.fails("ADD", 2);
+    assert!(code == 104 && text.contains(expected), "{code} {text}");
+    assert_eq!(state(), before, "ADD beside former maps");
     // For the flush at the end.
     lab.node.run(|| std::fs::remove_dir_all(PINS).unwrap()).unwrap();
 }

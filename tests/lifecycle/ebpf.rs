@@ -1,10 +1,11 @@
 //! The eBPF backend's maps, in memory and in the kernel.
 
 use std::collections::BTreeSet;
+use std::mem::discriminant;
 use std::net::SocketAddr;
 
 use portmap::backend::ebpf::entries;
-use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue};
+use portmap::backend::ebpf::layout::{ClaimKey, ClaimValue, claim_flags};
 use portmap::backend::ebpf::loaded::{Maps, OWN};
 use portmap::backend::ebpf::objects::{self, Claims};
 use portmap::backend::ebpf::plan::{self, Former, Present, Write};
@@ -105,7 +106,9 @@ impl Table for Fake {
         present.watched.clear();
         present.counted.clear();
         assert_eq!(plan::losers(&present, &keys, &after), former);
-        self.apply(&plan::change(&present, &keys, &after));
+        let writes = plan::change(&present, &keys, &after);
+        assert_ordered(&writes, &after);
+        self.apply(&writes);
         for packet in super::packets() {
             assert_noticed(&before, &self.0.claims, &packet, &former);
         }
@@ -118,6 +121,19 @@ impl Table for Fake {
     fn resolve(&self, packet: &Packet, _matching: bool) -> Option<SocketAddr> {
         find(&self.0.claims, packet).map(ClaimValue::target)
     }
+}
+
+/// Writes of a kind stand together, for the kernel to take them at once; and nothing is taken from a former
+/// owner while there may be no room for a pod's own entries.
+fn assert_ordered(writes: &[Write], after: &Claims) {
+    let groups = writes.chunk_by(|one, other| discriminant(one) == discriminant(other)).count();
+    assert!(groups <= 7, "{writes:#?}");
+    let is_pod = |value: &ClaimValue| value.flags & claim_flags::SELF != 0;
+    let pod =
+        writes.iter().rposition(|write| matches!(write, Write::Put(_, value) if is_pod(value)));
+    let call =
+        writes.iter().position(|write| matches!(write, Write::Count(key) if !is_pod(&after[key])));
+    assert!(pod.zip(call).is_none_or(|(pod, call)| pod < call), "{writes:#?}");
 }
 
 /// Who loses packets is looked at for connections.

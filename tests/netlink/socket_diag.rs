@@ -69,6 +69,25 @@ fn each_of_several_claims_gets_its_own_answer() {
     });
 }
 
+/// A node's resolver would be cut off without a word.
+#[test]
+#[ignore = "privileged: needs network namespaces"]
+fn resolvers_listen_where_others_do_not() {
+    in_namespace(|| {
+        add_addresses();
+        let listen = |port: u16| {
+            let udp = UdpSocket::bind(("127.0.0.53", port)).unwrap();
+            setsockopt(&udp, sockopt::BindToDevice, &"lo".into()).unwrap();
+            (TcpListener::bind(("127.0.0.53", port)).unwrap(), udp)
+        };
+        let _resolver = (listen(53), listen(8080));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            assert_eq!(ask(protocol, 53), ([true, false, false], [false; 3]), "{protocol}");
+            assert_eq!(ask(protocol, 8080), NOBODY, "{protocol}");
+        }
+    });
+}
+
 /// An IPv6 socket bound to port 8080 and, with TCP, listening.
 fn bound6(kind: SockType, address: &str, v6only: bool) -> OwnedFd {
     let socket = socket(AddressFamily::Inet6, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();

@@ -169,8 +169,8 @@ pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<()> {
             maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
         }
     }
-    let is_wanted = |addr: &[u8]| wanted.keys().any(|wanted| wanted.as_bytes() == addr);
-    for addr in present.keys().filter(|addr| !is_wanted(addr)) {
+    let wanted: BTreeSet<&[u8]> = wanted.keys().map(IntoBytes::as_bytes).collect();
+    for addr in present.keys().filter(|addr| !wanted.contains(addr.as_slice())) {
         maps.addresses.remove(addr)?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! What is loaded on the node: maps by layout, programs by the object that they are from.
 //!
-//! A call that finds everything in place opens pins and looks at numbers. Only if something is missing
+//! A call that finds everything in place opens the maps and looks at the programs' numbers, which an earlier
+//! call has noted. Only if something is missing
 //! is the object taken apart, and only programs that are needed are verified, which is most of the
 //! cost of a first call.
 
@@ -146,7 +147,7 @@ impl Loaded {
     /// Takes the numbers of programs from what an earlier call knew, as far as they still have their
     /// pins: opening a dozen of them is a good part of what a call costs.
     pub fn trust(&self, known: &Numbers) -> Result<()> {
-        if known.revision != self.digest() {
+        if known.revision != self.digest() || known.claims != self.maps.claims.id() {
             return Ok(());
         }
         let present = self
@@ -160,7 +161,11 @@ impl Loaded {
 
     /// For later calls' [`Loaded::trust`].
     pub fn numbers(&self) -> Numbers {
-        Numbers { revision: self.digest().to_owned(), programs: self.ids.borrow().clone() }
+        Numbers {
+            revision: self.digest().to_owned(),
+            claims: self.maps.claims.id(),
+            programs: self.ids.borrow().clone(),
+        }
     }
 
     /// The revision whose programs go before others'.
@@ -294,11 +299,8 @@ pub fn refuse_newer() -> Result<()> {
 /// As [`Loaded::open`].
 pub fn has_maps() -> Result<bool> {
     let pins = pins()?;
-    if pins.has_layout(LAYOUT) {
-        return Ok(true);
-    }
     refuse_newer_than(&pins, LAYOUT)?;
-    Ok(false)
+    Ok(pins.has_layout(LAYOUT))
 }
 
 /// Which map is not there, in words.

@@ -178,10 +178,14 @@ impl Apply for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
-        // Claims of another state directory, or of one that is gone.
-        let is_first = change.added.is_some() && change.parts_before.is_empty();
-        if is_first && !entries::are_none(&loaded.maps).map_err(failed("read the eBPF maps"))? {
-            return Ok(Outcome::NeedsRestore("others' claims are in the eBPF maps".into()));
+        if change.added.is_some() && change.parts_before.is_empty() {
+            // Nobody has looked since the last one went: for claims of another state directory, or for
+            // filters where no program is needed any more (a device that has become a bridge's port).
+            // Programs by tcx are looked at by every ADD.
+            let none = entries::are_none(&loaded.maps).map_err(failed("read the eBPF maps"))?;
+            if !none || !host.kernel()?.tcx {
+                return Ok(Outcome::NeedsRestore("this is the first attachment".into()));
+            }
         }
         if change.added.is_some() {
             loaded.trust(&host.programs())?;

@@ -52,7 +52,10 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
         None => (true, is_pod(present.claims.get(key))),
         wanted => (false, !is_pod(wanted)),
     });
-    let (mut counts, mut puts, mut removals) = (Vec::new(), Vec::new(), Vec::new());
+    // A pod's own entry, and what it counts, come first: if there is no room for it, nothing has been
+    // taken from a former owner.
+    let (mut pods, mut calls) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
+    let mut removals = Vec::new();
     let (mut more, mut fewer) = (BTreeMap::new(), BTreeMap::new());
     for key in todo {
         let before = present.claims.get(key);
@@ -61,6 +64,7 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
                 if before.is_none() {
                     *more.entry(key.port()).or_default() += 1;
                 }
+                let (counts, puts) = if is_pod(Some(wanted)) { &mut pods } else { &mut calls };
                 if !same_owner(before, Some(wanted)) {
                     counts.push(Write::Count(*key));
                 }
@@ -87,7 +91,7 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
     };
     // Those of a kind stand together: the kernel takes them in one call.
     let (more, fewer) = (count(more, u32::saturating_add), count(fewer, u32::saturating_sub));
-    [more, counts, puts, removals, fewer].concat()
+    [more, pods.0, pods.1, calls.0, calls.1, removals, fewer].concat()
 }
 
 /// From all that is there, whatever it is, to what is wanted and nothing else.

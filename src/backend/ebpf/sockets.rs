@@ -266,6 +266,8 @@ fn put(
     mut former: Vec<Program>,
     program: &Program,
 ) -> io::Result<()> {
+    // The number by which it was looked for may have been an earlier one's.
+    former.retain(|old| old.id() != program.id());
     if !place.query(hook)?.programs.contains(&program.id()) {
         match former.pop().map(|old| place.replace(hook, &old, program)) {
             // It has gone meanwhile.

@@ -30,7 +30,7 @@ pub struct Features {
     pub cookie_helper: bool,
     /// Processes see it (5.14).
     pub cookie_option: bool,
-    /// Maps are read and emptied in batches (5.6).
+    /// Maps are read, written and emptied in batches (5.6).
     pub batches: bool,
     /// A cgroup's program is replaced in its place (5.6).
     pub cgroup_replace: bool,

@@ -15,6 +15,8 @@ use super::syscall;
 const FIRST_BATCH: usize = 64;
 /// Entries that any batch asks for at most. More save little: a batch of so many takes 0.2 ms.
 const BATCH: usize = 4096;
+/// How much is written in one.
+const BYTES: usize = 256 * 1024;
 
 /// `ENOTSUPP`, which is the kernel's own and has no name here: a type of map without batches.
 const ENOTSUPP: i32 = 524;
@@ -176,9 +178,12 @@ impl Map {
         let (key_size, value_size) = (self.elements.key_size(), self.value_bytes());
         let fits =
             |(key, value): &(&[u8], &[u8])| (key.len(), value.len()) == (key_size, value_size);
+        // Values of per-CPU maps are as long as there are processors.
+        let most = (BYTES / value_size.max(1)).clamp(1, BATCH);
         let mut rest = entries;
         while self.batches && rest.len() > 1 && rest.iter().all(fits) {
-            let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) = rest.iter().copied().unzip();
+            let some = &rest[..rest.len().min(most)];
+            let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) = some.iter().copied().unzip();
             let (put, result) = self.elements.update_batch(&keys.concat(), &values.concat());
             rest = &rest[put..];
             match result.as_ref().map_err(io::Error::raw_os_error) {

@@ -50,11 +50,14 @@ pub struct Contents {
     pub revisions: Vec<String>,
 }
 
-/// The kernel's numbers for programs, which are the same until the next boot.
+/// The kernel's numbers for programs. A number is not used again until the next boot; another program
+/// may get the name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Numbers {
     /// The object that they are from, by the name of its directory.
     pub revision: String,
+    /// The number of the map of claims, without which they are not the ones at work.
+    pub claims: u32,
     /// By name.
     pub programs: BTreeMap<String, u32>,
 }
