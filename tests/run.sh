@@ -199,9 +199,11 @@ programs() { bpftool cgroup show "$cgroup" | awk '$NF ~ /^pm_/' | sort; }
 programs_before=$(programs)
 matrix=
 kernels=
+netlink=
 for test in $tests; do
     case ${test##*/} in
         matrix-*) matrix=$test ;;
+        netlink-*) netlink=$test ;;
         # For guests: this kernel may lack what it needs.
         kernels-*)
             kernels=$test
@@ -235,7 +237,7 @@ installed=
 heading 'Other kernels'
 release=$(as_caller cargo build --release --locked --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
-as_caller tests/kernels/run.sh "$release" "$matrix" "$kernels"
+as_caller tests/kernels/run.sh "$release" "$matrix" "$kernels" "$netlink"
 
 heading 'Summary'
 printf '%s%5ds  all of it\n' "$timings" "$(($(date +%s) - started))"

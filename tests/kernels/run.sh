@@ -1,13 +1,14 @@
 #!/bin/sh
 # Shows the eBPF backend on other kernels: in a guest of each the demonstration, with no tool in reach
 # of the plugin, the whole traffic matrix, and what not every machine's kernel can do (SCTP, VLAN,
-# ipvlan, netkit).
+# ipvlan, netkit), and what they say of sockets.
 #
-# usage: run.sh PORTMAP MATRIX KERNELS [KERNEL...]
+# usage: run.sh PORTMAP MATRIX KERNELS NETLINK [KERNEL...]
 #
 #   PORTMAP  the plugin, a static binary
 #   MATRIX   the test program of tests/matrix
 #   KERNELS  the test program of tests/kernels
+#   NETLINK  the test program of tests/netlink
 #   KERNEL   as boot.sh takes it; by default Debian's from the oldest to the newest. One with options
 #            gets the demonstration alone.
 #
@@ -20,7 +21,8 @@ cd -- "$(dirname -- "$0")/../.."
 portmap=$1
 matrix=$2
 kernels=$3
-shift 3
+netlink=$4
+shift 4
 # By default also: cgroup v2 mounted nowhere, and a kernel without netfilter.
 [ $# -gt 0 ] || set -- 5.10 6.1 6.12 newest \
     '5.10,cgroup=v1,name=5.10-cgroup-v1' \
@@ -32,6 +34,7 @@ trap 'rm -rf -- "$payload"' EXIT
 strip -o "$payload/portmap" "$portmap"
 strip -o "$payload/matrix" "$matrix"
 strip -o "$payload/kernels" "$kernels"
+strip -o "$payload/netlink" "$netlink"
 cp -R -- testdata/samples "$payload/samples"
 # Where the test programs look for the plugin (beside the directory that cargo put them into) and for
 # recordings. Not shipped to these paths: the guest may mount something over them.
@@ -49,6 +52,7 @@ case \$(uname -r) in
     5.* | 6.[0-7].*) netkit='--skip netkit' ;;
     *) netkit= ;;
 esac
+./netlink --ignored --test-threads 1 socket_diag
 ./kernels --ignored --test-threads 1 \$netkit
 ./matrix --ignored --test-threads 1 ebpf
 END
