@@ -66,7 +66,7 @@ fn listener(pod: &Netns, port: u16) -> Res<TcpListener> {
         pod.enter()?;
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
         // A full queue would cost the client a second per connection.
-        listen(&listener, Backlog::new(4096)?)?;
+        listen(&listener, Backlog::MAXALLOWABLE)?;
         Ok(listener)
     })
 }
