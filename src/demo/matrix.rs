@@ -221,6 +221,22 @@ pub fn run(lab: &Lab, cases: Vec<Case>, timeout: Duration) -> Vec<Outcome> {
     })
 }
 
+/// [`run`], and then once more those that nothing has refused: the kernel limits the ICMP errors that it
+/// sends, those to one address and those of the whole machine (`icmp_ratelimit`, `icmp_msgs_per_sec`).
+#[must_use]
+pub fn run_refused(lab: &Lab, cases: Vec<Case>, timeout: Duration) -> Vec<Outcome> {
+    let (unanswered, mut outcomes): (Vec<_>, Vec<_>) =
+        run(lab, cases, timeout).into_iter().partition(|outcome| {
+            !outcome.ok
+                && outcome.case.transport == Transport::Udp
+                && matches!(outcome.result, Err(Failure::TimedOut))
+        });
+    for outcome in unanswered {
+        outcomes.extend(run(lab, vec![outcome.case], timeout));
+    }
+    outcomes
+}
+
 fn holds(case: &Case, result: &Result<Reply, Failure>, lab: &Lab) -> bool {
     let reached = |source: Source| {
         let right =
