@@ -140,10 +140,13 @@ impl Shell {
 
 /// A program that is found in PATH.
 fn program(shell: &Shell, name: &str, script: &str) {
-    let path = shell.path.join(name);
-    drop(fs::remove_file(&path));
-    fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    executable(&shell.path.join(name), script);
+}
+
+fn executable(path: &Path, script: &str) {
+    drop(fs::remove_file(path));
+    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 /// A checkout, and a compiler with glibc's standard library alone.
@@ -230,16 +233,14 @@ fn a_build_is_found_wherever_cargo_put_it() {
         r#"{{"reason":"compiler-artifact","target":{{"name":"portmap"}},"executable":"{}","fresh":true}}"#,
         built.display()
     );
-    fs::write(
+    executable(
         &cargo,
-        format!(
-            "#!/bin/sh\n[ \"$PWD\" = '{}' ] || exit 9\nprintf '%s\\n' '{{\"executable\":null}}' '{artifact}' \
-             '{{\"reason\":\"build-finished\",\"success\":true}}'\n",
+        &format!(
+            "[ \"$PWD\" = '{}' ] || exit 9\nprintf '%s\\n' '{{\"executable\":null}}' '{artifact}' \
+             '{{\"reason\":\"build-finished\",\"success\":true}}'",
             source.display()
         ),
-    )
-    .unwrap();
-    fs::set_permissions(&cargo, PermissionsExt::from_mode(0o755)).unwrap();
+    );
 
     let mut command = shell.command(&source.join("install.sh"));
     succeeds(command.arg("--dest").arg(dir.join("bin")).env("HOME", dir.join("home")));
@@ -349,8 +350,7 @@ fn under_sudo_the_build_belongs_to_who_called_it() {
         ),
         ("cargo", format!("echo '{{\"executable\":\"{}\"}}'", built.display())),
     ] {
-        fs::write(shell.path.join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(shell.path.join(name), PermissionsExt::from_mode(0o755)).unwrap();
+        program(&shell, name, &script);
     }
     let install = || {
         let mut command = shell.command(&source.join("install.sh"));

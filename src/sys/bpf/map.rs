@@ -181,7 +181,8 @@ impl Map {
         // Values of per-CPU maps are as long as there are processors.
         let most = (BYTES / value_size.max(1)).clamp(1, BATCH);
         let mut rest = entries;
-        while self.batches && rest.len() > 1 && rest.iter().all(fits) {
+        let batches = self.batches && entries.iter().all(fits);
+        while batches && rest.len() > 1 {
             let some = &rest[..rest.len().min(most)];
             let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) = some.iter().copied().unzip();
             let (put, result) = self.elements.update_batch(&keys.concat(), &values.concat());
