@@ -261,7 +261,7 @@ static __always_inline int held(const struct packet *p)
 	if (p->protocol != IPPROTO_TCP || p->icmp)
 		return 0;
 	config = find_config();
-	if (!config || config->hold_until <= now())
+	if (!config || !config->hold_until || config->hold_until <= now())
 		return 0;
 	claim = bpf_map_lookup_elem(&pm_claims, &self);
 	if (!claim || !(claim->flags & CLAIM_SELF))

@@ -9,19 +9,6 @@
 /* <asm-generic/errno-base.h> */
 #define EEXIST 17
 
-/* A source that nobody has: 192.0.0.8 (RFC 7600) and 100::8 (RFC 6666). */
-static __always_inline void set_dummy(struct addr *to)
-{
-	if (is_v4(to)) {
-		to->w[3] = bpf_htonl(0xc0000008);
-	} else {
-		to->w[0] = bpf_htonl(0x01000000);
-		to->w[1] = 0;
-		to->w[2] = 0;
-		to->w[3] = bpf_htonl(8);
-	}
-}
-
 /* Whether the packet answers a connection that the node itself made from a hostPort's number. */
 static __always_inline int is_node_flow(const struct packet *p)
 {
@@ -41,6 +28,13 @@ static __always_inline int is_node_flow(const struct packet *p)
 	}
 	touch(flow, p, 1);
 	return 1;
+}
+
+/* Whether the flow is that of a call whose peer's address and port the pod sees. */
+static __always_inline int is_plain(const struct flow *flow, const struct tuple *t)
+{
+	return !(flow->flags & (FLOW_REMAPPED | FLOW_HAIRPIN | FLOW_MASQUERADED)) &&
+	       same_addr(&flow->host, &t->destination) && flow->host_port == t->destination_port;
 }
 
 /*
@@ -90,8 +84,7 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	FORGET(hairpin, unknown);
 	FORGET(own, unknown);
 
-	if (flow && !(flow->flags & (FLOW_REMAPPED | FLOW_HAIRPIN | FLOW_MASQUERADED)) &&
-	    same_addr(&flow->host, &t->destination) && flow->host_port == t->destination_port) {
+	if (flow && is_plain(flow, t)) {
 		touch(flow, p, 1);
 	} else {
 		struct remap_key from = {

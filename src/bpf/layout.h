@@ -163,6 +163,12 @@ struct socket_value {
  * call those of Services local as well, which kube-proxy binds to a device of the node (IPVS).
  */
 #define CONFIG_LISTED_ONLY 2
+/*
+ * What no claim has: CLAIM_MASQUERADE, and an address of the node as its hostIP. Taken back before the
+ * first such claim is written. Most nodes have neither, so that there is less to ask for each packet.
+ */
+#define CONFIG_NO_MASQUERADE 4
+#define CONFIG_NO_HOST_ADDRESS 8
 
 /* The only entry of its map. */
 struct config {

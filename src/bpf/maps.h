@@ -82,6 +82,14 @@ static __always_inline struct config *find_config(void)
 	return bpf_map_lookup_elem(&pm_config, &only);
 }
 
+/* Whether there is no such claim: CONFIG_NO_*. */
+static __always_inline int ruled_out(__u32 bit)
+{
+	struct config *config = find_config();
+
+	return config && config->flags & bit;
+}
+
 /* Not zero: a claim or a pod has this port. */
 static __always_inline __u64 port_known(__be16 port)
 {
@@ -92,10 +100,20 @@ static __always_inline __u64 port_known(__be16 port)
 	return word ? *word >> (number & 63) & 1 : 0;
 }
 
+/*
+ * Half an address. All of them are aligned to 8 bytes, on the stack as well, where the verifier insists:
+ * a load of 8 bytes that were stored 4 at a time has to wait until they are in the cache.
+ */
+typedef __u64 __attribute__((may_alias)) half;
+/* Both ports, or a part of an address. */
+typedef __u32 __attribute__((may_alias)) word;
+
+#define V4_HALF ((__u64)bpf_htonl(0xffff))	/* little endian, like the object */
+
 static __always_inline int same_addr(const struct addr *a, const struct addr *b)
 {
-	__u64 difference = (a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) |
-			   (a->w[3] ^ b->w[3]);
+	const half *one = (const void *)a, *other = (const void *)b;
+	__u64 difference = (one[0] ^ other[0]) | (one[1] ^ other[1]);
 
 	WHOLE(difference);
 	return !difference;
@@ -103,15 +121,16 @@ static __always_inline int same_addr(const struct addr *a, const struct addr *b)
 
 static __always_inline void set_v4(struct addr *to, __be32 address)
 {
-	to->w[0] = 0;
-	to->w[1] = 0;
-	to->w[2] = bpf_htonl(0xffff);
-	to->w[3] = address;
+	half *halves = (void *)to;
+
+	halves[0] = 0;
+	halves[1] = (__u64)address << 32 | V4_HALF;
 }
 
 static __always_inline int is_v4(const struct addr *a)
 {
-	__u64 difference = a->w[0] | a->w[1] | (a->w[2] ^ bpf_htonl(0xffff));
+	const half *halves = (const void *)a;
+	__u64 difference = halves[0] | (__u32)(halves[1] ^ V4_HALF);
 
 	WHOLE(difference);
 	return !difference;
@@ -120,11 +139,28 @@ static __always_inline int is_v4(const struct addr *a)
 /* Any address of the same family: 0.0.0.0 or ::. */
 static __always_inline void set_any(struct addr *to)
 {
-	if (!is_v4(to))
+	half *halves = (void *)to;
+
+	halves[1] = is_v4(to) ? V4_HALF : 0;
+	halves[0] = 0;
+}
+
+/*
+ * The source of a pod's packets to itself, which nobody has: 192.0.0.8 (RFC 7600) and 100::8 (RFC 6666).
+ */
+#define DUMMY_V4 bpf_htonl(0xc0000008)
+#define DUMMY_V6_FIRST bpf_htonl(0x01000000)
+
+static __always_inline void set_dummy(struct addr *to)
+{
+	if (is_v4(to)) {
+		set_v4(to, DUMMY_V4);
+	} else {
+		to->w[0] = DUMMY_V6_FIRST;
+		to->w[1] = 0;
 		to->w[2] = 0;
-	to->w[0] = 0;
-	to->w[1] = 0;
-	to->w[3] = 0;
+		to->w[3] = bpf_htonl(8);
+	}
 }
 
 /*

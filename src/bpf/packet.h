@@ -35,6 +35,7 @@ struct packet {
 	__u32 outer;		/* offset of an ICMP error's own IP header */
 	__u32 icmp;		/* offset of an ICMP error's ICMP header; 0: it is none */
 	__be32 id;
+	__be16 checksum;	/* IPv4: of the header at `network` */
 	__u16 offset;		/* not 0: a fragment without the transport header */
 	__u16 more;		/* not 0: fragments follow */
 	__u8 protocol;		/* 0: behind a fragment's end */
@@ -96,6 +97,7 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p, _
 	p->transport = at + (ip.version_ihl & 15) * 4;
 	p->end = at + ip_length(skb, at, bpf_ntohs(ip.length));
 	p->id = ip.id;
+	p->checksum = ip.checksum;
 	p->offset = ip.fragment & bpf_htons(0x1fff);
 	p->more = ip.fragment & bpf_htons(0x2000);
 	p->protocol = ip.protocol;
@@ -110,26 +112,35 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *p, _
 /* More than this many extension headers are not understood. */
 #define EXTENSIONS 6
 
+static __always_inline int is_version_6(const struct ipv6 *ip)
+{
+	return (ip->version & bpf_htonl(0xf0000000)) == bpf_htonl(0x60000000);
+}
+
+/*
+ * ::/64 has ::, ::1 and the mapped IPv4 addresses, which would be taken for IPv4's here: none of them
+ * belongs on a wire.
+ */
+static __always_inline int is_below_64(const struct addr *a)
+{
+	return !(a->w[0] | a->w[1]);
+}
+
 static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *p, __u32 at)
 {
 	struct ipv6 ip;
 	__u32 transport = at + sizeof(ip);
 	__u8 next;
 
-	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) ||
-	    (ip.version & bpf_htonl(0xf0000000)) != bpf_htonl(0x60000000))
-		return -1;
-	/*
-	 * ::/64 has ::, ::1 and the mapped IPv4 addresses, which would be taken for IPv4's here: none
-	 * of them belongs on a wire.
-	 */
-	if (!(ip.source.w[0] | ip.source.w[1]) || !(ip.destination.w[0] | ip.destination.w[1]))
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) || !is_version_6(&ip) ||
+	    is_below_64(&ip.source) || is_below_64(&ip.destination))
 		return -1;
 	p->tuple.source = ip.source;
 	p->tuple.destination = ip.destination;
 	p->network = at;
 	p->end = at + ip_length(skb, at, ip.length ? bpf_ntohs(ip.length) + sizeof(ip) : 0);
 	p->id = 0;
+	p->checksum = 0;
 	p->offset = 0;
 	p->more = 0;
 	next = ip.next;
@@ -206,6 +217,7 @@ static __always_inline int parse_ip(struct __sk_buff *skb, struct packet *p, __u
 	FORGET(p->transport, unknown);
 	FORGET(p->end, unknown);
 	FORGET(p->id, unknown);
+	FORGET(p->checksum, unknown);
 	FORGET(p->offset, unknown);
 	FORGET(p->more, unknown);
 	FORGET(p->protocol, unknown);
@@ -218,7 +230,14 @@ static __always_inline __u32 header_length(__u8 protocol)
 	return protocol == IPPROTO_TCP ? 20 : protocol == SCTP ? 12 : 8;
 }
 
-/* Reads what opens and closes flows: TCP's flags (RFC 9293), SCTP's first chunk (RFC 9260). */
+/* TCP's flags (RFC 9293). */
+static __always_inline void take_flags(struct packet *p, __u8 flags)
+{
+	p->opens = (flags & 0x12) == 0x02;
+	p->closes = (flags & 0x05) != 0;
+}
+
+/* Reads what opens and closes flows: TCP's flags, SCTP's first chunk (RFC 9260). */
 static __always_inline void parse_state(struct __sk_buff *skb, struct packet *p)
 {
 	__u8 byte;
@@ -230,8 +249,7 @@ static __always_inline void parse_state(struct __sk_buff *skb, struct packet *p)
 		p->opens = byte == 1;
 		p->closes = byte == 6 || byte == 14;
 	} else {
-		p->opens = (byte & 0x12) == 0x02;
-		p->closes = (byte & 0x05) != 0;
+		take_flags(p, byte);
 	}
 }
 
@@ -304,12 +322,91 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p, __u32 
 }
 
 /*
+ * Does what parse does, with less, for what most packets are: TCP or UDP, whole, with its headers in the
+ * buffer's linear part and no others between them. 0 if the packet is none of these.
+ */
+static __always_inline int parse_usual(struct __sk_buff *skb, struct packet *p, __u32 at)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct tcp {
+		__be16 source, destination;
+		__be32 sequence, acknowledgment;
+		__u8 offset, flags;
+	} *tcp;
+	__u32 length;
+
+	if (!is_ipv6(skb)) {
+		struct ipv4 *ip = data + at;
+
+		if ((void *)(ip + 1) > end || ip->version_ihl != 0x45 ||
+		    ip->fragment & bpf_htons(0x3fff))
+			return 0;
+		set_v4(&p->tuple.source, ip->source);
+		set_v4(&p->tuple.destination, ip->destination);
+		p->checksum = ip->checksum;
+		p->protocol = ip->protocol;
+		p->transport = at + sizeof(*ip);
+		length = bpf_ntohs(ip->length);
+	} else {
+		struct ipv6 *ip = data + at;
+
+		if ((void *)(ip + 1) > end || !is_version_6(ip) || is_below_64(&ip->source) ||
+		    is_below_64(&ip->destination))
+			return 0;
+		p->tuple.source = ip->source;
+		p->tuple.destination = ip->destination;
+		p->checksum = 0;
+		p->protocol = ip->next;
+		p->transport = at + sizeof(*ip);
+		length = ip->length ? bpf_ntohs(ip->length) + sizeof(*ip) : 0;
+	}
+	p->network = at;
+	p->end = at + length;
+	p->icmp = 0;
+	p->offset = 0;
+	p->more = 0;
+	p->opens = 0;
+	p->closes = 0;
+	tcp = data + p->transport;
+	if (p->transport + header_length(p->protocol) > p->end || p->end > skb->len ||
+	    (void *)(&tcp->destination + 1) > end)
+		return 0;
+	p->tuple.source_port = tcp->source;
+	p->tuple.destination_port = tcp->destination;
+	if (p->protocol == IPPROTO_UDP)
+		return 1;
+	if (p->protocol != IPPROTO_TCP || (void *)(tcp + 1) > end)
+		return 0;
+	take_flags(p, tcp->flags);
+	return 1;
+}
+
+/* Where a packet is met. */
+enum way {
+	FROM_OUTSIDE,
+	FROM_POD,
+	LEAVING,		/* to either */
+};
+
+/*
+ * Whether a pod's packet may have to turn round, which it does by its destination: that is a peer's of
+ * a hairpin (set_dummy) or, with masqAll, an address of the node. Or it may have to be held.
+ */
+static __always_inline __u64 may_turn_back(__u64 to_dummy)
+{
+	struct config *config = find_config();
+
+	return to_dummy || !config || !(config->flags & CONFIG_NO_MASQUERADE) || config->hold_until;
+}
+
+/*
  * The first look, without a helper call: 0 for what cannot concern any hostPort. Headers that are
  * not in the buffer's linear part, fragments and extension headers take the long way.
  */
-static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, int source_too)
+static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, enum way way)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u64 to_dummy;
 	__be16 *ports;
 	__u8 protocol;
 
@@ -322,6 +419,7 @@ static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, int 
 		if ((void *)(ip + 1) > end)
 			return 1;
 		protocol = ip->protocol;
+		to_dummy = ip->destination == DUMMY_V4;
 		ports = (void *)ip + (ip->version_ihl & 15) * 4;
 		if (is_transport(protocol) && ip->fragment & bpf_htons(0x3fff))
 			return 1;
@@ -331,6 +429,7 @@ static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, int 
 		if ((void *)(ip + 1) > end)
 			return 1;
 		protocol = ip->next;
+		to_dummy = ip->destination.w[0] == DUMMY_V6_FIRST;
 		ports = (void *)(ip + 1);
 		if (!is_transport(protocol) && protocol != ICMPV6)
 			return protocol == HOP_BY_HOP || protocol == ROUTING ||
@@ -341,8 +440,12 @@ static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, int 
 	}
 	if ((void *)(ports + 2) > end)
 		return 1;
-	if (is_transport(protocol))
-		return port_known(ports[1]) || (source_too && port_known(ports[0]));
+	if (is_transport(protocol)) {
+		if (port_known(ports[1]) && (way != LEAVING || !ruled_out(CONFIG_NO_MASQUERADE)))
+			return 1;
+		return way != FROM_OUTSIDE && port_known(ports[0]) &&
+		       (way == LEAVING || may_turn_back(to_dummy));
+	}
 	if (protocol == ICMPV6 || protocol == IPPROTO_ICMP)
 		return is_error(protocol == ICMPV6, *(__u8 *)ports);
 	return 0;

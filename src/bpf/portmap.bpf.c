@@ -21,6 +21,7 @@
 #include "fragment.h"
 #include "ingress.h"
 #include "egress.h"
+#include "usual.h"
 #include "socket.h"
 
 /* <linux/if_packet.h> */
@@ -52,16 +53,28 @@ static __always_inline int finish(struct __sk_buff *skb, struct packet *p,
 	return verdict == BOUNCE ? bpf_redirect(skb->ifindex, 0) : TC_ACT_UNSPEC;
 }
 
+static __always_inline int finish_usual(__u32 verdict)
+{
+	if (verdict != DROP)
+		return TC_ACT_UNSPEC;
+	count(REASON_DROP_REWRITE);
+	return TC_ACT_SHOT;
+}
+
 static __always_inline int ingress(struct __sk_buff *skb, __u32 at, int from_pod)
 {
 	struct packet p = {};
 	struct tuple to;
-	__u32 verdict = PASS;
+	__u32 verdict;
 	__u64 mac = 0;
 
 	if (skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_MULTICAST ||
-	    !worth_parsing(skb, at, from_pod) || parse(skb, &p, at) ||
-	    is_reserved(&p.tuple.destination))
+	    !worth_parsing(skb, at, from_pod ? FROM_POD : FROM_OUTSIDE))
+		return TC_ACT_UNSPEC;
+	verdict = forward_usual(skb, at, from_pod, &p, &to);
+	if (verdict != PASS)
+		return finish_usual(verdict);
+	if (parse(skb, &p, at) || is_reserved(&p.tuple.destination))
 		return TC_ACT_UNSPEC;
 	to = p.tuple;
 	if (p.offset) {
@@ -84,10 +97,15 @@ static __always_inline int egress(struct __sk_buff *skb, __u32 at)
 {
 	struct packet p = {};
 	struct tuple to;
-	__u32 verdict = PASS;
+	__u32 verdict;
 	__u64 mac = 0;
 
-	if (!worth_parsing(skb, at, 1) || parse(skb, &p, at))
+	if (!worth_parsing(skb, at, LEAVING))
+		return TC_ACT_UNSPEC;
+	verdict = answer_usual(skb, at, &p, &to);
+	if (verdict != PASS)
+		return finish_usual(verdict);
+	if (parse(skb, &p, at))
 		return TC_ACT_UNSPEC;
 	to = p.tuple;
 	if (p.offset) {
@@ -95,7 +113,8 @@ static __always_inline int egress(struct __sk_buff *skb, __u32 at)
 	} else {
 		if (port_known(p.tuple.source_port))
 			verdict = answer(skb, &p, &to);
-		if (verdict == PASS && port_known(p.tuple.destination_port))
+		if (verdict == PASS && !ruled_out(CONFIG_NO_MASQUERADE) &&
+		    port_known(p.tuple.destination_port))
 			verdict = masquerade(skb, &p, &to);
 		FORGET(verdict, unknown_of(skb));
 		if (p.more)

@@ -104,6 +104,41 @@ fn the_next_packet_follows_a_claim_to_its_new_owner() {
 
 #[test]
 #[ignore = "privileged: loads BPF programs"]
+fn an_address_s_own_claim_takes_the_next_packet() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.node(8080));
+        let next = call.with(Kind::Tcp(ACK));
+        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
+        rig.becomes(At::UplinkIn, &next, &next.to(rig.pod(80)));
+        rig.claim(rig.node(8080), rig.other_pod(80));
+        rig.becomes(At::UplinkIn, &next, &next.to(rig.other_pod(80)));
+        rig.becomes(At::PodIn, &next, &next.to(rig.other_pod(80)));
+        rig.unclaim(rig.node(8080));
+        rig.becomes(At::UplinkIn, &next, &next.to(rig.pod(80)));
+    });
+}
+
+/// hostPort and containerPort are one number as often as not.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_direct_connection_is_not_the_claim_s_of_its_number() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(8080));
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.pod(8080));
+        for packet in [&call, &call.with(Kind::Tcp(ACK)), &call.with(Kind::Tcp(ACK))] {
+            rig.stays(At::UplinkIn, packet);
+            rig.stays(At::Out, &packet.turned().with(Kind::Tcp(ACK)));
+        }
+        assert_eq!(rig.traffic_of(rig.any(8080), Protocol::Tcp), [0; 5]);
+        let by_node = call.from(rig.client(40001)).to(rig.node(8080));
+        rig.becomes(At::UplinkIn, &by_node, &by_node.to(rig.pod(8080)));
+        assert_eq!(rig.traffic_of(rig.any(8080), Protocol::Tcp)[..2], [1, 1]);
+    });
+}
+
+#[test]
+#[ignore = "privileged: loads BPF programs"]
 fn a_udp_checksum_that_becomes_0_is_sent_as_ffff() {
     on_node(|rig| {
         rig.claim_any(8080, rig.pod(80));

@@ -12,7 +12,7 @@ use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
 use portmap::model::{Family, Protocol};
 use portmap::sys::bpf::program::Trial;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::object::Object;
 use crate::packet::{Kind, Packet};
@@ -100,8 +100,9 @@ impl Deref for Rig {
     }
 }
 
-/// Loads the programs for devices with frames on a node with two pods, for each family: `test` runs
-/// inside.
+/// Loads the programs for devices with frames on a node with two pods, for each family, and for a node
+/// that may have all kinds of claims or only the usual ones: `test` runs inside. Where they are usual,
+/// most packets go a shorter way, on which the same must become of them.
 pub fn on_node(test: impl Fn(&Rig) + Sync) {
     on_node_with(OWN.object, &[At::UplinkIn, At::PodIn, At::Out], test);
 }
@@ -113,6 +114,9 @@ pub fn on_node_with(object: &[u8], programs: &[At], test: impl Fn(&Rig) + Sync) 
         .run(|| {
             for family in Family::ALL {
                 test(&Rig::new(&lab, family, object, programs));
+                let usual = Rig::new(&lab, family, object, programs);
+                usual.configure(Config::rule_out);
+                test(&usual);
             }
         })
         .unwrap();
@@ -189,7 +193,8 @@ impl Rig {
 
     /// As the plugin does for what the node's own sockets get, and where Services are bound to a device.
     pub fn configure(&self, change: impl Fn(&mut Config)) {
-        let mut config = Config::default();
+        let before = self.maps["pm_config"].get(0_u32.as_bytes()).unwrap().unwrap();
+        let mut config = Config::read_from_bytes(&before).unwrap();
         change(&mut config);
         self.put("pm_config", 0_u32.as_bytes(), config.as_bytes());
     }
@@ -201,6 +206,7 @@ impl Rig {
             let mut value = ClaimValue::new(pod, OWNER);
             change(&mut value);
             let key = ClaimKey::new(self.addr(host), protocol, host.port());
+            self.configure(|config| config.expect(&key, &value));
             self.put("pm_claims", key.as_bytes(), value.as_bytes());
             let zero = vec![0; self.maps["pm_traffic"].value_bytes()];
             self.put("pm_traffic", key.as_bytes(), &zero);

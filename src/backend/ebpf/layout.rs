@@ -295,6 +295,10 @@ pub mod config_flags {
     pub const COOKIE: u32 = 1;
     /// Addresses that are not listed are not the node's, whatever its routes say.
     pub const LISTED_ONLY: u32 = 2;
+    /// No claim has [`claim_flags::MASQUERADE`](super::claim_flags::MASQUERADE).
+    pub const NO_MASQUERADE: u32 = 4;
+    /// No claim has an address of the node as its hostIP.
+    pub const NO_HOST_ADDRESS: u32 = 8;
 }
 
 /// `struct config`.
@@ -344,6 +348,21 @@ impl Config {
         match only {
             true => self.flags |= config_flags::LISTED_ONLY,
             false => self.flags &= !config_flags::LISTED_ONLY,
+        }
+    }
+
+    /// Says that there are no claims of the kinds that packets would have to be asked more for.
+    pub fn rule_out(&mut self) {
+        self.flags |= config_flags::NO_MASQUERADE | config_flags::NO_HOST_ADDRESS;
+    }
+
+    /// Takes that back as far as this claim is of them.
+    pub fn expect(&mut self, key: &ClaimKey, value: &ClaimValue) {
+        if value.flags & claim_flags::MASQUERADE != 0 {
+            self.flags &= !config_flags::NO_MASQUERADE;
+        }
+        if value.flags & claim_flags::SELF == 0 && *key != key.of_any() {
+            self.flags &= !config_flags::NO_HOST_ADDRESS;
         }
     }
 

@@ -146,7 +146,14 @@ impl Observe for Ebpf {
 fn entry_problems(loaded: &Loaded, record: &Record, related: &[Record]) -> Result<Vec<String>> {
     let keys = objects::keys(record);
     let expected = objects::claims_at(&keys, related, Some(record));
-    entries::problems(&loaded.maps, &keys, &expected).map_err(failed("read the eBPF maps"))
+    let problems = entries::problems(&loaded.maps, &keys, &expected);
+    let mut problems = problems.map_err(failed("read the eBPF maps"))?;
+    if !loaded.expects(&expected)? {
+        problems.push(
+            "the eBPF programs take it for granted that there is no masqAll, or no hostIP".into(),
+        );
+    }
+    Ok(problems)
 }
 
 /// What is wrong for all attachments.
@@ -214,7 +221,8 @@ impl Apply for Ebpf {
         let now = if change.added.is_none() { host.node_facts().ok() } else { None };
         let facts = now.as_ref().unwrap_or(change.facts);
         let write = || -> io::Result<Vec<Former>> {
-            loaded.describe_node(host.ephemeral_ports(), facts).map_err(io::Error::other)?;
+            let described = loaded.describe(host.ephemeral_ports(), facts, &after);
+            described.map_err(io::Error::other)?;
             let former = entries::change(&loaded.maps, &keys, &after)?;
             entries::addresses(&loaded.maps, &objects::addresses(facts))?;
             Ok(former)
@@ -240,7 +248,7 @@ impl Apply for Ebpf {
             Found::Missing(_) if records.is_empty() => return self.unload(host),
             Found::Missing(_) => Loaded::ensure(&OWN, host.kernel()?.batches)?,
         };
-        loaded.describe_node(host.ephemeral_ports(), desired.facts)?;
+        loaded.describe(host.ephemeral_ports(), desired.facts, &wanted)?;
         let former = entries::restore(&loaded.maps, &wanted)
             .and_then(|former| {
                 let addresses = objects::addresses(desired.facts);
@@ -257,6 +265,7 @@ impl Apply for Ebpf {
             host.remember_programs(loaded.numbers());
         }
         forget(host, &loaded, &former)?;
+        loaded.rule_out_but(&wanted)?;
         seed(host, &loaded, desired.added);
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::layout::{Config, config_flags};
+use super::super::objects::Claims;
 use super::{Loaded, Maps, failed};
 use crate::error::Result;
 use crate::facts::NodeFacts;
@@ -39,13 +40,35 @@ impl Loaded {
         })
     }
 
-    /// Says which ports are not to be chosen for peers, and whether the node has bound addresses that are
-    /// not its own.
-    pub fn describe_node(&self, ephemeral: &RangeInclusive<u16>, facts: &NodeFacts) -> Result<()> {
+    /// What has to be said before claims are written: which ports are not to be chosen for peers, whether
+    /// the node has bound addresses that are not its own, and what kinds of claims there will be.
+    pub fn describe(
+        &self,
+        ephemeral: &RangeInclusive<u16>,
+        facts: &NodeFacts,
+        claims: &Claims,
+    ) -> Result<()> {
         self.reconfigure(|config| {
             config.keep_free(ephemeral);
             config.take_listed_only(facts.binds_services);
+            expect(config, claims);
         })
+    }
+
+    /// Says what kinds of claims there are not: after all others than these are gone.
+    pub fn rule_out_but(&self, claims: &Claims) -> Result<()> {
+        self.reconfigure(|config| {
+            config.rule_out();
+            expect(config, claims);
+        })
+    }
+
+    /// Whether programs look for claims of these kinds.
+    pub fn expects(&self, claims: &Claims) -> Result<bool> {
+        let before = config(&self.maps)?;
+        let mut after = before;
+        expect(&mut after, claims);
+        Ok(before == after)
     }
 
     /// The network namespace that the socket hooks act in, if it is known.
@@ -66,6 +89,10 @@ impl Loaded {
             .put(0_u32.as_bytes(), after.as_bytes())
             .map_err(failed("write the configuration of the eBPF programs"))
     }
+}
+
+fn expect(config: &mut Config, claims: &Claims) {
+    claims.iter().for_each(|(key, value)| config.expect(key, value));
 }
 
 pub(super) fn config(maps: &Maps) -> Result<Config> {
