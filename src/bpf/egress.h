@@ -13,10 +13,10 @@ static __always_inline void note_node_flow(struct __sk_buff *skb, const struct p
 					   struct flow_key *key)
 {
 	const struct tuple *t = &p->tuple;
-	struct claim_key claim_key = {
+	struct claim_key claim_key __attribute__((aligned(8))) = {
 		.addr = t->source, .port = t->source_port, .protocol = p->protocol,
 	};
-	struct remap_key from = {
+	struct remap_key from __attribute__((aligned(8))) = {
 		.peer = t->destination, .host = t->source,
 		.peer_port = t->destination_port, .host_port = t->source_port,
 		.protocol = p->protocol,
@@ -119,7 +119,7 @@ static __always_inline enum verdict masquerade(struct __sk_buff *skb, struct pac
 					       struct tuple *to)
 {
 	struct tuple *t = &p->tuple;
-	struct claim_key self = {
+	struct claim_key self __attribute__((aligned(8))) = {
 		.addr = t->destination, .port = t->destination_port, .protocol = p->protocol,
 	};
 	struct flow_key key = {
@@ -128,7 +128,7 @@ static __always_inline enum verdict masquerade(struct __sk_buff *skb, struct pac
 		.protocol = p->protocol,
 	};
 	struct claim *claim = bpf_map_lookup_elem(&pm_claims, &self);
-	struct remap_key from = {
+	struct remap_key from __attribute__((aligned(8))) = {
 		.peer = t->source, .host = t->destination,
 		.peer_port = t->source_port, .host_port = t->destination_port,
 		.protocol = p->protocol,

@@ -13,11 +13,6 @@ enum verdict {
 	BOUNCE,		/* the same, and back to the link that it came from */
 };
 
-static __always_inline __u32 now(void)
-{
-	return bpf_ktime_get_ns() >> 30;
-}
-
 #if LAYOUT >= 1
 static __always_inline void stamp(struct flow *flow)
 {
@@ -148,7 +143,7 @@ static __always_inline int is_ephemeral(__be16 port)
 
 static __always_inline __u32 hash_of(const struct remap_key *key)
 {
-	const __u32 *words = (const void *)key;
+	const word *words = (const void *)key;
 	__u64 hash = 0;
 
 #pragma clang loop unroll(full)
@@ -252,7 +247,7 @@ static __always_inline struct flow *find_remapped(struct flow_key *key,
 static __always_inline int held(const struct packet *p)
 {
 	const struct tuple *t = &p->tuple;
-	struct claim_key self = {
+	struct claim_key self __attribute__((aligned(8))) = {
 		.addr = t->source, .port = t->source_port, .protocol = p->protocol,
 	};
 	struct config *config;
@@ -261,7 +256,7 @@ static __always_inline int held(const struct packet *p)
 	if (p->protocol != IPPROTO_TCP || p->icmp)
 		return 0;
 	config = find_config();
-	if (!config || !config->hold_until || config->hold_until <= now())
+	if (!config || !is_holding(config))
 		return 0;
 	claim = bpf_map_lookup_elem(&pm_claims, &self);
 	if (!claim || !(claim->flags & CLAIM_SELF))
@@ -291,7 +286,7 @@ static __always_inline void count_in(const struct claim_key *key, const struct p
 
 static __always_inline void count_out(const struct flow *flow, const struct packet *p)
 {
-	struct claim_key key = {
+	struct claim_key key __attribute__((aligned(8))) = {
 		.addr = flow->host, .port = flow->host_port, .protocol = p->protocol,
 	};
 	struct traffic *traffic;

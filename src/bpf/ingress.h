@@ -87,7 +87,7 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	if (flow && is_plain(flow, t)) {
 		touch(flow, p, 1);
 	} else {
-		struct remap_key from = {
+		struct remap_key from __attribute__((aligned(8))) = {
 			.peer = t->source, .host = t->destination,
 			.peer_port = t->source_port, .host_port = t->destination_port,
 			.protocol = p->protocol,

@@ -16,7 +16,8 @@
 #include <linux/types.h>
 
 /*
- * Number of the layout below. Keys never change. Values change at their end only: an upgrade copies
+ * Number of the layout below. It also stands for what whoever writes into the maps promises (CONFIG_NO_*):
+ * plugins of one layout may write for each other's programs. Keys never change. Values change at their end only: an upgrade copies
  * the common beginning of old entries and leaves the rest zero, which every program must take.
  */
 #ifndef LAYOUT
@@ -164,8 +165,9 @@ struct socket_value {
  */
 #define CONFIG_LISTED_ONLY 2
 /*
- * What no claim has: CLAIM_MASQUERADE, and an address of the node as its hostIP. Taken back before the
- * first such claim is written. Most nodes have neither, so that there is less to ask for each packet.
+ * What no claim has: CLAIM_MASQUERADE, and an address of the node as its hostIP (but for loopback ones, which
+ * no packet may have). Taken back before the first such claim is written, and given again when the last one
+ * is gone. Most nodes have neither, so that there is less to ask for each packet.
  */
 #define CONFIG_NO_MASQUERADE 4
 #define CONFIG_NO_HOST_ADDRESS 8

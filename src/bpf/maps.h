@@ -82,6 +82,18 @@ static __always_inline struct config *find_config(void)
 	return bpf_map_lookup_elem(&pm_config, &only);
 }
 
+/* CLOCK_MONOTONIC in 2^30 ns. */
+static __always_inline __u32 now(void)
+{
+	return bpf_ktime_get_ns() >> 30;
+}
+
+/* Whether another version's programs are being replaced (hold_until). */
+static __always_inline int is_holding(const struct config *config)
+{
+	return config->hold_until && config->hold_until > now();
+}
+
 /* Whether there is no such claim: CONFIG_NO_*. */
 static __always_inline int ruled_out(__u32 bit)
 {

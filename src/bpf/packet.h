@@ -191,7 +191,7 @@ static __always_inline __u64 unknown_of(struct __sk_buff *skb)
 /* The address must be aligned to 8 bytes. */
 static __always_inline void forget_addr(struct addr *addr, __u64 unknown)
 {
-	__u64 *words = (void *)addr;
+	half *words = (void *)addr;
 
 	FORGET(words[0], unknown);
 	FORGET(words[1], unknown);
@@ -199,7 +199,7 @@ static __always_inline void forget_addr(struct addr *addr, __u64 unknown)
 
 static __always_inline void forget_tuple(struct tuple *tuple, __u64 unknown)
 {
-	__u64 *words = (void *)tuple;
+	half *words = (void *)tuple;
 
 #pragma clang loop unroll(full)
 	for (unsigned int i = 0; i < sizeof(*tuple) / sizeof(*words); i++)
@@ -396,7 +396,8 @@ static __always_inline __u64 may_turn_back(__u64 to_dummy)
 {
 	struct config *config = find_config();
 
-	return to_dummy || !config || !(config->flags & CONFIG_NO_MASQUERADE) || config->hold_until;
+	return to_dummy || !config || !(config->flags & CONFIG_NO_MASQUERADE) ||
+	       is_holding(config);
 }
 
 /*

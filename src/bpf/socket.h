@@ -84,10 +84,12 @@ static __always_inline int is_connected(struct bpf_sock_addr *ctx, __u32 reason)
 
 static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reason)
 {
-	struct claim_key claim_key = { .port = ctx->user_port, .protocol = ctx->protocol };
+	struct claim_key claim_key __attribute__((aligned(8))) = {
+		.port = ctx->user_port, .protocol = ctx->protocol,
+	};
 	struct socket_key key = { .protocol = claim_key.protocol };
 	struct claim *claim;
-	struct addr called;
+	struct addr called __attribute__((aligned(8)));
 	__u32 any;
 
 	read_address(ctx, ipv6, &called);

@@ -49,7 +49,11 @@ static __always_inline enum verdict forward_usual(struct __sk_buff *skb, __u32 a
 			return rewrite_packet(skb, p, to) ? DROP : CHANGE;
 		}
 	}
-	/* A call of the pod's own address (CLAIM_SELF) is only noted. */
+	/* A call of the pod's own address is only noted. */
+	claim_key.addr = t->destination;
+	claim = bpf_map_lookup_elem(&pm_claims, &claim_key);
+	if (!claim || claim->flags != CLAIM_SELF)
+		return PASS;
 	key.pod = t->destination;
 	key.pod_port = t->destination_port;
 	flow = bpf_map_lookup_elem(&pm_flows, &key);

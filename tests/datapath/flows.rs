@@ -424,6 +424,10 @@ fn answers_by_unknown_connections_are_held_for_a_while() {
             rig.stays(at, &answer.from(rig.other_pod(80)));
         }
         assert_eq!(rig.count("held"), 2);
+        // So are those that call a hostPort by a connection that is known from the other side.
+        let call = Packet::new(Kind::Tcp(SYN), rig.pod(80), rig.node(8053));
+        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(53)));
+        assert_eq!(verdict(At::PodIn, &call.with(Kind::Tcp(ACK))), SHOT);
         // Known ones go on, and after a while all do.
         let call = Packet::new(Kind::Tcp(SYN), rig.client(40001), rig.node(8080));
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));

@@ -1,5 +1,7 @@
 //! To a pod and back.
 
+use std::collections::BTreeMap;
+
 use portmap::model::Protocol;
 
 use crate::packet::{ACK, KINDS, Kind, Packet, SYN};
@@ -131,6 +133,15 @@ fn a_direct_connection_is_not_the_claim_s_of_its_number() {
             rig.stays(At::Out, &packet.turned().with(Kind::Tcp(ACK)));
         }
         assert_eq!(rig.traffic_of(rig.any(8080), Protocol::Tcp), [0; 5]);
+        assert_eq!(rig.counts(), BTreeMap::new());
+        // What is noted of it is that it goes on.
+        let last = |packet: &Packet| rig.flow(&packet.turned().turned()).unwrap().last.unwrap();
+        let now = last(&call);
+        for (at, packet) in [(At::UplinkIn, call.clone()), (At::Out, call.turned())] {
+            rig.age_flow(Protocol::Tcp, rig.pod(8080), rig.client(40000), 100);
+            rig.stays(at, &packet.with(Kind::Tcp(ACK)));
+            assert!(last(&call) >= now, "{at:?}");
+        }
         let by_node = call.from(rig.client(40001)).to(rig.node(8080));
         rig.becomes(At::UplinkIn, &by_node, &by_node.to(rig.pod(8080)));
         assert_eq!(rig.traffic_of(rig.any(8080), Protocol::Tcp)[..2], [1, 1]);

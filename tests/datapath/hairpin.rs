@@ -1,7 +1,7 @@
 //! A pod that calls its own hostPort.
 
 use crate::packet::{ACK, KINDS, Kind, Packet, SYN};
-use crate::rig::{At, HAIRPIN, REMAPPED, on_node};
+use crate::rig::{At, HAIRPIN, REDIRECT, REMAPPED, on_node};
 
 #[test]
 #[ignore = "privileged: loads BPF programs"]
@@ -46,6 +46,9 @@ fn only_the_pod_itself_is_turned_round() {
         // A pod's address from outside is not the pod.
         let spoofed = call.to(rig.node(8080));
         rig.becomes(At::UplinkIn, &spoofed, &spoofed.to(rig.pod(80)));
+        // And nobody can forge that away from the pod itself.
+        let trial = rig.trial(At::PodIn, &spoofed.frame());
+        assert_eq!(trial.verdict, REDIRECT);
         // Without a claim, nothing is.
         rig.stays(At::PodIn, &call.to(rig.node(1)));
         rig.stays(At::PodIn, &call.to(rig.elsewhere(8080)));

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use portmap::backend::ebpf::layout::claim_flags;
 use portmap::backend::ebpf::loaded::OWN;
 
-use crate::packet::{KINDS, Kind, Packet, SYN};
+use crate::packet::{ACK, KINDS, Kind, Packet, SYN};
 use crate::rig::{At, NEXT, on_node, on_node_with};
 
 const MAC: [u8; 6] = [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee];
@@ -31,6 +31,13 @@ fn frames_for_a_macvlan_pod_have_its_address() {
         expected.macs[..6].copy_from_slice(&MAC);
         for (frame, expected) in call.fragments(400).iter().zip(expected.fragments(400)) {
             rig.gives(At::UplinkIn, frame, NEXT, &expected);
+        }
+        // Calls of the pod's own address need it as much, the first packet and the others.
+        let direct = Packet::new(Kind::Tcp(SYN), rig.client(40002), rig.pod(80));
+        for call in [&direct, &direct.with(Kind::Tcp(ACK)), &direct.with(Kind::Tcp(ACK))] {
+            let mut expected = call.clone();
+            expected.macs[..6].copy_from_slice(&MAC);
+            rig.becomes(At::UplinkIn, call, &expected);
         }
         // From another pod there is no such way: it goes through the stack as any other.
         let inside = Packet::new(Kind::Udp, rig.other_pod(40000), rig.node(8080));
@@ -75,6 +82,7 @@ fn devices_without_frames_have_programs_of_their_own() {
             claim.flags |= claim_flags::MAC;
             claim.mac = MAC;
         });
+        rig.claim_any(8081, rig.other_pod(80));
         let address = if rig.is_v4() { "8.0.1.2" } else { "fd00:1:86dd:1::2" };
         let peer = SocketAddr::new(address.parse().unwrap(), 40000);
         for kind in KINDS {
@@ -87,6 +95,12 @@ fn devices_without_frames_have_programs_of_their_own() {
             let expected = call.to(rig.pod(80));
             rig.gives(At::UplinkInLayer3, &call.ip(), NEXT, &expected.ip());
             rig.passes(At::UplinkInLayer3, &call.to(rig.node(1)).ip());
+            // With an ordinary claim, before and after there is a flow.
+            let expected = call.to(rig.other_pod(80));
+            for _ in 0..2 {
+                let call = call.to(rig.node(8081));
+                rig.gives(At::UplinkInLayer3, &call.ip(), NEXT, &expected.ip());
+            }
         }
         // The answer has the peer as its destination; its source is an address of that kind.
         let pod = SocketAddr::new(address.parse().unwrap(), 80);

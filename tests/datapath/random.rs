@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use portmap::backend::ebpf::layout::{Addr, ClaimKey, claim_flags};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, Config, claim_flags};
 use portmap::model::{Family, Protocol};
 use zerocopy::IntoBytes;
 
 use crate::packet::{Kind, Packet, error, error_kinds};
-use crate::rig::{At, LEAST, NEXT, REDIRECT, Rig, SHOT, hex, on_node};
+use crate::rig::{At, LEAST, NEXT, REDIRECT, Rig, SHOT, hex, on_both_nodes, on_node};
 use crate::seen::Seen;
 
 /// For each family.
@@ -154,14 +154,19 @@ fn may_be_touched(rig: &Rig, at: At, seen: &Seen) -> bool {
     }
 }
 
-#[test]
-#[ignore = "privileged: loads BPF programs"]
-fn only_what_has_a_claim_or_a_flow_is_touched() {
+fn seed() -> u64 {
     let seed = match std::env::var("DATAPATH_SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos(),
     };
     println!("DATAPATH_SEED={seed}");
+    u64::from(seed)
+}
+
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn only_what_has_a_claim_or_a_flow_is_touched() {
+    let seed = seed();
     on_node(|rig| {
         rig.claim_any(8080, rig.pod(80));
         rig.claim(rig.second(8080), rig.other_pod(80));
@@ -171,7 +176,7 @@ fn only_what_has_a_claim_or_a_flow_is_touched() {
             claim.source = source.into();
         });
         rig.claim_any(40000, rig.pod(40001));
-        let mut random = Random(u64::from(seed));
+        let mut random = Random(seed);
         let (mut passed, mut changed, mut bounced) = (0, 0, 0);
         for number in 0..PACKETS {
             let frame = packet(rig, &mut random);
@@ -204,5 +209,76 @@ fn only_what_has_a_claim_or_a_flow_is_touched() {
         for reason in ["masqueraded", "remapped", "fragmentIn", "icmpIn", "icmpOut", "nodeFlow"] {
             assert!(counts.contains_key(reason), "{reason}");
         }
+    });
+}
+
+/// What is remembered, without the time, and what is counted.
+fn remembered(rig: &Rig) -> impl PartialEq + std::fmt::Debug {
+    let mut flows = rig.entries("pm_flows");
+    flows.iter_mut().for_each(|(_, value)| value.truncate(44));
+    flows.sort();
+    let claims = [8080, 8081, 40000, 443].map(|port| {
+        [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+            .map(|protocol| rig.traffic_of(rig.any(port), protocol))
+    });
+    (flows, claims, rig.counts())
+}
+
+/// Without anything special, of few connections.
+fn usual(rig: &Rig, random: &mut Random) -> Vec<u8> {
+    let flags = random.byte();
+    let kind = random.one_of(&[Kind::Tcp(flags), Kind::Udp, Kind::UdpWithout]);
+    let peer = rig.client(random.one_of(&[40000, 61000]));
+    let called = match random.below(5) {
+        0 => rig.other_pod(80),
+        1 => rig.other_pod(8081),
+        2 => rig.node(443),
+        3 => rig.node(8081),
+        _ => rig.node(8080),
+    };
+    let answered = rig.other_pod(random.one_of(&[80, 443, 8081]));
+    let call = Packet::new(kind, peer, called).sized(random.below(200));
+    let answer = call.between(answered, peer);
+    random.one_of(&[&call, &answer]).frame()
+}
+
+/// Usual packets of a node with usual claims go a shorter way than they would elsewhere.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn the_short_way_leads_where_the_long_one_does() {
+    let seed = seed();
+    on_both_nodes(|rigs| {
+        for rig in rigs {
+            rig.claim_any(8080, rig.other_pod(80));
+            rig.claim_any(8081, rig.other_pod(8081));
+            rig.claim_any(40000, rig.other_pod(40001));
+            rig.claim_with(rig.any(443), rig.other_pod(443), |claim| {
+                claim.flags |= claim_flags::MAC;
+                claim.mac = [2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee];
+            });
+        }
+        let [long, short] = rigs;
+        let mut random = Random(seed);
+        for number in 0..PACKETS {
+            let make = if random.below(2) == 0 { usual } else { packet };
+            let frame = make(long, &mut random);
+            let at = random.one_of(&[At::UplinkIn, At::PodIn, At::Out]);
+            let of_pod = |seen: Seen| {
+                seen.ends.is_some_and(|(source, _)| source == long.other_pod(source.port()))
+            };
+            if at == At::PodIn && Seen::read(&frame).is_some_and(of_pod) {
+                // A pod's calls of itself, for which ports are chosen at random.
+                continue;
+            }
+            let [one, other] = rigs.map(|rig| rig.trial(at, &frame));
+            let context = || format!("packet {number} at {at:?}: {}", hex(&frame));
+            assert_eq!(one.verdict, other.verdict, "{}", context());
+            assert_eq!(hex(&one.packet), hex(&other.packet), "{}", context());
+        }
+        assert_eq!(remembered(long), remembered(short));
+        assert_eq!((long.config(), short.config()), (Config::default(), Config::usual()));
+        let of = |reason| short.count(reason);
+        println!("{:?}", short.counts());
+        assert!(of("forwarded") > 2 * of("newFlow") && of("answered") > 100);
     });
 }

@@ -114,9 +114,21 @@ pub fn on_node_with(object: &[u8], programs: &[At], test: impl Fn(&Rig) + Sync) 
         .run(|| {
             for family in Family::ALL {
                 test(&Rig::new(&lab, family, object, programs));
-                let usual = Rig::new(&lab, family, object, programs);
-                usual.configure(Config::rule_out);
-                test(&usual);
+                test(&Rig::usual(&lab, family, object, programs));
+            }
+        })
+        .unwrap();
+}
+
+/// As [`on_node`], with a node of either kind at once, the usual one behind the other.
+pub fn on_both_nodes(test: impl Fn([&Rig; 2]) + Sync) {
+    let lab = Lab::build(Options::new(Shape::Ptp)).expect("root is needed");
+    let programs = [At::UplinkIn, At::PodIn, At::Out];
+    lab.node
+        .run(|| {
+            for family in Family::ALL {
+                let any = Rig::new(&lab, family, OWN.object, &programs);
+                test([&any, &Rig::usual(&lab, family, OWN.object, &programs)]);
             }
         })
         .unwrap();
@@ -140,6 +152,18 @@ impl Rig {
             rig.list_address(address, 1);
         }
         rig
+    }
+
+    fn usual(lab: &Lab, family: Family, object: &[u8], programs: &[At]) -> Self {
+        let rig = Rig::new(lab, family, object, programs);
+        rig.configure(Config::rule_out);
+        rig
+    }
+
+    /// The configuration that the programs have now.
+    pub fn config(&self) -> Config {
+        let value = self.maps["pm_config"].get(0_u32.as_bytes()).unwrap().unwrap();
+        Config::read_from_bytes(&value).unwrap()
     }
 
     pub fn is_v4(&self) -> bool {
@@ -193,8 +217,7 @@ impl Rig {
 
     /// As the plugin does for what the node's own sockets get, and where Services are bound to a device.
     pub fn configure(&self, change: impl Fn(&mut Config)) {
-        let before = self.maps["pm_config"].get(0_u32.as_bytes()).unwrap().unwrap();
-        let mut config = Config::read_from_bytes(&before).unwrap();
+        let mut config = self.config();
         change(&mut config);
         self.put("pm_config", 0_u32.as_bytes(), config.as_bytes());
     }
@@ -206,7 +229,7 @@ impl Rig {
             let mut value = ClaimValue::new(pod, OWNER);
             change(&mut value);
             let key = ClaimKey::new(self.addr(host), protocol, host.port());
-            self.configure(|config| config.expect(&key, &value));
+            self.configure(|config| config.expect([(&key, &value)]));
             self.put("pm_claims", key.as_bytes(), value.as_bytes());
             let zero = vec![0; self.maps["pm_traffic"].value_bytes()];
             self.put("pm_traffic", key.as_bytes(), &zero);

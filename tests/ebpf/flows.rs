@@ -17,10 +17,9 @@ use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
 use portmap::model::Family;
 use portmap::sys::bpf::object::Object;
 use portmap::sys::bpf::pins::Pins;
-use serde_json::{Value, json};
+use serde_json::json;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::support::bare::mapping;
 use super::support::{ebpf, prev_result};
 use super::talks::Talks;
 use super::{Scene, TIMEOUT, lab};
@@ -394,49 +393,4 @@ fn a_del_looks_at_the_nodes_addresses_again() {
     ip("link del kube-ipvs0");
     scene.ok("DEL", 1);
     assert_eq!(is_known("203.0.113.77"), (None, false));
-}
-
-/// Programs ask less for each packet while nobody has masqAll or a hostIP.
-#[test]
-#[ignore = "privileged: makes network namespaces"]
-fn programs_are_told_what_kinds_of_claims_there_are() {
-    let lab = lab(2);
-    let scene = Scene::new(&lab);
-    let config = || {
-        let value = lab.node.run(|| ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap()).unwrap();
-        Config::read_from_bytes(&value).unwrap()
-    };
-    let ruled_out = || {
-        let flags = config().flags;
-        [config_flags::NO_MASQUERADE, config_flags::NO_HOST_ADDRESS].map(|bit| flags & bit != 0)
-    };
-    scene.ok("ADD", 0);
-    assert_eq!(ruled_out(), [true, true]);
-
-    let mut specific = mapping(9000, 80, "tcp");
-    specific["hostIP"] = json!(lab.node_address(Family::V4));
-    let with = |mapping: &Value| scene.node.config(json!([mapping]), prev_result(&lab, 1, "1.1.0"));
-    scene.node.ok("ADD", &with(&specific), &scene.key(1));
-    assert_eq!(ruled_out(), [true, false]);
-    let mut wrong = config();
-    wrong.rule_out();
-    let put = || ebpf::map("pm_config").put(&[0; 4], wrong.as_bytes()).unwrap();
-    lab.node.run(put).unwrap();
-    let (_, failure) = scene.node.fails("CHECK", &with(&specific), &scene.key(1));
-    assert!(failure.contains("take it for granted"), "{failure}");
-    scene.node.ok("ADD", &with(&specific), &scene.key(1));
-    scene.node.ok("CHECK", &with(&specific), &scene.key(1));
-    assert_eq!(ruled_out(), [true, false]);
-
-    let mut masqueraded = with(&mapping(9000, 80, "tcp"));
-    masqueraded["masqAll"] = json!(true);
-    scene.node.ok("ADD", &masqueraded, &scene.key(1));
-    assert_eq!(ruled_out(), [false, false]);
-    // Who restores sees all claims.
-    scene.node.ok("DEL", &masqueraded, &scene.key(1));
-    let unpin = || std::fs::remove_file(ebpf::map_path("pm_ports")).unwrap();
-    lab.node.run(unpin).unwrap();
-    scene.ok("ADD", 0);
-    assert_eq!(ruled_out(), [true, true]);
-    scene.ok("DEL", 0);
 }

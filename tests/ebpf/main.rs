@@ -19,6 +19,7 @@ mod flows;
 mod flush;
 mod forced;
 mod group;
+mod kinds;
 mod rights;
 mod talks;
 mod upgrade;

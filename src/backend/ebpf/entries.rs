@@ -99,11 +99,16 @@ pub fn are_none(maps: &Maps) -> io::Result<bool> {
     Ok(maps.claims.is_empty()? && maps.port_uses.is_empty()? && maps.traffic.is_empty()?)
 }
 
-/// All there is.
-pub fn present(maps: &Maps) -> io::Result<Present> {
+/// All claims.
+pub fn claims(maps: &Maps) -> io::Result<Claims> {
     let claim = |(key, value): (Vec<u8>, Vec<u8>)| {
         ClaimKey::read_from_bytes(&key).ok().zip(ClaimValue::read_from_bytes(&value).ok())
     };
+    Ok(maps.claims.entries()?.into_iter().filter_map(claim).collect())
+}
+
+/// All there is.
+pub fn present(maps: &Maps) -> io::Result<Present> {
     let uses = |(key, value): (Vec<u8>, Vec<u8>)| {
         u16::read_from_bytes(&key).ok().zip(u32::read_from_bytes(&value).ok())
     };
@@ -113,7 +118,7 @@ pub fn present(maps: &Maps) -> io::Result<Present> {
         ports_of(index).filter(move |port| word & port_bit(*port).1 != 0)
     };
     Ok(Present {
-        claims: maps.claims.entries()?.into_iter().filter_map(claim).collect(),
+        claims: claims(maps)?,
         uses: maps.port_uses.entries()?.into_iter().filter_map(uses).collect(),
         watched: maps.ports.entries()?.into_iter().flat_map(watched).collect(),
         counted: keys_of(&maps.traffic)?,

@@ -351,19 +351,42 @@ impl Config {
         }
     }
 
-    /// Says that there are no claims of the kinds that packets would have to be asked more for.
+    /// Of a node that has no claims of the kinds that packets would have to be asked more for.
+    #[must_use]
+    pub fn usual() -> Self {
+        let mut config = Config::default();
+        config.rule_out();
+        config
+    }
+
+    /// Says that there are none of these.
     pub fn rule_out(&mut self) {
         self.flags |= config_flags::NO_MASQUERADE | config_flags::NO_HOST_ADDRESS;
     }
 
-    /// Takes that back as far as this claim is of them.
-    pub fn expect(&mut self, key: &ClaimKey, value: &ClaimValue) {
-        if value.flags & claim_flags::MASQUERADE != 0 {
-            self.flags &= !config_flags::NO_MASQUERADE;
+    /// Takes that back as far as there is one of them among these.
+    pub fn expect<'a>(&mut self, claims: impl IntoIterator<Item = (&'a ClaimKey, &'a ClaimValue)>) {
+        for (key, value) in claims {
+            if value.flags & claim_flags::MASQUERADE != 0 {
+                self.flags &= !config_flags::NO_MASQUERADE;
+            }
+            // No packet of a device is forwarded to a loopback address.
+            let is_own = *key != key.of_any() && !key.addr.ip().is_loopback();
+            if value.flags & claim_flags::SELF == 0 && is_own {
+                self.flags &= !config_flags::NO_HOST_ADDRESS;
+            }
         }
-        if value.flags & claim_flags::SELF == 0 && *key != key.of_any() {
-            self.flags &= !config_flags::NO_HOST_ADDRESS;
-        }
+    }
+
+    /// Whether none of these has been ruled out.
+    #[must_use]
+    pub fn expects<'a>(
+        &self,
+        claims: impl IntoIterator<Item = (&'a ClaimKey, &'a ClaimValue)>,
+    ) -> bool {
+        let mut after = *self;
+        after.expect(claims);
+        after == *self
     }
 
     /// The program takes the port away when it has seen the connection.

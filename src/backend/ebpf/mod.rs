@@ -34,7 +34,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use devices::{Mode, Scope};
-use layout::ClaimKey;
+use layout::{ClaimKey, Config};
 use loaded::{Found, Loaded, OWN};
 use plan::Former;
 
@@ -231,6 +231,10 @@ impl Apply for Ebpf {
             Ok(former) => {
                 forget(host, &loaded, &former)?;
                 seed(host, &loaded, change.added);
+                let gone: Vec<&Record> = change.removed.into_iter().collect();
+                if !Config::usual().expects(&objects::claims(&gone)) {
+                    rule_out(host, &loaded);
+                }
                 Ok(Outcome::Done)
             }
             Err(error) => {
@@ -265,8 +269,8 @@ impl Apply for Ebpf {
             host.remember_programs(loaded.numbers());
         }
         forget(host, &loaded, &former)?;
-        loaded.rule_out_but(&wanted)?;
         seed(host, &loaded, desired.added);
+        rule_out(host, &loaded);
         Ok(())
     }
 
@@ -344,6 +348,15 @@ fn forget(host: &Host, loaded: &Loaded, former: &[Former]) -> Result<()> {
         host.warn(format!("connections of former pods are not ended: {error}"));
     }
     Ok(())
+}
+
+/// Lets programs ask no more than the claims make necessary that are there by now. They would be slower
+/// otherwise, and as right.
+fn rule_out(host: &Host, loaded: &Loaded) {
+    let all = entries::claims(&loaded.maps).map_err(failed("read the eBPF maps"));
+    if let Err(error) = all.and_then(|all| loaded.rule_out_but(&all)) {
+        host.warn(format!("packets to hostPorts go a longer way than they have to: {error}"));
+    }
 }
 
 /// Connections that the node has open from the record's hostPorts go on. Only ports that sockets get by

@@ -51,7 +51,7 @@ impl Loaded {
         self.reconfigure(|config| {
             config.keep_free(ephemeral);
             config.take_listed_only(facts.binds_services);
-            expect(config, claims);
+            config.expect(claims);
         })
     }
 
@@ -59,16 +59,13 @@ impl Loaded {
     pub fn rule_out_but(&self, claims: &Claims) -> Result<()> {
         self.reconfigure(|config| {
             config.rule_out();
-            expect(config, claims);
+            config.expect(claims);
         })
     }
 
     /// Whether programs look for claims of these kinds.
     pub fn expects(&self, claims: &Claims) -> Result<bool> {
-        let before = config(&self.maps)?;
-        let mut after = before;
-        expect(&mut after, claims);
-        Ok(before == after)
+        Ok(config(&self.maps)?.expects(claims))
     }
 
     /// The network namespace that the socket hooks act in, if it is known.
@@ -89,10 +86,6 @@ impl Loaded {
             .put(0_u32.as_bytes(), after.as_bytes())
             .map_err(failed("write the configuration of the eBPF programs"))
     }
-}
-
-fn expect(config: &mut Config, claims: &Claims) {
-    claims.iter().for_each(|(key, value)| config.expect(key, value));
 }
 
 pub(super) fn config(maps: &Maps) -> Result<Config> {
