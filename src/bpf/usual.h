@@ -2,7 +2,8 @@
 /*
  * The shortest way, for what nearly all packets are that have a pod's or a hostPort's number: they belong to
  * a flow that is there, and nothing is special about either. The same becomes of them as by forward and
- * answer, in half the time. All others are left to these: PASS means that nothing has been done.
+ * answer, in half the time. All others are left to these: PASS means that nothing has been done, CHANGE that
+ * nothing is left to do.
  */
 #ifndef PORTMAP_USUAL_H
 #define PORTMAP_USUAL_H
@@ -12,6 +13,23 @@
 #include "local.h"
 #include "rewrite.h"
 
+/* Whether the address was the node's when the plugin ran last. */
+static __always_inline int is_listed(const struct addr *address)
+{
+	__u32 *listed = bpf_map_lookup_elem(&pm_addresses, address);
+
+	return listed && *listed;
+}
+
+/* Whether no claim is of a special kind, and nothing has to be held. */
+static __always_inline int is_usual_node(void)
+{
+	struct config *config = find_config();
+
+	return config && config->flags & CONFIG_NO_MASQUERADE &&
+	       config->flags & CONFIG_NO_HOST_ADDRESS && !is_holding(config);
+}
+
 /* To a claim of any address, while no claim has an address of the node as its own. */
 static __always_inline enum verdict forward_usual(struct __sk_buff *skb, __u32 at, int from_pod,
 						  struct packet *p, struct tuple *to)
@@ -19,7 +37,7 @@ static __always_inline enum verdict forward_usual(struct __sk_buff *skb, __u32 a
 	struct tuple *t = &p->tuple;
 	struct claim_key claim_key __attribute__((aligned(8))) = {};
 	struct flow_key key __attribute__((aligned(8))) = {};
-	struct claim *claim;
+	struct claim *claim, *own;
 	struct flow *flow;
 
 	if (!parse_usual(skb, p, at) || is_reserved(&t->destination) ||
@@ -49,10 +67,18 @@ static __always_inline enum verdict forward_usual(struct __sk_buff *skb, __u32 a
 			return rewrite_packet(skb, p, to) ? DROP : CHANGE;
 		}
 	}
-	/* A call of the pod's own address is only noted. */
 	claim_key.addr = t->destination;
-	claim = bpf_map_lookup_elem(&pm_claims, &claim_key);
-	if (!claim || claim->flags != CLAIM_SELF)
+	own = bpf_map_lookup_elem(&pm_claims, &claim_key);
+	if (!own) {
+		/* A pod calls somebody else, at a port of the same number. */
+		if (claim && (!from_pod || is_listed(&t->destination)))
+			return PASS;
+		if (claim)
+			count(REASON_NOT_LOCAL);
+		return CHANGE;
+	}
+	/* A call of the pod's own address is only noted. */
+	if (own->flags != CLAIM_SELF)
 		return PASS;
 	key.pod = t->destination;
 	key.pod_port = t->destination_port;
@@ -79,6 +105,9 @@ static __always_inline enum verdict answer_usual(struct __sk_buff *skb, __u32 at
 	key.peer_port = t->destination_port;
 	key.protocol = p->protocol;
 	flow = bpf_map_lookup_elem(&pm_flows, &key);
+	/* Somebody else answers a pod, from a port of the same number. */
+	if (!flow && skb->ingress_ifindex && is_usual_node() && !is_listed(&t->source))
+		return CHANGE;
 	if (!flow ||
 	    flow->flags & (FLOW_REMAPPED | FLOW_HAIRPIN | FLOW_NODE | FLOW_MASQUERADED))
 		return PASS;

@@ -262,7 +262,7 @@ fn the_short_way_leads_where_the_long_one_does() {
         for number in 0..PACKETS {
             let make = if random.below(2) == 0 { usual } else { packet };
             let frame = make(long, &mut random);
-            let at = random.one_of(&[At::UplinkIn, At::PodIn, At::Out]);
+            let at = random.one_of(&[At::UplinkIn, At::PodIn, At::Out, At::Own, At::Through]);
             let of_pod = |seen: Seen| {
                 seen.ends.is_some_and(|(source, _)| source == long.other_pod(source.port()))
             };
