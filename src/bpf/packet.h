@@ -400,11 +400,18 @@ static __always_inline __u64 may_turn_back(__u64 to_dummy)
 	       is_holding(config);
 }
 
+/* What comes of the first look. */
+enum look {
+	NOBODYS,		/* cannot concern any hostPort */
+	UNCLEAR,		/* may do, by what is not seen at once */
+	KNOWN,			/* has a port that concerns somebody */
+};
+
 /*
- * The first look, without a helper call: 0 for what cannot concern any hostPort. Headers that are
- * not in the buffer's linear part, fragments and extension headers take the long way.
+ * The first look, without a helper call. Headers that are not in the buffer's linear part, fragments,
+ * extension headers and ICMP errors are unclear.
  */
-static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, enum way way)
+static __always_inline enum look look_at(struct __sk_buff *skb, __u32 at, enum way way)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	__u64 to_dummy;
@@ -413,43 +420,43 @@ static __always_inline __u64 worth_parsing(struct __sk_buff *skb, __u32 at, enum
 
 	/* A VLAN's packets belong to its own device. VLAN 0 is none, but a priority (802.1Q). */
 	if (skb->vlan_present && skb->vlan_tci & 0x0fff)
-		return 0;
+		return NOBODYS;
 	if (skb->protocol == bpf_htons(ETH_P_IP)) {
 		struct ipv4 *ip = data + at;
 
 		if ((void *)(ip + 1) > end)
-			return 1;
+			return UNCLEAR;
 		protocol = ip->protocol;
 		to_dummy = ip->destination == DUMMY_V4;
 		ports = (void *)ip + (ip->version_ihl & 15) * 4;
 		if (is_transport(protocol) && ip->fragment & bpf_htons(0x3fff))
-			return 1;
+			return UNCLEAR;
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
 		struct ipv6 *ip = data + at;
 
 		if ((void *)(ip + 1) > end)
-			return 1;
+			return UNCLEAR;
 		protocol = ip->next;
 		to_dummy = ip->destination.w[0] == DUMMY_V6_FIRST;
 		ports = (void *)(ip + 1);
 		if (!is_transport(protocol) && protocol != ICMPV6)
 			return protocol == HOP_BY_HOP || protocol == ROUTING ||
 			       protocol == FRAGMENT || protocol == AUTHENTICATION ||
-			       protocol == DESTINATION;
+			       protocol == DESTINATION ? UNCLEAR : NOBODYS;
 	} else {
-		return 0;
+		return NOBODYS;
 	}
 	if ((void *)(ports + 2) > end)
-		return 1;
+		return UNCLEAR;
 	if (is_transport(protocol)) {
 		if (port_known(ports[1]) && (way != LEAVING || !ruled_out(CONFIG_NO_MASQUERADE)))
-			return 1;
+			return KNOWN;
 		return way != FROM_OUTSIDE && port_known(ports[0]) &&
-		       (way == LEAVING || may_turn_back(to_dummy));
+		       (way == LEAVING || may_turn_back(to_dummy)) ? KNOWN : NOBODYS;
 	}
 	if (protocol == ICMPV6 || protocol == IPPROTO_ICMP)
-		return is_error(protocol == ICMPV6, *(__u8 *)ports);
-	return 0;
+		return is_error(protocol == ICMPV6, *(__u8 *)ports) ? UNCLEAR : NOBODYS;
+	return NOBODYS;
 }
 
 #endif

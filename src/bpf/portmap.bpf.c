@@ -65,15 +65,20 @@ static __always_inline int ingress(struct __sk_buff *skb, __u32 at, int from_pod
 {
 	struct packet p = {};
 	struct tuple to;
-	__u32 verdict;
+	enum look look;
+	__u32 verdict = PASS;
 	__u64 mac = 0;
 
-	if (skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_MULTICAST ||
-	    !worth_parsing(skb, at, from_pod ? FROM_POD : FROM_OUTSIDE))
+	if (skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_MULTICAST)
 		return TC_ACT_UNSPEC;
-	verdict = forward_usual(skb, at, from_pod, &p, &to);
-	if (verdict != PASS)
-		return finish_usual(verdict);
+	look = look_at(skb, at, from_pod ? FROM_POD : FROM_OUTSIDE);
+	if (look == NOBODYS)
+		return TC_ACT_UNSPEC;
+	if (look == KNOWN) {
+		verdict = forward_usual(skb, at, from_pod, &p, &to);
+		if (verdict != PASS)
+			return finish_usual(verdict);
+	}
 	if (parse(skb, &p, at) || is_reserved(&p.tuple.destination))
 		return TC_ACT_UNSPEC;
 	to = p.tuple;
@@ -97,14 +102,18 @@ static __always_inline int egress(struct __sk_buff *skb, __u32 at)
 {
 	struct packet p = {};
 	struct tuple to;
-	__u32 verdict;
+	enum look look;
+	__u32 verdict = PASS;
 	__u64 mac = 0;
 
-	if (!worth_parsing(skb, at, LEAVING))
+	look = look_at(skb, at, LEAVING);
+	if (look == NOBODYS)
 		return TC_ACT_UNSPEC;
-	verdict = answer_usual(skb, at, &p, &to);
-	if (verdict != PASS)
-		return finish_usual(verdict);
+	if (look == KNOWN) {
+		verdict = answer_usual(skb, at, &p, &to);
+		if (verdict != PASS)
+			return finish_usual(verdict);
+	}
 	if (parse(skb, &p, at))
 		return TC_ACT_UNSPEC;
 	to = p.tuple;
