@@ -8,6 +8,8 @@
     reason = "these tests run a script and look at the files that it leaves"
 )]
 
+#[path = "support/executable.rs"]
+mod executable;
 #[path = "support/running.rs"]
 mod running;
 
@@ -19,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use executable::write_executable;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use running::{Running, fails, names, succeeds, text};
@@ -70,8 +73,7 @@ impl Dir {
         let path = self.join(&format!("portmap-{version}"));
         let mut script = format!("#!/bin/sh\necho portmap {version}\nexit 0\n").into_bytes();
         script.resize(script.len() + padding, b'#');
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        write_executable(&path, script);
         path
     }
 }
@@ -140,13 +142,11 @@ impl Shell {
 
 /// A program that is found in PATH.
 fn program(shell: &Shell, name: &str, script: &str) {
-    executable(&shell.path.join(name), script);
+    script_at(&shell.path.join(name), script);
 }
 
-fn executable(path: &Path, script: &str) {
-    drop(fs::remove_file(path));
-    fs::write(path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+fn script_at(path: &Path, script: &str) {
+    write_executable(path, format!("#!/bin/sh\n{script}\n"));
 }
 
 /// A checkout, and a compiler with glibc's standard library alone.
@@ -154,8 +154,8 @@ fn source(dir: &Dir, shell: &Shell) -> PathBuf {
     let source = dir.join("source");
     fs::create_dir_all(source.join("scripts")).unwrap();
     fs::write(source.join("Cargo.toml"), "").unwrap();
-    fs::copy(INSTALL, source.join("install.sh")).unwrap();
-    fs::copy(TARGET, source.join("scripts/target.sh")).unwrap();
+    write_executable(&source.join("install.sh"), fs::read(INSTALL).unwrap());
+    write_executable(&source.join("scripts/target.sh"), fs::read(TARGET).unwrap());
     symlink(find("sed"), shell.path.join("sed")).unwrap();
     let rustc = format!(
         "case $1 in --version) echo host: x86_64-unknown-linux-gnu ;; *) echo {}/$4 ;; esac",
@@ -200,7 +200,7 @@ fn the_directory_comes_from_the_environment_and_the_binary_from_beside_the_scrip
     let dir = Dir::new("beside");
     let shell = Shell::dash(&dir);
     let script = dir.join("install.sh");
-    fs::copy(INSTALL, &script).unwrap();
+    write_executable(&script, fs::read(INSTALL).unwrap());
     fails(shell.command(&script).env("CNI_BIN_DIR", dir.join("bin")), 1, "give --binary FILE");
 
     fs::rename(dir.portmap("1.0.0", 0), dir.join("portmap")).unwrap();
@@ -233,7 +233,7 @@ fn a_build_is_found_wherever_cargo_put_it() {
         r#"{{"reason":"compiler-artifact","target":{{"name":"portmap"}},"executable":"{}","fresh":true}}"#,
         built.display()
     );
-    executable(
+    script_at(
         &cargo,
         &format!(
             "[ \"$PWD\" = '{}' ] || exit 9\nprintf '%s\\n' '{{\"executable\":null}}' '{artifact}' \
@@ -468,7 +468,7 @@ fn uninstalls_once_and_has_then_nothing_to_do() {
         assert!(succeeds(&mut uninstall()).contains("nothing to do"));
 
         // The plugin of the distribution has the same name.
-        fs::copy(find("true"), dest.join("portmap")).unwrap();
+        write_executable(&dest.join("portmap"), fs::read(find("true")).unwrap());
         fails(&mut uninstall(), 1, "was left alone");
         assert_eq!(names(&dest), ["portmap"]);
         fs::remove_file(dest.join("portmap")).unwrap();

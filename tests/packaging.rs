@@ -8,12 +8,15 @@
     reason = "these tests run scripts and look at the files that they leave"
 )]
 
+#[path = "support/executable.rs"]
+mod executable;
+
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use clap::Parser;
+use executable::write_executable;
 use portmap::conflist::check::analyse;
 use portmap::usage::Cli;
 use serde_json::Value;
@@ -279,11 +282,9 @@ fn a_release_is_the_same_bytes_wherever_it_is_made() {
     );
     // Compressing an unoptimized build takes longer than all the rest.
     let small = format!("#!/bin/sh\nexec {PORTMAP} \"$@\"\n");
-    fs::write(dir.0.join("small"), small).unwrap();
-    fs::set_permissions(dir.0.join("small"), PermissionsExt::from_mode(0o755)).unwrap();
-    fs::write(&cargo, stub).unwrap();
-    fs::set_permissions(&cargo, PermissionsExt::from_mode(0o755)).unwrap();
-    fs::copy(&cargo, dir.0.join("bin/cargo-cyclonedx")).unwrap();
+    write_executable(&dir.0.join("small"), small);
+    write_executable(&cargo, &stub);
+    write_executable(&dir.0.join("bin/cargo-cyclonedx"), &stub);
     let path = format!("{}:/usr/bin:/bin", dir.0.join("bin").display());
     let release = |name: &str, umask: &str| {
         let out = dir.0.join(name);
