@@ -2,13 +2,15 @@
 //! both through the object's BTF. Addresses are 16 bytes, IPv4 as `::ffff:a.b.c.d`; addresses and
 //! ports are in network byte order, everything else in the host's.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV4};
-use std::ops::RangeInclusive;
+mod config;
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use zerocopy::network_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::model::{Claim, Family, Protocol};
+pub use config::{Config, config_flags};
 
 /// Number of the layout; part of the name of the directory that the maps are pinned in.
 pub const LAYOUT: u32 = 1;
@@ -284,118 +286,6 @@ impl SocketValue {
     }
 }
 
-/// The lowest port that is chosen for a peer: those below are servers'.
-const LOWEST: u32 = 1024;
-/// With fewer ports to choose from, peers soon find none.
-const ENOUGH: u32 = 4096;
-
-/// Bits of `flags` in `struct config`.
-pub mod config_flags {
-    /// `netns_cookie` is the node's.
-    pub const COOKIE: u32 = 1;
-    /// Addresses that are not listed are not the node's, whatever its routes say.
-    pub const LISTED_ONLY: u32 = 2;
-    /// No claim has [`claim_flags::MASQUERADE`](super::claim_flags::MASQUERADE).
-    pub const NO_MASQUERADE: u32 = 4;
-    /// No claim has an address of the node as its hostIP.
-    pub const NO_HOST_ADDRESS: u32 = 8;
-}
-
-/// `struct config`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
-#[repr(C)]
-pub struct Config {
-    pub netns_cookie: u64,
-    pub revision: u32,
-    pub flags: u32,
-    pub learn_address: [u8; 4],
-    learn_port: U16,
-    pad: u16,
-    /// Ports that sockets get by themselves; 0 if nothing is known of them.
-    ephemeral_first: u32,
-    ephemeral_last: u32,
-    /// CLOCK_MONOTONIC in 2^30 ns until which another version's programs are being replaced.
-    pub hold_until: u32,
-    pad_at_end: u32,
-}
-
-impl Config {
-    /// Lets the program on connect4 keep the cookie of who connects to this address.
-    pub fn learn(&mut self, address: SocketAddrV4) {
-        self.netns_cookie = 0;
-        self.flags &= !config_flags::COOKIE;
-        self.learn_address = address.ip().octets();
-        self.learn_port = address.port().into();
-    }
-
-    /// Keeps the ports that sockets get by themselves free of those that are chosen for peers. A range
-    /// that leaves hardly any others cannot be kept free.
-    pub fn keep_free(&mut self, ephemeral: &RangeInclusive<u16>) {
-        let (first, last) =
-            (u32::from(*ephemeral.start()).max(LOWEST), u32::from(*ephemeral.end()));
-        let others = (first - LOWEST) + (u32::from(u16::MAX) - last);
-        (self.ephemeral_first, self.ephemeral_last) = match first <= last && others >= ENOUGH {
-            true => (first, last),
-            // None at all.
-            false => (LOWEST, LOWEST - 1),
-        };
-    }
-
-    /// Whether a route to an address of the node is enough to take its packets from outside.
-    pub fn take_listed_only(&mut self, only: bool) {
-        match only {
-            true => self.flags |= config_flags::LISTED_ONLY,
-            false => self.flags &= !config_flags::LISTED_ONLY,
-        }
-    }
-
-    /// Of a node that has no claims of the kinds that packets would have to be asked more for.
-    #[must_use]
-    pub fn usual() -> Self {
-        let mut config = Config::default();
-        config.rule_out();
-        config
-    }
-
-    /// Says that there are none of these.
-    pub fn rule_out(&mut self) {
-        self.flags |= config_flags::NO_MASQUERADE | config_flags::NO_HOST_ADDRESS;
-    }
-
-    /// Takes that back as far as there is one of them among these.
-    pub fn expect<'a>(&mut self, claims: impl IntoIterator<Item = (&'a ClaimKey, &'a ClaimValue)>) {
-        for (key, value) in claims {
-            if value.flags & claim_flags::MASQUERADE != 0 {
-                self.flags &= !config_flags::NO_MASQUERADE;
-            }
-            // No packet of a device is forwarded to a loopback address.
-            let is_own = *key != key.of_any() && !key.addr.ip().is_loopback();
-            if value.flags & claim_flags::SELF == 0 && is_own {
-                self.flags &= !config_flags::NO_HOST_ADDRESS;
-            }
-        }
-    }
-
-    /// Whether none of these has been ruled out.
-    #[must_use]
-    pub fn expects<'a>(
-        &self,
-        claims: impl IntoIterator<Item = (&'a ClaimKey, &'a ClaimValue)>,
-    ) -> bool {
-        let mut after = *self;
-        after.expect(claims);
-        after == *self
-    }
-
-    /// The program takes the port away when it has seen the connection.
-    #[must_use]
-    pub fn has_learnt(&self) -> bool {
-        self.learn_port.get() == 0 && self.netns_cookie != 0
-    }
-}
-
 /// `struct traffic`, summed over all CPUs. Bytes are those of IP packets.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -551,22 +441,6 @@ mod tests {
         assert_eq!(theirs, REASONS);
         let maps = crate::sys::bpf::object::Object::parse(OWN.object).unwrap().maps();
         assert_eq!(maps["pm_reasons"].max_entries as usize, REASONS.len());
-    }
-
-    #[test]
-    fn ports_for_peers_are_left_whatever_sockets_get() {
-        let kept = |range: RangeInclusive<u16>| {
-            let mut config = Config::default();
-            config.keep_free(&range);
-            (config.ephemeral_first, config.ephemeral_last)
-        };
-        assert_eq!(kept(32768..=60999), (32768, 60999));
-        assert_eq!(kept(32768..=65535), (32768, 65535));
-        assert_eq!(kept(1..=60000), (1024, 60000));
-        let wrong = RangeInclusive::new(60000, 50000);
-        for range in [1024..=65535, 1024..=64000, 1..=65535, wrong] {
-            assert_eq!(kept(range), (1024, 1023));
-        }
     }
 
     #[test]
