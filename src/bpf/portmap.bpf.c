@@ -63,7 +63,7 @@ static __always_inline int finish_usual(__u32 verdict)
 
 static __always_inline int ingress(struct __sk_buff *skb, __u32 at, int from_pod)
 {
-	struct packet p = {};
+	struct packet p;
 	struct tuple to;
 	enum look look;
 	__u32 verdict = PASS;
@@ -74,6 +74,8 @@ static __always_inline int ingress(struct __sk_buff *skb, __u32 at, int from_pod
 	look = look_at(skb, at, from_pod ? FROM_POD : FROM_OUTSIDE);
 	if (look == NOBODYS)
 		return TC_ACT_UNSPEC;
+	/* Not before: nearly all packets are nobody's. */
+	p = (struct packet){};
 	if (look == KNOWN) {
 		verdict = forward_usual(skb, at, from_pod, &p, &to);
 		if (verdict != PASS)
@@ -100,7 +102,7 @@ static __always_inline int ingress(struct __sk_buff *skb, __u32 at, int from_pod
 
 static __always_inline int egress(struct __sk_buff *skb, __u32 at)
 {
-	struct packet p = {};
+	struct packet p;
 	struct tuple to;
 	enum look look;
 	__u32 verdict = PASS;
@@ -109,6 +111,7 @@ static __always_inline int egress(struct __sk_buff *skb, __u32 at)
 	look = look_at(skb, at, LEAVING);
 	if (look == NOBODYS)
 		return TC_ACT_UNSPEC;
+	p = (struct packet){};
 	if (look == KNOWN) {
 		verdict = answer_usual(skb, at, &p, &to);
 		if (verdict != PASS)
