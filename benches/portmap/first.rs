@@ -25,6 +25,8 @@ pub struct Fresh {
     pub links: u16,
     pub add: Series,
     pub del: Series,
+    /// A call that does nothing, in the place of ADD: what starting a process takes then.
+    pub version: Series,
 }
 
 /// Ours alone.
@@ -64,6 +66,14 @@ fn first(ours: &[&Contestant], plan: &Plan) -> Res<Vec<(Variant, Series)>> {
     Ok(all)
 }
 
+/// The processor is idle while `ip` waits for the kernel, which makes whatever comes next slower.
+const NEW_LINK: &str = "
+ip link add pod-new type veth peer name eth-new netns /run/netns/pod-b
+ip address add 10.88.0.1/32 dev pod-new
+ip link set pod-new up
+ip route add 10.88.250.2/32 dev pod-new src 10.88.0.1
+";
+
 fn new_links(contestant: &Contestant, links: u16, rounds: usize) -> Res<Fresh> {
     let rig = Rig::new(contestant.variant)?;
     let about = Attachment {
@@ -81,21 +91,22 @@ fn new_links(contestant: &Contestant, links: u16, rounds: usize) -> Res<Fresh> {
         }
         let resident = Attachment::other(0);
         contestant.call(Verb::Add, &resident)?.must()?;
-        let (mut add, mut del) =
-            (contestant.call(Verb::Add, &about)?, contestant.call(Verb::Del, &about)?);
-        let mut fresh = Fresh { links, add: Series::default(), del: Series::default() };
+        let mut add = contestant.call(Verb::Add, &about)?;
+        let mut del = contestant.call(Verb::Del, &about)?;
+        let mut version = contestant.call(Verb::Version, &about)?;
+        let empty = Series::default;
+        let mut fresh = Fresh { links, add: empty(), del: empty(), version: empty() };
         for round in 0..=rounds {
-            shell(
-                "ip link add pod-new type veth peer name eth-new netns /run/netns/pod-b
-                 ip address add 10.88.0.1/32 dev pod-new
-                 ip link set pod-new up
-                 ip route add 10.88.250.2/32 dev pod-new src 10.88.0.1",
-            )?;
+            shell(NEW_LINK)?;
+            let started = version.must()?;
+            shell("ip link del pod-new")?;
+            shell(NEW_LINK)?;
             let (added, deleted) = (add.must()?, del.must()?);
             shell("ip link del pod-new")?;
             if round > 0 {
                 fresh.add.push(added);
                 fresh.del.push(deleted);
+                fresh.version.push(started);
             }
         }
         Ok(fresh)
@@ -115,11 +126,12 @@ pub fn table(starts: &Starts) -> String {
             series.wall.len(),
         );
     }
-    text += "\n| eBPF, other pod links | ADD ms (min; cpu) | DEL ms (min; cpu) |\n|--:|--:|--:|\n";
+    text += "\n| eBPF, other pod links | VERSION ms (min; cpu) | ADD ms (min; cpu) | DEL ms (min; cpu) |\n|--:|--:|--:|--:|\n";
     for fresh in &starts.fresh {
         text += &format!(
-            "| {} | {} | {} |\n",
+            "| {} | {} | {} | {} |\n",
             fresh.links,
+            times(Some(&fresh.version)),
             times(Some(&fresh.add)),
             times(Some(&fresh.del))
         );
@@ -132,8 +144,13 @@ pub fn json(starts: &Starts) -> Value {
         .first
         .iter()
         .map(|(variant, series)| json!({"backend": variant.to_string(), "cost": series.json()}));
-    let fresh = starts.fresh.iter().map(
-        |fresh| json!({"links": fresh.links, "add": fresh.add.json(), "del": fresh.del.json()}),
-    );
+    let fresh = starts.fresh.iter().map(|fresh| {
+        json!({
+            "links": fresh.links,
+            "version": fresh.version.json(),
+            "add": fresh.add.json(),
+            "del": fresh.del.json(),
+        })
+    });
     json!({"first": first.collect::<Vec<_>>(), "new_link": fresh.collect::<Vec<_>>()})
 }

@@ -30,7 +30,8 @@ mod udp;
 use std::error::Error;
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
@@ -158,6 +159,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// A copy, as on a node: a file that was written from end to end is in the page cache in large pieces,
+/// what a linker has just written in single pages, of which a process has to map each by itself.
+fn installed(binary: &Path) -> io::Result<PathBuf> {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bench");
+    fs::create_dir_all(&dir)?;
+    let copy = dir.join("portmap");
+    // A process of an earlier run may still have it open.
+    match fs::remove_file(&copy) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => fs::copy(binary, &copy)?,
+    };
+    Ok(copy)
+}
+
 fn run(options: &Options) -> Res<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err("network namespaces need root; benches/README.md says how to run it".into());
@@ -166,6 +181,7 @@ fn run(options: &Options) -> Res<()> {
     let plan = if options.quick { Plan::quick() } else { Plan::full() };
     // Threads that enter a mount namespace leave the working directory behind.
     let ours = fs::canonicalize(&options.ours)
+        .and_then(|binary| installed(&binary))
         .map_err(|e| format!("--ours {}: {e}", options.ours.display()))?;
     let peer = match options.no_peer {
         true => None,

@@ -18,9 +18,13 @@ use crate::traffic::{Exchanges, connections, datagrams, serve_datagrams, serve_e
 
 /// A port that no claim has, in the pod that has no hostPort.
 const UNKNOWN: (Ipv4Addr, u16) = (DIRECT.0, 9000);
-/// Programs that packets meet, and the one that connect(2) of IPv4 meets.
+/// Programs that packets meet.
 const PACKETS: &[&str] = &["pm_uplink_in", "pm_pod_in", "pm_out"];
-const CALLS: &[&str] = &["pm_connect4"];
+/// The same, with the empty ones behind them.
+const CONTROLLED: &[&str] =
+    &["pm_uplink_in", "pm_pod_in", "pm_out", "empty_uplink_in", "empty_pod_in", "empty_out"];
+/// The one that connect(2) of IPv4 meets.
+pub const CALLS: &[&str] = &["pm_connect4"];
 
 /// The kernel counts while this lives; reading the clock makes every program slower.
 pub struct Counting {
@@ -81,8 +85,8 @@ enum Kind {
 }
 
 pub const TRAFFIC: [Traffic; 5] = [
-    Traffic { name: "TCP", concern: Concern::Others, programs: PACKETS, kind: Kind::Tcp },
-    Traffic { name: "UDP", concern: Concern::Others, programs: PACKETS, kind: Kind::Udp },
+    Traffic { name: "TCP", concern: Concern::Others, programs: CONTROLLED, kind: Kind::Tcp },
+    Traffic { name: "UDP", concern: Concern::Others, programs: CONTROLLED, kind: Kind::Udp },
     Traffic {
         name: "TCP by a hostPort",
         concern: Concern::Ours,
@@ -137,7 +141,7 @@ impl Talk {
         }
     }
 
-    /// Nanoseconds a run of each program that the traffic meets.
+    /// Nanoseconds a run of each of the programs.
     pub fn round(
         &mut self,
         rig: &Rig,
@@ -156,14 +160,6 @@ impl Talk {
         }
         Ok(costs)
     }
-}
-
-/// Nanoseconds that counting adds, with what a program takes for a frame that it ignores.
-pub fn empty(program: &Program, counting: &Counting, frame: &[u8], repeats: u32) -> Res<f64> {
-    let (runs, nanoseconds) = counting.of(program)?;
-    program.test_run(frame, 0, 0, repeats)?;
-    let after = counting.of(program)?;
-    mean(program.name(), after.0 - runs, after.1 - nanoseconds)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of a fraction of a second fit in a double")]

@@ -1,5 +1,6 @@
 //! What the eBPF programs cost a packet: tried alone, and counted by the kernel in real traffic.
 
+mod control;
 mod counted;
 mod frame;
 mod trial;
@@ -18,13 +19,13 @@ use crate::process::number;
 use crate::rig::Rig;
 use crate::stats::{median, min};
 use crate::{Res, Variant, progress};
-use counted::{Counting, TRAFFIC, Talk};
+use counted::{CALLS, Counting, TRAFFIC, Talk};
 use trial::Case;
 
 /// What a packet has to do with hostPorts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Concern {
-    /// It is not even IP.
+    /// It is not even IP, or the program does nothing.
     Nothing,
     /// No claim has its ports: what almost all packets are.
     Others,
@@ -77,6 +78,7 @@ impl Programs {
                 }
             }
         }
+        programs.extend(control::attach()?);
         Ok(Self(programs))
     }
 
@@ -151,14 +153,11 @@ fn counted(nodes: &mut [Node], plan: &Plan) -> Res<Vec<Row>> {
     let met = TRAFFIC.iter().flat_map(|traffic| {
         traffic.programs.iter().map(|program| (*program, traffic.name, traffic.concern))
     });
-    let alone = TRAFFIC[0].programs;
-    let ignored = alone.iter().map(|program| (*program, "ARP", Concern::Nothing));
     let mut rows: Vec<Row> = met
-        .chain(ignored)
         .map(|(program, packet, concern)| Row {
             program,
             packet,
-            concern,
+            concern: if program.starts_with("empty_") { Concern::Nothing } else { concern },
             single: false,
             nanoseconds: empty.clone(),
         })
@@ -169,10 +168,6 @@ fn counted(nodes: &mut [Node], plan: &Plan) -> Res<Vec<Row>> {
             for traffic in &TRAFFIC {
                 let Node { rig, programs, talk } = &mut *node;
                 figures.extend(talk.round(rig, programs, traffic, &counting, plan.rate_time)?);
-            }
-            for name in alone {
-                let program = node.programs.get(name)?;
-                figures.push(counted::empty(program, &counting, &frame::arp(), plan.repeats)?);
             }
             if round > 0 {
                 push(&mut rows, index, figures);
@@ -190,7 +185,7 @@ fn push(rows: &mut [Row], node: usize, figures: Vec<f64>) {
 
 impl Costs {
     /// What packets of others cost on average, on the node where that is more: tried, and counted
-    /// without what counting itself takes. NaN if it was not measured.
+    /// beyond an empty program. NaN if it was not measured.
     pub fn of_others(&self) -> (f64, f64) {
         let worst = |figure: &dyn Fn(usize) -> f64| {
             (0..self.claims.len()).map(figure).fold(f64::NAN, f64::max)
@@ -208,9 +203,8 @@ impl Costs {
 /// Over programs and kinds of packets. Calls are none.
 #[expect(clippy::cast_precision_loss, reason = "a few rows")]
 fn average(rows: &[Row], concern: Concern, node: usize) -> f64 {
-    let of_packets = |row: &&Row| {
-        row.concern == concern && !row.single && TRAFFIC[0].programs.contains(&row.program)
-    };
+    let of_packets =
+        |row: &&Row| row.concern == concern && !row.single && !CALLS.contains(&row.program);
     let figures: Vec<f64> =
         rows.iter().filter(of_packets).map(|row| median(&row.nanoseconds[node])).collect();
     figures.iter().sum::<f64>() / figures.len() as f64
@@ -238,7 +232,7 @@ pub fn table(costs: &Costs) -> String {
     }
     let (tried, counted) = costs.of_others();
     text += &format!(
-        "Packets of others on average: {} ns tried, {} ns counted (without what counting takes).\n\n\
+        "Packets of others on average: {} ns tried, {} ns counted (beyond an empty program).\n\n\
          § one run at a time, with the clock's own time in it.\n",
         number(tried, 0),
         number(counted, 0),
