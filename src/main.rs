@@ -158,6 +158,7 @@ fn on_terminal(
     let mut terminal = Terminal {
         input: &mut std::io::stdin().lock(),
         output: &mut std::io::stdout().lock(),
+        questions: &mut std::io::stderr(),
         interactive: std::io::stdin().is_terminal(),
         // Any value but an empty one means no (no-color.org).
         colour: std::io::stdout().is_terminal()

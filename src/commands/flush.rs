@@ -55,8 +55,8 @@ fn ask(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<(), Co
     records.retain(|record| {
         options.network.is_none_or(|network| record.attachment.network == network)
     });
-    for record in records.iter().filter(|_| !options.json) {
-        writeln!(terminal.output, "  {}", describe(record))?;
+    for record in &records {
+        writeln!(terminal.questions, "  {}", describe(record))?;
     }
     if !terminal.interactive {
         return Err(CommandError::Refused(format!(

@@ -26,7 +26,10 @@ const CHANGING: &str = "changing what is in the kernel";
 /// The person at the other end.
 pub struct Terminal<'a> {
     pub input: &'a mut dyn BufRead,
+    /// The report, and nothing else: a program may read it.
     pub output: &'a mut dyn Write,
+    /// What is asked, and what somebody has to know to answer.
+    pub questions: &'a mut dyn Write,
     /// Whether somebody can answer.
     pub interactive: bool,
     /// Whether the output is shown by a terminal, to somebody who wants colours.
@@ -36,8 +39,8 @@ pub struct Terminal<'a> {
 impl Terminal<'_> {
     /// Asks; anything but `y` or `yes` is a no.
     fn confirm(&mut self, question: &str) -> io::Result<bool> {
-        write!(self.output, "{question} [y/N] ")?;
-        self.output.flush()?;
+        write!(self.questions, "{question} [y/N] ")?;
+        self.questions.flush()?;
         let mut answer = String::new();
         self.input.read_line(&mut answer)?;
         Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))

@@ -1,5 +1,5 @@
-//! `portmap list`, `who` and `gc`: what they say of a node, on every backend, and that looking changes
-//! nothing. Golden texts need no root: `UPDATE_GOLDEN=1 cargo test --test see` writes them anew.
+//! `portmap list`, `who`, `gc` and `flush`: what they say of a node, on every backend, and that looking
+//! changes nothing. Golden texts need no root: `UPDATE_GOLDEN=1 cargo test --test see` writes them anew.
 #![allow(
     clippy::disallowed_methods,
     clippy::unwrap_used,
@@ -7,6 +7,7 @@
     reason = "a test says by a panic that it failed"
 )]
 
+mod flush;
 mod gc;
 mod golden;
 mod list;
