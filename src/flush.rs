@@ -40,20 +40,25 @@ impl<'a> Flush<'a> {
         others: &'a [Record],
         facts: &'a NodeFacts,
     ) -> Self {
-        let claims = added
-            .iter()
-            .chain(&removed)
-            .flat_map(|record| record.claims())
-            .filter(|claim| is_flushed(claim.protocol))
-            .collect();
+        let claims = flushed_claims(added.iter().chain(&removed).copied());
         let former_pods = removed
             .iter()
             .flat_map(|record| &record.addresses)
             .map(ipnetwork::IpNetwork::ip)
             .collect();
-        let mut holders: Vec<&Record> = others.iter().chain(added).collect();
-        holders.sort_by_key(|record| std::cmp::Reverse(record.order));
+        let holders = newest_first(others.iter().chain(added));
         Flush { claims, holders, former_pods, facts }
+    }
+
+    /// Rules of `records` have been missing, or may have been, and are there again.
+    #[must_use]
+    pub fn restored(records: &[&'a Record], facts: &'a NodeFacts) -> Self {
+        Flush {
+            claims: flushed_claims(records.iter().copied()),
+            holders: newest_first(records.iter().copied()),
+            former_pods: BTreeSet::new(),
+            facts,
+        }
     }
 
     /// Protocols and ports of one family, to preselect entries.
@@ -102,6 +107,16 @@ impl<'a> Flush<'a> {
         };
         find(Some(destination.ip())).or_else(|| find(None)).map(|forward| forward.target)
     }
+}
+
+fn flushed_claims<'a>(records: impl Iterator<Item = &'a Record>) -> BTreeSet<Claim> {
+    records.flat_map(Record::claims).filter(|claim| is_flushed(claim.protocol)).collect()
+}
+
+fn newest_first<'a>(records: impl Iterator<Item = &'a Record>) -> Vec<&'a Record> {
+    let mut records: Vec<&Record> = records.collect();
+    records.sort_by_key(|record| std::cmp::Reverse(record.order));
+    records
 }
 
 #[cfg(test)]
@@ -166,6 +181,25 @@ mod tests {
         let flush = Flush::new(Some(&specific), None, &others, &facts);
         assert!(flush.takes(&flow("192.0.2.9:53", "10.0.0.3:53")));
         assert!(!flush.takes(&flow("192.0.2.1:53", "10.0.0.3:53")));
+    }
+
+    #[test]
+    fn what_began_without_rules_is_taken() {
+        let facts = node();
+        let older = record("o", &["10.0.0.2/24"], &["udp 53 53"], BackendKind::Iptables, 1);
+        let newer = record("n", &["10.0.0.3/24"], &["udp 53 53"], BackendKind::Iptables, 2);
+        let other = record("x", &["10.0.0.4/24"], &["sctp 9 9"], BackendKind::Iptables, 3);
+        let flush = Flush::restored(&[&older, &newer, &other], &facts);
+        for (to, now_at, taken) in [
+            ("192.0.2.1:53", "192.0.2.1:53", true),
+            ("192.0.2.1:53", "10.0.0.2:53", true),
+            ("192.0.2.1:53", "10.0.0.3:53", false),
+            ("192.0.2.1:9", "192.0.2.1:9", false),
+            ("203.0.113.7:53", "203.0.113.7:53", false),
+        ] {
+            assert_eq!(flush.takes(&flow(to, now_at)), taken, "{to} {now_at}");
+        }
+        assert_eq!(flush.ports(Family::V4), [(Protocol::Sctp, 9), (Protocol::Udp, 53)]);
     }
 
     #[test]

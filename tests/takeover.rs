@@ -313,6 +313,52 @@ fn udp_follows_a_claim_of_its_address() {
     }
 }
 
+/// What a firewall's reload has taken away comes back, also for a client that has begun meanwhile and
+/// never stops sending: each of its packets keeps an entry that is not translated.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs conntrack"]
+fn udp_that_began_without_rules_is_forwarded_once_they_are_back() {
+    for variant in VARIANTS.into_iter().filter(|variant| *variant != Variant::Ebpf) {
+        let lab = lab(2);
+        let node = Node::new(&lab.node, variant);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[], &[53]).unwrap()).collect();
+        let first = pod(&node, &lab, 0);
+        let mut second = pod(&node, &lab, 1);
+        second.0["runtimeConfig"]["portMappings"] = json!([mapping(PORT + 1, 80, "tcp")]);
+        node.ok("ADD", &first.0, &first.1);
+        let restore = || {
+            node.restore(false);
+        };
+        let add = || {
+            node.ok("ADD", &second.0, &second.1);
+        };
+        let heals: [(u16, &dyn Fn()); 2] = [(41_000, &restore), (41_001, &add)];
+        for family in lab.options.families.clone() {
+            for (port, heal) in heals {
+                node.damage();
+                // The firewall that was loaded again tracks connections.
+                node.shell(
+                    "nft 'table inet fw { chain input { type filter hook input priority 0; ct state established accept; }; }'",
+                );
+                let target = lab.node_socket(family, PORT);
+                let mut call = Call::new(Transport::Udp, target, TIMEOUT);
+                call.bind = Some(SocketAddr::new(lab.client_address(family), port));
+                let name = if family == Family::V4 { "ipv4" } else { "ipv6" };
+                udp_steps(Session::open(&lab.client, call).unwrap(), |expect| {
+                    let list = format!("conntrack -L -f {name} -p udp --sport {port} 2>/dev/null");
+                    let deadline = Instant::now() + Duration::from_secs(5);
+                    while !node.shell(&list).contains(&format!("dport={PORT}")) {
+                        assert!(Instant::now() < deadline, "{variant:?}: nothing is tracked");
+                    }
+                    heal();
+                    expect("pod-a");
+                });
+            }
+            node.ok("DEL", &second.0, &second.1);
+        }
+    }
+}
+
 /// Keeps a flow busy while `steps` run. They are given a function that fails unless the flow is
 /// answered by that pod within a second.
 fn udp_steps(mut flow: Session, steps: impl FnOnce(&dyn Fn(&str))) {

@@ -3,7 +3,7 @@
 use super::Engine;
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::flush::Flush;
+use crate::flush::{self, Flush};
 use crate::model::Family;
 use crate::record::{IndexKey, Record};
 use crate::sys::{netlink, sysctl};
@@ -62,7 +62,23 @@ impl Engine<'_> {
                 return self.host.warn(format!("conntrack entries are not flushed: {error}"));
             }
         };
-        let flush = Flush::new(added, removed, &others, facts);
+        self.delete_flows(&Flush::new(added, removed, &others, facts));
+    }
+
+    /// Of attachments whose rules may have been missing: a flow that began meanwhile was not translated,
+    /// and would not be for as long as its packets keep coming.
+    pub(super) fn flush_restored<'b>(
+        &self,
+        records: impl IntoIterator<Item = &'b Record>,
+        facts: &NodeFacts,
+    ) {
+        let concerned: Vec<&Record> = records.into_iter().filter(|r| flush::concerns(r)).collect();
+        if !concerned.is_empty() {
+            self.delete_flows(&Flush::restored(&concerned, facts));
+        }
+    }
+
+    fn delete_flows(&self, flush: &Flush) {
         for family in Family::ALL {
             let ports = flush.ports(family);
             if let Err(error) = netlink::conntrack::delete(family, &ports, |flow| flush.takes(flow))

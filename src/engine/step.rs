@@ -145,6 +145,9 @@ impl Engine<'_> {
                 self.host.warn(format!("{error}: {}", error.details()));
             }
         }
+        // What is added has a flush of its own.
+        let is_added = |record: &Record| added.is_some_and(|added| added.id() == record.id());
+        self.flush_restored(records.iter().filter(|record| !is_added(record)), facts);
         match self.remember_facts(kind, &NodeFacts::default(), facts) {
             // The rules are right. Where the disk is full, DEL is what makes room.
             Err(error) if added.is_none() => {
