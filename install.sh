@@ -318,9 +318,12 @@ if [ -n "$url" ] || [ -n "$sha256" ]; then
     case $sha256 in *[!0-9a-f]*) sha256= ;; esac
     [ "${#sha256}" = 64 ] || misuse "--sha256 needs the 64 hexadecimal digits that sha256sum prints"
 fi
+# Paths are the caller's: a build changes the directory.
 case $dest in /*) ;; *) dest=$PWD/$dest ;; esac
 dest=${dest%/}
 case $source in '' | /*) ;; *) source=$PWD/$source ;; esac
+case $conflist in '' | auto | /*) ;; *) conflist=$PWD/$conflist ;; esac
+case $conf_dir in '' | /*) ;; *) conf_dir=$PWD/$conf_dir ;; esac
 here=$(cd -- "$(dirname -- "$0")" && pwd)
 target=$dest/portmap
 

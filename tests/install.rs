@@ -247,6 +247,31 @@ fn a_build_is_found_wherever_cargo_put_it() {
     assert_eq!(fs::read(dir.join("bin/portmap")).unwrap(), fs::read(built).unwrap());
 }
 
+/// The script builds in its own directory.
+#[test]
+fn relative_paths_are_those_of_the_caller_also_after_a_build() {
+    let dir = Dir::new("relative");
+    let shell = Shell::dash(&dir);
+    let source = source(&dir, &shell);
+    program(&shell, "cc", "");
+    let artifact = format!(r#"{{"executable":"{}"}}"#, env!("CARGO_BIN_EXE_portmap"));
+    program(&shell, "cargo", &format!("printf '%s\\n' '{artifact}'"));
+    let before = r#"{"cniVersion": "1.0.0", "name": "x", "plugins": [{"type": "ptp"}]}"#;
+    for conflist in ["net.d/10-x.conflist", "auto"] {
+        for place in [&dir.0, &source] {
+            fs::create_dir_all(place.join("net.d")).unwrap();
+            fs::write(place.join("net.d/10-x.conflist"), before).unwrap();
+        }
+        let mut command = shell.command(&source.join("install.sh"));
+        command.args(["--dest", "bin", "--conf-dir", "net.d", "--conflist", conflist]);
+        succeeds(command.current_dir(&dir.0).env("HOME", &dir.0));
+        assert_eq!(names(&dir.join("bin")), ["portmap"], "{conflist}");
+        let read = |place: &Path| fs::read_to_string(place.join("net.d/10-x.conflist")).unwrap();
+        assert!(read(&dir.0).contains("\"portmap\""), "{conflist}");
+        assert_eq!(read(&source), before, "{conflist}");
+    }
+}
+
 /// Debian's base has no linker, and Rust brings none.
 #[test]
 fn what_cargo_links_with_is_installed_where_apt_is() {
