@@ -110,6 +110,52 @@ fn a_backend_that_cannot_be_read_keeps_nobody_else_from_being_restored() {
     node.flush();
 }
 
+/// A chain of somebody else's that an attachment builds on is for them to put back.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_cannot_be_put_back_is_not_called_repaired() {
+    for variant in [Variant::IptablesNft, Variant::IptablesLegacy] {
+        let lab = Lab::build(Options { pods: 2, ..Options::new(Shape::Ptp) }).unwrap();
+        let node = Node::new(&lab.node, variant);
+        let make = "for t in iptables ip6tables; do $t -t nat -N THEIRS; $t -t nat -A THEIRS -j MARK --set-xmark 1/1; done";
+        node.shell(make);
+        let before = node.snapshot();
+        let call = |pod: usize| {
+            let mappings = json!([{"hostPort": 8080 + pod, "containerPort": 80}]);
+            let config = node.config(mappings, prev_result(&lab, pod, "1.0.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let mut pods = [call(0), call(1)];
+        pods[0].0["externalSetMarkChain"] = json!("THEIRS");
+        pods.iter().for_each(|(config, pod)| drop(node.ok("ADD", config, pod)));
+        node.damage();
+        let restore = || {
+            let mut command = std::process::Command::new(PORTMAP);
+            command.env_clear().env("PATH", &node.path).args(["restore", "--state-dir"]);
+            plugin::run(command.arg(&node.state_dir), b"", node.netns).unwrap()
+        };
+        for repaired in [1, 0] {
+            let output = restore();
+            assert_eq!(output.status, Some(1), "{}", output.stdout);
+            let expected = format!("2 attachments, {repaired} repaired");
+            assert!(output.stdout.contains(&expected), "{variant:?} {}", output.stdout);
+            assert!(!output.stdout.contains("repaired container c0"), "{}", output.stdout);
+            let named = "container c0 interface eth0 on network portmap is not repaired";
+            assert!(output.stderr.contains(named), "{}", output.stderr);
+            let missing = "its externalSetMarkChain THEIRS is missing (IPv6)";
+            assert!(output.stdout.contains(missing), "{}", output.stdout);
+            node.ok("CHECK", &pods[1].0, &pods[1].1);
+        }
+        node.shell(make);
+        assert!(restore().success());
+        for (config, pod) in &pods {
+            node.ok("CHECK", config, pod);
+            node.ok("DEL", config, pod);
+        }
+        node.assert_clean(&before);
+    }
+}
+
 /// A runtime's call has the lock.
 #[test]
 #[ignore = "privileged: makes network namespaces"]

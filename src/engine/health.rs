@@ -96,12 +96,36 @@ impl Engine<'_> {
         for (kind, records) in wrong {
             let lost =
                 Lost { without: restored.dead.iter().map(Record::id).collect(), ..Lost::default() };
-            match self.restore_without(kind, None, None, &lost, &facts, &BTreeSet::new()) {
-                Ok(()) => restored.repaired.extend(records),
+            let left = self
+                .restore_without(kind, None, None, &lost, &facts, &BTreeSet::new())
+                .and_then(|()| self.problems_left(kind));
+            match left {
+                Ok(mut left) => {
+                    for (record, problems) in records {
+                        match left.remove(&record.id()) {
+                            None => restored.repaired.push((record, problems)),
+                            Some(left) => restored.failed.push(Error::Drift(format!(
+                                "{} is not repaired: {}",
+                                record.attachment,
+                                left.join("; ")
+                            ))),
+                        }
+                    }
+                }
                 Err(error) => restored.failed.push(error),
             }
         }
         Ok(restored)
+    }
+
+    /// What is wrong with which record, by its id. Not everything can be put back: the chain that
+    /// `externalSetMarkChain` names, or programs at a cgroup that another program has for itself.
+    fn problems_left(&self, kind: BackendKind) -> Result<BTreeMap<String, Vec<String>>> {
+        let (mut records, _) = self.store.all()?;
+        records.retain(|record| record.backend == kind);
+        let problems = self.problems_of_all(kind, &records)?;
+        let ids = records.iter().map(Record::id);
+        Ok(ids.zip(problems).filter(|(_, problems)| !problems.is_empty()).collect())
     }
 }
 
