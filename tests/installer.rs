@@ -8,6 +8,8 @@
     reason = "these tests run the program and look at the files that it leaves"
 )]
 
+#[path = "support/executable.rs"]
+mod executable;
 #[path = "support/golden.rs"]
 mod golden;
 #[path = "support/running.rs"]
@@ -21,6 +23,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
+use executable::write_executable;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use portmap::conf::Options;
@@ -603,6 +606,42 @@ fn check_config_tells_by_its_status_what_is_wrong() {
     assert_eq!(report["options"]["snat"], true);
     fails(&mut check(&["/nowhere"]), "/nowhere does not exist");
     fails(check(&["-"]).stdin(Stdio::null()), "standard input: line 1, column 1: this is not JSON");
+}
+
+/// What iptables 1.8.9 says, with its exit status, when its `-w 15` is over.
+#[test]
+#[ignore = "privileged: probes a backend in a network namespace"]
+fn a_lock_that_somebody_else_has_says_nothing_against_a_list() {
+    let node = Node::new("check-busy");
+    let list = node.write("10-x.conflist", CILIUM_WITH);
+    fs::create_dir_all(node.bin()).unwrap();
+    let message = "Another app is currently holding the xtables lock. Stopped waiting after 15s.";
+    write_executable(
+        &node.bin().join("iptables-restore"),
+        format!("#!/bin/sh\necho '{message}' >&2\nexit 4\n"),
+    );
+    let check = |arguments: &[&str]| {
+        let mut command = Command::new(PORTMAP);
+        command.arg("check-config").args(arguments).arg(&list).env("PATH", node.bin());
+        command.output().unwrap()
+    };
+    let output = check(&[]);
+    let said = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("backend               auto, on this node not known now\n"), "{said}");
+    let warning = "warning: which backend auto takes cannot be told now: another process has held the lock /run/xtables.lock for 15 s";
+    assert!(said.contains(warning), "{said}");
+    let report: Value = serde_json::from_slice(&check(&["--json"]).stdout).unwrap();
+    assert_eq!(report["backend"], Value::Null);
+    assert_eq!(report["findings"].as_array().unwrap().len(), 1, "{report}");
+    // An ADD with a backend that is named waits.
+    node.write(
+        "10-x.conflist",
+        &CILIUM_WITH
+            .replace("\"type\": \"portmap\"", "\"type\": \"portmap\", \"backend\": \"iptables\""),
+    );
+    let output = check(&[]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
 }
 
 /// Compares what a command says with `testdata/golden/commands`; `UPDATE_GOLDEN=1` writes it.

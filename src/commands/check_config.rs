@@ -56,21 +56,13 @@ pub fn run(
         analyse(&text).map_err(|refusal| CommandError::Refused(format!("{shown}: {refusal}")))?;
     let progress = Progress::begin("portmap check-config");
     progress.step("trying the backends out");
-    let backend = analysis.conf.as_ref().map(|conf| choose(host, conf));
+    let chosen = analysis.conf.as_ref().map(|conf| choose(host, conf));
     drop(progress);
-    if let Some(Err(reason)) = &backend {
-        analysis.findings.push(Finding {
-            severity: Severity::Broken,
-            position: None,
-            problem: reason.clone(),
-            fix: "install nft or iptables, or name a backend that works here".into(),
-        });
-    }
-    let backend = backend.and_then(Result::ok);
+    analysis.findings.extend(chosen.as_ref().and_then(finding));
     if options.json {
-        writeln!(terminal.output, "{}", as_json(&shown, &analysis, backend))?;
+        writeln!(terminal.output, "{}", as_json(&shown, &analysis, chosen.as_ref()))?;
     } else {
-        write!(terminal.output, "{}", as_text(&shown, &analysis, backend))?;
+        write!(terminal.output, "{}", as_text(&shown, &analysis, chosen.as_ref()))?;
     }
     Ok(match analysis.findings.iter().map(|finding| finding.severity).max() {
         None => Verdict::Fine,
@@ -80,17 +72,56 @@ pub fn run(
 }
 
 /// The backend of an ADD here and now.
-fn choose(host: &Host, conf: &NetConf) -> Result<BackendKind, String> {
+enum Chosen {
+    Kind(BackendKind),
+    /// Another process has what the trial needs, and auto does not pass over a backend that may well
+    /// work: which one it takes shows when that is over.
+    Unknown(String),
+    /// None: an ADD fails.
+    Nothing(String),
+}
+
+impl Chosen {
+    fn kind(&self) -> Option<BackendKind> {
+        match self {
+            Chosen::Kind(kind) => Some(*kind),
+            Chosen::Unknown(_) | Chosen::Nothing(_) => None,
+        }
+    }
+}
+
+fn choose(host: &Host, conf: &NetConf) -> Chosen {
     let Some(kind) = conf.backend else {
-        return probe(host).map_err(|error| error.to_string());
+        return match probe(host) {
+            Ok(kind) => Chosen::Kind(kind),
+            Err(error @ Error::Busy { .. }) => Chosen::Unknown(error.to_string()),
+            Err(error) => Chosen::Nothing(error.to_string()),
+        };
     };
     match backend::of(kind).probe(host) {
         // Somebody else is at work, and an ADD would wait for that.
-        Ok(()) | Err(Unusable::Busy(_)) => Ok(kind),
+        Ok(()) | Err(Unusable::Busy(_)) => Chosen::Kind(kind),
         Err(Unusable::Broken(reason)) => {
-            Err(format!("the backend {kind} does not work on this node: {reason}"))
+            Chosen::Nothing(format!("the backend {kind} does not work on this node: {reason}"))
         }
     }
+}
+
+fn finding(chosen: &Chosen) -> Option<Finding> {
+    let (severity, problem, fix) = match chosen {
+        Chosen::Kind(_) => return None,
+        Chosen::Unknown(reason) => (
+            Severity::Warning,
+            format!("which backend auto takes cannot be told now: {reason}"),
+            "portmap check-config once more",
+        ),
+        Chosen::Nothing(reason) => (
+            Severity::Broken,
+            reason.clone(),
+            "install nft or iptables, or name a backend that works here",
+        ),
+    };
+    Some(Finding { severity, position: None, problem, fix: fix.into() })
 }
 
 /// Every option as it will be, with its default where nothing is said.
@@ -118,7 +149,7 @@ fn settings(conf: &NetConf) -> Vec<(&'static str, Value)> {
     settings
 }
 
-fn as_json(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> Value {
+fn as_json(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> Value {
     let options: Option<serde_json::Map<_, _>> = analysis.conf.as_ref().map(|conf| {
         settings(conf).into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     });
@@ -128,13 +159,13 @@ fn as_json(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> Va
         "cniVersion": analysis.cni_version,
         "plugins": analysis.plugins,
         "configuredBackend": analysis.conf.as_ref().map(|conf| conf.backend.map_or("auto", BackendKind::name)),
-        "backend": backend.map(BackendKind::name),
+        "backend": chosen.and_then(Chosen::kind).map(BackendKind::name),
         "options": options,
         "findings": analysis.findings,
     })
 }
 
-fn as_text(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> String {
+fn as_text(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> String {
     let mut text = format!("{shown}: {}", analysis.plugins.join(", then "));
     if !analysis.name.is_empty() {
         let _ = write!(
@@ -148,11 +179,12 @@ fn as_text(shown: &str, analysis: &Analysis, backend: Option<BackendKind>) -> St
         );
     }
     text.push('\n');
-    if let Some(conf) = &analysis.conf {
-        let backend = match (conf.backend, backend) {
-            (_, None) => "none works here".to_owned(),
-            (None, Some(kind)) => format!("auto, on this node {kind}"),
-            (Some(_), Some(kind)) => kind.to_string(),
+    if let (Some(conf), Some(chosen)) = (&analysis.conf, chosen) {
+        let backend = match (conf.backend, chosen) {
+            (_, Chosen::Nothing(_)) => "none works here".to_owned(),
+            (_, Chosen::Unknown(_)) => "auto, on this node not known now".to_owned(),
+            (None, Chosen::Kind(kind)) => format!("auto, on this node {kind}"),
+            (Some(_), Chosen::Kind(kind)) => kind.to_string(),
         };
         let _ = writeln!(text, "  {:<21} {backend}", "backend");
         for (key, value) in settings(conf) {
