@@ -49,6 +49,14 @@ fn record(id: &str, order: u64, addresses: &[&str], mappings: &[&str]) -> Record
     Record { order, ..Record::new(attachment, mappings, addresses, Options::default(), kind) }
 }
 
+fn with_destination(mut record: Record) -> Record {
+    record.options.conditions_v4 = ["!", "-d", "198.51.100.0/24"].map(Into::into).into();
+    record.statements_v4 = vec![json!({"match": {"op": "!=",
+        "left": {"payload": {"protocol": "ip", "field": "daddr"}},
+        "right": {"prefix": {"addr": "198.51.100.0", "len": 24}}}})];
+    record
+}
+
 /// Attachments, oldest first, by the name of what they show. The last one is the one that comes and
 /// goes on the fast path.
 fn cases() -> Vec<(&'static str, Vec<Record>)> {
@@ -101,6 +109,13 @@ fn cases() -> Vec<(&'static str, Vec<Record>)> {
             "specific-and-any",
             vec![
                 record("a", 1, &["10.88.0.2/24"], &["tcp 80 1 192.0.2.1", "tcp 81 1"]),
+                record("b", 2, &["10.88.0.3/24"], &["tcp 80 2", "tcp 81 2"]),
+            ],
+        ),
+        (
+            "specific-and-any-with-destination",
+            vec![
+                with_destination(record("a", 1, &dual, &["tcp 80 1 192.0.2.1", "tcp 81 1"])),
                 record("b", 2, &["10.88.0.3/24"], &["tcp 80 2", "tcp 81 2"]),
             ],
         ),

@@ -359,6 +359,63 @@ fn udp_that_began_without_rules_is_forwarded_once_they_are_back() {
     }
 }
 
+/// Upstream's own example of a condition, of a pod that claims one port of an address and others of any,
+/// while another pod wants that port too. Neither keeps the other from coming.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_condition_on_the_destination_goes_with_a_contested_address() {
+    for variant in VARIANTS.into_iter().filter(|variant| *variant != Variant::Ebpf) {
+        for newest_is_any in [true, false] {
+            let lab = lab(2);
+            let node = Node::new(&lab.node, variant);
+            let before = node.snapshot();
+            let _servers: Vec<_> =
+                lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+            let (mut specific, mut any) = (pod(&node, &lab, 0), pod(&node, &lab, 1));
+            let mut of_address = Vec::new();
+            for family in lab.options.families.clone() {
+                let mut mapping = mapping(PORT, 80, "tcp");
+                mapping["hostIP"] = json!(lab.node_address(family));
+                of_address.push(mapping);
+            }
+            of_address.push(mapping(PORT + 1, 80, "tcp"));
+            specific.0["runtimeConfig"]["portMappings"] = json!(of_address);
+            let condition = |family: &str, network: &str| match variant {
+                Variant::Nftables => json!([family, "daddr", "!=", network]),
+                _ => json!(["!", "-d", network]),
+            };
+            specific.0["conditionsV4"] = condition("ip", "203.0.113.0/24");
+            specific.0["conditionsV6"] = condition("ip6", "fd00:203::/64");
+            any.0["runtimeConfig"]["portMappings"] = json!([mapping(PORT, 80, "tcp")]);
+            let mut order = [&specific, &any];
+            if !newest_is_any {
+                order.reverse();
+            }
+            for (config, pod) in order {
+                node.ok("ADD", config, pod);
+            }
+            for (config, pod) in order {
+                node.ok("CHECK", config, pod);
+            }
+            for family in lab.options.families.clone() {
+                let (own, other) = (lab.node_address(family), lab.second_node_address(family));
+                for (ip, port, owner) in
+                    [(own, PORT, "pod-a"), (other, PORT, "pod-b"), (other, PORT + 1, "pod-a")]
+                {
+                    let target = SocketAddr::new(ip, port);
+                    let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT));
+                    assert_eq!(reply.unwrap().server, owner, "{variant:?} {target}");
+                }
+            }
+            node.restore(false);
+            for (config, pod) in order {
+                node.ok("DEL", config, pod);
+            }
+            node.assert_clean(&before);
+        }
+    }
+}
+
 /// Keeps a flow busy while `steps` run. They are given a function that fails unless the flow is
 /// answered by that pod within a second.
 fn udp_steps(mut flow: Session, steps: impl FnOnce(&dyn Fn(&str))) {

@@ -140,9 +140,24 @@ pub fn promoted_rules(
     ports
         .into_iter()
         .flat_map(|((ip, protocol), ports)| {
-            entries(record, family, &format!("-d {ip}/{} ", family.max_prefix()), protocol, &ports)
+            // A rule takes `-d` once, and conditions come as they are. No packet that meets the rule has
+            // been translated yet.
+            let destination = match record.options.conditions(family).iter().any(|w| is_dash_d(w)) {
+                true => format!("-m conntrack --ctorigdst {ip} "),
+                false => format!("-d {ip}/{} ", family.max_prefix()),
+            };
+            entries(record, family, &destination, protocol, &ports)
         })
         .collect()
+}
+
+/// Whether a word of a rule is the option for the destination address, in any of the ways in which
+/// getopt_long(3) takes it: with its value behind it, and long names cut short.
+fn is_dash_d(word: &str) -> bool {
+    let name = word.split('=').next().unwrap_or_default();
+    name == "--dst"
+        || (name.len() >= "--de".len() && "--destination".starts_with(name))
+        || (word.starts_with("-d") && !word.starts_with("--"))
 }
 
 fn entries(
@@ -237,4 +252,19 @@ fn quote(word: &str) -> String {
 /// The parser of iptables-restore splits at white space and knows quotes and backslashes.
 fn quote_if_needed(word: &str) -> String {
     if word.contains([' ', '"', '\'', '\\', '#']) { quote(word) } else { word.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_is_known_in_all_its_spellings() {
+        for word in ["-d", "-d10.0.0.0/8", "--dst", "--dst=10.0.0.0/8", "--destination", "--dest"] {
+            assert!(is_dash_d(word), "{word}");
+        }
+        for word in ["-s", "--dport", "--dports", "--dst-type", "--dst-range", "--d", "!", "dst"] {
+            assert!(!is_dash_d(word), "{word}");
+        }
+    }
 }
