@@ -457,6 +457,35 @@ fn the_watch_waits_for_directories_and_for_lists_that_can_be_read() {
     watch.stop(Signal::SIGINT);
 }
 
+/// A node on which other programs have used up what the kernel gives of inotify.
+#[test]
+#[ignore = "privileged: makes a user namespace"]
+fn the_watch_looks_by_the_clock_where_there_is_no_inotify() {
+    for (limit, why) in [
+        ("max_inotify_instances", "inotify instances are used up (fs.inotify.max_user_instances)"),
+        ("max_inotify_watches", "inotify watches are used up (fs.inotify.max_user_watches)"),
+    ] {
+        let node = Node::new(limit);
+        let list = node.write("10-x.conflist", CILIUM);
+        let install = node.install();
+        let mut command = Command::new("unshare");
+        // Limits of the user namespace, beside those of the user.
+        let script = format!("echo 0 >/proc/sys/user/{limit} && exec \"$@\"");
+        command.args(["-Ur", "sh", "-c", &script, "sh"]).arg(install.get_program());
+        command.args(install.get_args()).arg("--conflist").stdin(Stdio::null());
+        let watch = Watch::start(&mut command);
+        watch.says(&format!("cannot watch directories: this user's {why}; looking every 60 s"));
+        watch.says("installed");
+        watch.says("put portmap behind cilium-cni");
+        assert_eq!(read(&list), CILIUM_WITH);
+        // A look follows the pause of a repair.
+        fs::remove_file(node.portmap()).unwrap();
+        watch.says("installed");
+        assert!(same(&node.portmap(), Path::new(PORTMAP)));
+        watch.stop(Signal::SIGTERM);
+    }
+}
+
 /// Runs `body` with `$dest` on a fresh tmpfs that only this script sees; `$portmap` is the program.
 fn on_tmpfs(node: &Node, options: &str, body: &str) {
     let mount = node.0.join("mount");

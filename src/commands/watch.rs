@@ -41,7 +41,7 @@ enum Looked {
 /// Installs and then waits for changes. `pause` is the shortest time between two repairs of one file.
 /// One line per action goes to `log`.
 pub fn run(options: &Options, pause: Duration, log: &mut dyn Write) -> Result<(), CommandError> {
-    let failed = |error| Error::io("watch directories", error);
+    let failed = |error| Error::io("wait for changes", error);
     let mut events = Events::open().map_err(failed)?;
     let kept =
         |hint| Kept { throttle: Throttle::new(pause), problem: None, said: Vec::new(), hint };
@@ -61,8 +61,23 @@ pub fn run(options: &Options, pause: Duration, log: &mut dyn Write) -> Result<()
     directories.extend(options.list.iter().map(|_| list_dir));
     let shown: Vec<String> = directories.iter().map(|dir| dir.display().to_string()).collect();
     say(log, &format!("watching {}", shown.join(" and ")))?;
+    let mut blind: Option<String> = None;
     loop {
-        events.watch(&directories).map_err(failed)?;
+        // Pods need the binary also where nobody tells when it goes.
+        let problem = events.watch(&directories).err().map(|error| error.to_string());
+        if problem != blind {
+            say(
+                log,
+                &match &problem {
+                    Some(problem) => format!(
+                        "cannot watch directories: {problem}; looking every {} s instead",
+                        LOOK_AGAIN.as_secs()
+                    ),
+                    None => "watching directories again".to_owned(),
+                },
+            )?;
+            blind = problem;
+        }
         let mut timeout = LOOK_AGAIN;
         binary.keep(&events, &mut timeout, log, |notes| {
             keep_binary(&options.dest, &mut seen, notes)

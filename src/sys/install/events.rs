@@ -25,7 +25,8 @@ pub enum Wake {
 
 /// The two sources of events.
 pub struct Events {
-    inotify: Inotify,
+    /// `None` as long as the kernel gives none.
+    inotify: Option<Inotify>,
     signals: SignalFd,
     watched: BTreeMap<PathBuf, WatchDescriptor>,
     start: Instant,
@@ -40,7 +41,7 @@ impl Events {
         stop.add(Signal::SIGINT);
         stop.thread_block()?;
         Ok(Events {
-            inotify: Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?,
+            inotify: None,
             signals: SignalFd::with_flags(&stop, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
             watched: BTreeMap::new(),
             start: Instant::now(),
@@ -55,7 +56,18 @@ impl Events {
 
     /// Waits for changes in these directories from now on. Of one that does not exist, the nearest
     /// that does is watched for it to appear.
+    ///
+    /// # Errors
+    ///
+    /// What cannot be watched; a `wait` then ends by its timeout, unless a directory that can be changes.
     pub fn watch(&mut self, directories: &[&Path]) -> io::Result<()> {
+        let inotify = match &self.inotify {
+            Some(inotify) => inotify,
+            None => {
+                let flags = InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK;
+                self.inotify.insert(Inotify::init(flags).map_err(named)?)
+            }
+        };
         let flags = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_CLOSE_WRITE
             | AddWatchFlags::IN_ATTRIB
@@ -67,20 +79,25 @@ impl Events {
         loop {
             let wanted = nearest(directories);
             let mut watched = BTreeMap::new();
+            let mut failed = None;
             for path in &wanted {
-                match self.inotify.add_watch(path, flags) {
+                match inotify.add_watch(path, flags) {
                     Ok(descriptor) => drop(watched.insert(path.clone(), descriptor)),
                     // Gone again: the next round finds another.
                     Err(Errno::ENOENT | Errno::ENOTDIR) => {}
-                    Err(error) => return Err(error.into()),
+                    // The others are watched all the same.
+                    Err(error) => failed = Some(named(error)),
                 }
             }
             for old in self.watched.values().filter(|old| !watched.values().any(|new| new == *old))
             {
                 // The kernel has removed that of a directory that is gone.
-                let _ = self.inotify.rm_watch(*old);
+                let _ = inotify.rm_watch(*old);
             }
             self.watched = watched;
+            if let Some(error) = failed {
+                return Err(error);
+            }
             // One that appeared before its parent was watched.
             if nearest(directories) == wanted && self.watched.len() == wanted.len() {
                 return Ok(());
@@ -106,8 +123,8 @@ impl Events {
     /// Waits; true if a stop signal has come.
     fn poll(&self, changes: bool, timeout: Duration) -> io::Result<bool> {
         let mut descriptors = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        if changes {
-            descriptors.push(PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN));
+        if let Some(inotify) = self.inotify.as_ref().filter(|_| changes) {
+            descriptors.push(PollFd::new(inotify.as_fd(), PollFlags::POLLIN));
         }
         // Rounded up, so that the time is over when it says so.
         let milliseconds = i32::try_from(timeout.as_millis().saturating_add(1)).unwrap_or(i32::MAX);
@@ -122,15 +139,29 @@ impl Events {
 
     /// Takes what there is; true if there was anything.
     fn drain(&self) -> io::Result<bool> {
+        let Some(inotify) = &self.inotify else { return Ok(false) };
         let mut any = false;
         loop {
-            match self.inotify.read_events() {
+            match inotify.read_events() {
                 Ok(events) => any |= !events.is_empty(),
                 Err(Errno::EAGAIN) => return Ok(any),
                 Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+/// The limits of inotify have errors of files (inotify_init1(2), inotify_add_watch(2)).
+fn named(error: Errno) -> io::Error {
+    match error {
+        Errno::EMFILE => io::Error::other(
+            "this user's inotify instances are used up (fs.inotify.max_user_instances)",
+        ),
+        Errno::ENOSPC => io::Error::other(
+            "this user's inotify watches are used up (fs.inotify.max_user_watches)",
+        ),
+        error => error.into(),
     }
 }
 
