@@ -341,3 +341,84 @@ fn a_damaged_record_stays_until_its_rules_are_gone() {
     assert!(!file.exists());
     node.assert_clean(&before);
 }
+
+/// Tools of both variants, those without a suffix being of `first`.
+fn path_of_both(node: &mut Node, first: Variant) {
+    let dir = node.state_dir.with_file_name(format!("both-{first:?}"));
+    std::fs::create_dir_all(&dir).unwrap();
+    for (variant, infix) in [(Variant::IptablesNft, "-nft"), (Variant::IptablesLegacy, "-legacy")] {
+        let tools = variant.path(&dir);
+        for tool in std::fs::read_dir(&tools).unwrap() {
+            let tool = tool.unwrap();
+            let name = tool.file_name().into_string().unwrap();
+            let program = std::fs::read_link(tool.path()).unwrap();
+            let (head, tail) = name.split_at(name.find('-').unwrap_or(name.len()));
+            let mut names = vec![format!("{head}{infix}{tail}")];
+            names.extend((variant == first).then_some(name));
+            for name in names {
+                drop(std::os::unix::fs::symlink(&program, dir.join(name)));
+            }
+        }
+    }
+    node.path = dir;
+}
+
+/// `update-alternatives --config iptables`, or another image of the node.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn rules_of_the_other_iptables_go_with_their_attachment() {
+    let variants = [Variant::IptablesNft, Variant::IptablesLegacy];
+    for (first, then) in [(variants[0], variants[1]), (variants[1], variants[0])] {
+        for restored in [false, true] {
+            let lab = lab(Shape::Bridge, 2);
+            let _servers: Vec<_> =
+                lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+            let mut node = Node::new(&lab.node, first);
+            let before = node.snapshot();
+            path_of_both(&mut node, first);
+            let pods = [0, 1].map(|pod: usize| {
+                let ports = mappings(&[8080 + u16::try_from(pod).unwrap()]);
+                let config = node.config(ports, prev_result(&lab, pod, "1.0.0"));
+                (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+            });
+            pods.iter().for_each(|(config, pod)| drop(node.ok("ADD", config, pod)));
+            path_of_both(&mut node, then);
+            if restored {
+                assert!(node.restore(false).stdout.contains("2 repaired"));
+            }
+            let [gone, stays] = &pods;
+            for _ in 0..2 {
+                node.ok("DEL", &gone.0, &gone.1);
+                for tool in ["iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"]
+                {
+                    let rules = node.shell(&format!("{tool} -t nat -S"));
+                    assert!(!rules.contains("\"c0"), "{first:?} {tool}: {rules}");
+                }
+                assert_eq!(who_answers(&lab, 8080), None, "{first:?}");
+                assert_eq!(who_answers(&lab, 8081).as_deref(), Some("pod-b"), "{first:?}");
+            }
+            node.ok("CHECK", &stays.0, &stays.1);
+            node.ok("DEL", &stays.0, &stays.1);
+            node.assert_clean(&before);
+        }
+    }
+}
+
+/// The mere existence of a table makes kube-proxy, and people, think that it is used.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_repeated_del_makes_no_table_of_iptables() {
+    let lab = lab(Shape::Bridge, 1);
+    let mut node = Node::new(&lab.node, Variant::Nftables);
+    path_of_both(&mut node, Variant::IptablesLegacy);
+    with_all_tools(&mut node);
+    let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+    let pod = attachment(&lab.pods[0], "c0");
+    let names = "cat /proc/thread-self/net/ip_tables_names /proc/thread-self/net/ip6_tables_names";
+    node.ok("ADD", &config, &pod);
+    for _ in 0..2 {
+        node.ok("DEL", &config, &pod);
+        assert_eq!(node.shell(names), "");
+        assert!(!node.shell("nft list tables").contains(" nat"));
+    }
+}

@@ -35,21 +35,41 @@ fn tool(family: Family) -> &'static str {
     }
 }
 
+fn restore_tool(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables-restore",
+        Family::V6 => "ip6tables-restore",
+    }
+}
+
 /// Sends `text` to iptables-restore: each table is one transaction. Empty text does nothing.
 pub fn restore(host: &Host, family: Family, text: &str) -> Result<(), ToolError> {
-    if text.is_empty() { Ok(()) } else { run_restore(host, family, text, &[]) }
+    if text.is_empty() { Ok(()) } else { run_restore(host, restore_tool(family), text, &[]) }
+}
+
+/// As [`restore`], in the tables of one variant.
+pub fn restore_in(
+    host: &Host,
+    which: Variant,
+    family: Family,
+    text: &str,
+) -> Result<(), ToolError> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let names = [restore_tool(family), which.restore_tool(family)];
+    match which.among(host, names) {
+        Some(tool) => run_restore(host, tool, text, &[]),
+        None => Err(ToolError::Missing { tool: names[1].to_owned() }),
+    }
 }
 
 /// Has iptables-restore read `text` and change nothing.
 pub fn test(host: &Host, family: Family, text: &str) -> Result<(), ToolError> {
-    run_restore(host, family, text, &["--test"])
+    run_restore(host, restore_tool(family), text, &["--test"])
 }
 
-fn run_restore(host: &Host, family: Family, text: &str, more: &[&str]) -> Result<(), ToolError> {
-    let tool = match family {
-        Family::V4 => "iptables-restore",
-        Family::V6 => "ip6tables-restore",
-    };
+fn run_restore(host: &Host, tool: &str, text: &str, more: &[&str]) -> Result<(), ToolError> {
     let wait = WAIT_SECONDS.to_string();
     let args = [&["--noflush", "-w", &wait], more].concat();
     host.tools.run(tool, &args, text).map(drop).map_err(|error| match error {
@@ -110,6 +130,20 @@ impl Variant {
             (Variant::Legacy, Family::V6) => ["ip6tables", "ip6tables-legacy"],
         }
     }
+
+    fn restore_tool(self, family: Family) -> &'static str {
+        match (self, family) {
+            (Variant::Nft, Family::V4) => "iptables-nft-restore",
+            (Variant::Legacy, Family::V4) => "iptables-legacy-restore",
+            (Variant::Nft, Family::V6) => "ip6tables-nft-restore",
+            (Variant::Legacy, Family::V6) => "ip6tables-legacy-restore",
+        }
+    }
+
+    /// The first of the tools that is of this variant.
+    fn among(self, host: &Host, tools: [&'static str; 2]) -> Option<&'static str> {
+        tools.into_iter().find(|tool| variant(host, tool) == Some(self))
+    }
 }
 
 /// Which one a tool is; `None` if it is not installed.
@@ -122,26 +156,35 @@ fn variant(host: &Host, tool: &str) -> Option<Variant> {
 /// The table nat of each variant that has one in this network namespace. Where none is, no tool is
 /// started: it might make one.
 pub fn nat_tables(host: &Host, family: Family) -> Vec<(Variant, Result<Listing, ToolError>)> {
-    let mut tables = Vec::new();
-    for which in Variant::ALL {
-        let there = match which {
-            Variant::Nft => NftReader::open()
-                .and_then(|mut nft| nft.table_exists(family.into(), "nat"))
-                .unwrap_or(false),
-            Variant::Legacy => legacy_tables(family).is_some_and(|names| names.contains("nat")),
-        };
-        if !there {
-            continue;
-        }
+    let table = |which| Some((which, table_in(host, which, family, "nat")?));
+    Variant::ALL.into_iter().filter_map(table).collect()
+}
+
+/// A table of one variant, if it is there.
+pub fn table_in(
+    host: &Host,
+    which: Variant,
+    family: Family,
+    table: &str,
+) -> Option<Result<Listing, ToolError>> {
+    let there = match which {
+        Variant::Nft => NftReader::open()
+            .and_then(|mut nft| nft.table_exists(family.into(), table))
+            .unwrap_or(false),
+        Variant::Legacy => legacy_tables(family).is_some_and(|names| names.contains(table)),
+    };
+    there.then(|| {
         let names = which.tools(family);
-        let tool = names.into_iter().find(|tool| variant(host, tool) == Some(which));
-        let listing = match tool {
-            Some(tool) => execute(host, tool, "nat", "-S"),
+        match which.among(host, names) {
+            Some(tool) => execute(host, tool, table, "-S"),
             None => Err(ToolError::Missing { tool: names[1].to_owned() }),
-        };
-        tables.push((which, listing));
-    }
-    tables
+        }
+    })
+}
+
+/// The variant of the tools in PATH is the other one.
+pub fn other_variant(host: &Host, family: Family) -> Variant {
+    if is_nft(host, family) { Variant::Legacy } else { Variant::Nft }
 }
 
 /// The tables that iptables-legacy has in the kernel; `None` if that cannot be read.

@@ -8,6 +8,7 @@ mod marks;
 pub mod path;
 pub mod rules;
 pub mod script;
+mod variants;
 
 use std::collections::BTreeSet;
 
@@ -229,39 +230,19 @@ impl Apply for Iptables {
             // ADD and precedes them on DEL, so the order of the tables does not matter.
             restore(host, family, &(raw + &nat))
                 .map_err(|error| failed("change the rules", family, error))?;
+            match variants::clear_other(host, desired, &state) {
+                // A repeated DEL comes upon it again; nobody else is the worse for it.
+                Err(error) if desired.added.is_some() || desired.purge.is_empty() => {
+                    host.warn(format!("{error}: {}", error.details()));
+                }
+                other => other?,
+            }
         }
         Ok(())
     }
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
-        for family in Family::ALL {
-            let listing = match list(host, family, "nat") {
-                Ok(listing) => listing,
-                Err(error @ ToolError::Busy { .. }) => {
-                    return Err(failed("read the rules", family, error));
-                }
-                // A family that cannot be read holds nothing: no record says otherwise.
-                Err(_) => continue,
-            };
-            let chains: BTreeSet<String> = match unrecorded {
-                Unrecorded::One { chain, .. } => BTreeSet::from([(*chain).to_owned()]),
-                Unrecorded::AllBut { network, keep, recorded } => listing
-                    .attachments()
-                    .into_iter()
-                    .filter(|found| {
-                        found.network == *network && !keep.contains(found.container_id.as_str())
-                    })
-                    .map(|found| found.chain)
-                    .filter(|chain| !recorded.contains(chain))
-                    .collect(),
-            };
-            let text = script::purge(&chains, &listing);
-            if !text.is_empty() {
-                restore(host, family, &text)
-                    .map_err(|error| failed("remove the rules", family, error))?;
-            }
-        }
-        Ok(())
+        variants::remove_unrecorded(host, unrecorded)
     }
 }
 
