@@ -404,6 +404,121 @@ fn rules_of_the_other_iptables_go_with_their_attachment() {
     }
 }
 
+/// A firewall's reload takes rules and sets with it, and may come back without the set.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_set_that_is_gone_is_the_matter_of_who_named_it() {
+    for variant in [Variant::IptablesNft, Variant::IptablesLegacy] {
+        let lab = lab(Shape::Bridge, 3);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+        let node = Node::new(&lab.node, variant);
+        node.shell("ipset create clients hash:net; ipset add clients 198.51.100.0/24");
+        let before = node.snapshot();
+        let pods = [0, 1, 2].map(|pod: usize| {
+            let ports = mappings(&[8080 + u16::try_from(pod).unwrap()]);
+            let config = node.config(ports, prev_result(&lab, pod, "1.0.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        });
+        let [mut named, other, newer] = pods;
+        named.0["conditionsV4"] = json!(["-m", "set", "--match-set", "clients", "src"]);
+        for (config, pod) in [&named, &other] {
+            node.ok("ADD", config, pod);
+        }
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        node.damage();
+        node.shell("ipset destroy clients");
+        let output = node.ok("ADD", &newer.0, &newer.1);
+        assert!(output.stderr.contains("c0") && output.stderr.contains("clients"), "{output:?}");
+        for (pod, (config, key)) in [("pod-b", &other), ("pod-c", &newer)] {
+            node.ok("CHECK", config, key);
+            let port = if pod == "pod-b" { 8081 } else { 8082 };
+            assert_eq!(who_answers(&lab, port).as_deref(), Some(pod), "{variant:?}");
+        }
+        node.fails("CHECK", &named.0, &named.1);
+        let (_, text) = node.fails("ADD", &named.0, &named.1);
+        assert!(text.contains("clients"), "{text}");
+        node.shell("ipset create clients hash:net; ipset add clients 198.51.100.0/24");
+        node.ok("ADD", &named.0, &named.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        for (config, pod) in [&other, &named, &newer] {
+            node.ok("DEL", config, pod);
+        }
+        node.assert_clean(&before);
+    }
+}
+
+/// A node may have iptables without ip6tables, and nft.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn pods_with_ipv6_get_a_backend_that_has_it() {
+    for variant in [Variant::IptablesNft, Variant::IptablesLegacy] {
+        let lab = lab(Shape::Bridge, 2);
+        let mut node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        with_all_tools(&mut node);
+        for tool in ["", "-save", "-restore"] {
+            std::fs::remove_file(node.path.join(format!("ip6tables{tool}"))).unwrap();
+        }
+        let pods = [0, 1].map(|pod: usize| {
+            let ports = mappings(&[8080 + u16::try_from(pod).unwrap()]);
+            let mut config = node.config(ports, prev_result(&lab, pod, "1.0.0"));
+            config.as_object_mut().unwrap().remove("backend");
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        });
+        let [mut ipv4, dual] = pods;
+        let ips = ipv4.0["prevResult"]["ips"].as_array_mut().unwrap();
+        ips.retain(|ip| !ip["address"].as_str().unwrap().contains(':'));
+        for _ in 0..2 {
+            for ((config, pod), backend) in [(&ipv4, "iptables"), (&dual, "nftables")] {
+                node.ok("ADD", config, pod);
+                let record =
+                    std::fs::read_to_string(record_file(&node, &pod.container_id)).unwrap();
+                assert!(record.contains(&format!("\"backend\":\"{backend}\"")), "{record}");
+            }
+        }
+        for (config, pod) in [&ipv4, &dual] {
+            node.ok("CHECK", config, pod);
+            node.ok("DEL", config, pod);
+        }
+        node.assert_clean(&before);
+    }
+}
+
+/// The owner's tools may have left the node with its image, and the owner be dead.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_owner_whose_tools_are_gone_does_not_keep_its_port() {
+    for (first, then) in
+        [(Variant::IptablesNft, Variant::Nftables), (Variant::Nftables, Variant::IptablesLegacy)]
+    {
+        let lab = lab(Shape::Bridge, 2);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+        let mut node = Node::new(&lab.node, first);
+        let before = node.snapshot();
+        let pods = [0, 1].map(|pod: usize| {
+            let mut config = node.config(mappings(&[8080]), prev_result(&lab, pod, "1.0.0"));
+            config.as_object_mut().unwrap().remove("backend");
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        });
+        let [owner, newer] = &pods;
+        let tools_of_owner = node.path.clone();
+        node.ok("ADD", &owner.0, &owner.1);
+        node.path = then.path(&node.state_dir.with_file_name("then"));
+        let whole = node.snapshot();
+        let output = node.ok("ADD", &newer.0, &newer.1);
+        let warned =
+            format!("claims the same port through {} and cannot be moved", first.backend());
+        assert!(output.stderr.contains(&warned), "{}", output.stderr);
+        let output = node.ok("DEL", &newer.0, &newer.1);
+        assert!(!output.stderr.contains("interrupted"), "{}", output.stderr);
+        assert_eq!(node.snapshot().same_rules(&whole), Ok(()));
+        node.path = tools_of_owner;
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{first:?}");
+        node.ok("DEL", &owner.0, &owner.1);
+        node.assert_clean(&before);
+    }
+}
+
 /// The mere existence of a table makes kube-proxy, and people, think that it is used.
 #[test]
 #[ignore = "privileged: makes network namespaces"]

@@ -86,6 +86,7 @@ done <<'END'
 nft nftables
 iptables iptables
 iptables-legacy iptables
+ipset ipset
 conntrack conntrack
 ip iproute2
 tc iproute2

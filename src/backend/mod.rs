@@ -133,6 +133,11 @@ pub trait Observe {
     /// Whether the backend works on this node, tried out in a network namespace of its own.
     fn probe(&self, host: &Host) -> Result<(), Unusable>;
 
+    /// Whether one that works does so for IPv6, where that is a matter of its own.
+    fn probe_ipv6(&self, _host: &Host) -> Result<(), Unusable> {
+        Ok(())
+    }
+
     /// Why it should not be chosen without being asked for although it works, and how to ask for it.
     fn objection(&self, _host: &Host) -> Option<String> {
         None
@@ -221,7 +226,7 @@ pub trait Apply {
     }
 
     /// Fails where an ADD would stop half-way for want of something that can be known before.
-    fn prepare(&self) -> Result<()> {
+    fn prepare(&self, _host: &Host) -> Result<()> {
         Ok(())
     }
 
@@ -278,21 +283,22 @@ pub fn of(kind: BackendKind) -> &'static dyn Backend {
 }
 
 /// An attachment that uses everything a backend has to be able to do, for probes. Its addresses are
-/// of the ranges for documentation (RFC 5737).
-fn probe_record(backend: BackendKind) -> Record {
+/// of the ranges for documentation (RFC 5737, RFC 3849).
+fn probe_record(backend: BackendKind, family: Family) -> Record {
     use crate::model::{Mapping, Protocol};
     let attachment =
         Attachment { network: "probe".into(), container_id: "probe".into(), ifname: "eth0".into() };
     let mapping = |protocol| Mapping { protocol, host_port: 1, container_port: 1, host_ip: None };
-    let addresses = ipnetwork::Ipv4Network::new(std::net::Ipv4Addr::new(192, 0, 2, 1), 32)
-        .map(|network| vec![network.into()])
-        .unwrap_or_default();
+    let address: std::net::IpAddr = match family {
+        Family::V4 => [192, 0, 2, 1].into(),
+        Family::V6 => [0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into(),
+    };
     Record {
         localnet_device: Some("eth0".into()),
         ..Record::new(
             attachment,
             vec![mapping(Protocol::Tcp), mapping(Protocol::Udp)],
-            addresses,
+            vec![address.into()],
             crate::conf::Options::default(),
             backend,
         )

@@ -92,7 +92,7 @@ impl Chosen {
 
 fn choose(host: &Host, conf: &NetConf) -> Chosen {
     let Some(kind) = conf.backend else {
-        return match probe(host) {
+        return match probe(host, false) {
             Ok(kind) => Chosen::Kind(kind),
             Err(error @ Error::Busy { .. }) => Chosen::Unknown(error.to_string()),
             Err(error) => Chosen::Nothing(error.to_string()),

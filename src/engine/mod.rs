@@ -28,8 +28,6 @@ pub use health::Restored;
 use step::Lost;
 pub use survey::{lock_to_look, survey};
 
-/// Name of the note that says which backend `auto` chose.
-const BACKEND_NOTE: &str = "backend";
 /// Name of the note with the records of a step that has begun: if it is there, the step was killed or
 /// failed half-way, and the kernel may be in any state between.
 const PENDING_NOTE: &str = "pending";
@@ -115,24 +113,28 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// The configured backend, or the first that works. What was found is remembered until the next
-    /// boot or until other tools are in PATH.
-    pub fn choose_backend(&self, configured: Option<BackendKind>) -> Result<BackendKind> {
+    /// The configured backend, or the first that works for a pod with or without an IPv6 address. What
+    /// was found is remembered until the next boot or until other tools are in PATH.
+    pub fn choose_backend(
+        &self,
+        configured: Option<BackendKind>,
+        ipv6: bool,
+    ) -> Result<BackendKind> {
         if let Some(kind) = configured {
             return Ok(kind);
         }
-        if let Some(kind) = self.remembered_backend()? {
+        if let Some(kind) = self.remembered_backend(ipv6)? {
             return Ok(kind);
         }
-        let kind = probe(self.host)?;
+        let kind = probe(self.host, ipv6)?;
         let fingerprint = self.host.tools_fingerprint();
-        self.store.set_note(BACKEND_NOTE, Some(&format!("{kind}\n{fingerprint}")))?;
+        self.store.set_note(backend_note(ipv6), Some(&format!("{kind}\n{fingerprint}")))?;
         Ok(kind)
     }
 
-    /// What `auto` has chosen, as long as calls go by it.
-    pub fn remembered_backend(&self) -> Result<Option<BackendKind>> {
-        let note = self.store.note(BACKEND_NOTE)?.unwrap_or_default();
+    /// What `auto` has chosen for such pods, as long as calls go by it.
+    pub fn remembered_backend(&self, ipv6: bool) -> Result<Option<BackendKind>> {
+        let note = self.store.note(backend_note(ipv6))?.unwrap_or_default();
         let (name, known) = note.split_once('\n').unwrap_or_default();
         let kind = BackendKind::ALL.into_iter().find(|kind| kind.name() == name);
         Ok(kind.filter(|_| known == self.host.tools_fingerprint()))
@@ -145,8 +147,9 @@ impl<'a> Engine<'a> {
             Some(old) if old.backend != record.backend => (None, Some(old)),
             old => (old, None),
         };
-        self.backend(record.backend)?.prepare()?;
+        self.backend(record.backend)?.prepare(self.host)?;
         old.map_or(Ok(()), |old| backend::of(old.backend).admit())?;
+        other_backend.map_or(Ok(()), |old| self.backend(old.backend)?.prepare(self.host))?;
         let before = self.store.parts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
         let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
@@ -300,9 +303,16 @@ impl<'a> Engine<'a> {
             Some(old) => self.store.put(old, Some(record)).and_then(|()| {
                 let kinds = BTreeSet::from([record.backend, old.backend]);
                 self.release_unused_localnets("")?;
-                kinds.into_iter().try_for_each(|kind| {
-                    self.restore_without(kind, None, None, &lost, facts, &none)
-                })
+                let restore = |kind| self.restore_without(kind, None, None, &lost, facts, &none);
+                // One that fails keeps no other from its former state.
+                let errors: Vec<Error> =
+                    kinds.into_iter().filter_map(|kind| restore(kind).err()).collect();
+                match errors.is_empty() {
+                    true => Ok(()),
+                    false => {
+                        Err(Error::Several { what: "restoring what was there".into(), errors })
+                    }
+                }
             }),
             None => self
                 .release_unused_localnets(&record.id())
@@ -339,13 +349,19 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// The first backend that works, in the order of preference. One that is busy may well work: it is
-/// not passed over.
-pub fn probe(host: &Host) -> Result<BackendKind> {
+/// Name of the note that says which backend `auto` chose.
+fn backend_note(ipv6: bool) -> &'static str {
+    if ipv6 { "backend-ipv6" } else { "backend" }
+}
+
+/// The first backend that works, in the order of preference: for IPv4 alone, or for IPv6 too. One that
+/// is busy may well work: it is not passed over.
+pub fn probe(host: &Host, ipv6: bool) -> Result<BackendKind> {
     let mut reasons = Vec::new();
     for kind in BackendKind::ALL {
         let backend = backend::of(kind);
-        match backend.probe(host) {
+        let more = || if ipv6 { backend.probe_ipv6(host) } else { Ok(()) };
+        match backend.probe(host).and_then(|()| more()) {
             Ok(()) => match backend.objection(host) {
                 None => return Ok(kind),
                 Some(objection) => reasons.push(format!("{kind}: {objection}")),

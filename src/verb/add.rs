@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use ipnetwork::IpNetwork;
+
 use super::to_json;
 use crate::backend::iptables::script;
 use crate::cni::envelope::Envelope;
@@ -10,7 +12,7 @@ use crate::cni::invocation::Invocation;
 use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::facts::NodeFacts;
+use crate::facts::{NodeFacts, is_bridge_of_pods};
 use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
@@ -64,7 +66,8 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         }
         return Ok(reply);
     }
-    let kind = engine.choose_backend(request.conf.backend)?;
+    let ipv6 = request.addresses.iter().any(IpNetwork::is_ipv6);
+    let kind = engine.choose_backend(request.conf.backend, ipv6)?;
     let facts = host.node_facts()?;
     let record = plan(&engine, &request, kind, old.as_ref(), &facts)?;
     resolve_conflicts(&engine, &request, &record)?;
@@ -131,11 +134,14 @@ fn plan(
 }
 
 /// Whether the way to the pod leads over a device that leads out of the node as well: a macvlan or
-/// ipvlan pod, which has no link of its own on the host.
+/// ipvlan pod, which has no link of its own on the host. Those of a bridge's pods are its ports.
 fn shares_an_uplink(host: &Host, record: &Record, facts: &NodeFacts) -> Result<bool> {
+    let links = host.links()?;
+    let has_links =
+        |name: &str| links.iter().any(|link| link.name == name && is_bridge_of_pods(link, &links));
     for network in &record.addresses {
-        if host.device_towards(network.ip())?.is_some_and(|device| facts.uplinks.contains(&device))
-        {
+        let device = host.device_towards(network.ip())?;
+        if device.is_some_and(|device| facts.uplinks.contains(&device) && !has_links(&device)) {
             return Ok(true);
         }
     }
@@ -275,9 +281,20 @@ fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts
                 ));
             } else {
                 let mut moved = Record { backend: record.backend, ..other.clone() };
-                fit_to_backend(engine.host, &mut moved)?;
-                engine.add(&moved, Some(&other), facts)?;
-                todo.push(moved);
+                let done = fit_to_backend(engine.host, &mut moved)
+                    .and_then(|()| engine.add(&moved, Some(&other), facts));
+                match done {
+                    Ok(()) => todo.push(moved),
+                    // Its tools may have left the node, and the pod be dead: a port that is asked for
+                    // now does not wait for it.
+                    Err(error) => engine.host.warn(format!(
+                        "{} claims the same port through {} and cannot be moved to {}: {error}: {}",
+                        other.attachment,
+                        other.backend,
+                        record.backend,
+                        error.details()
+                    )),
+                }
             }
         }
     }

@@ -1,5 +1,5 @@
 //! STATUS: whether an ADD would work. Runtimes turn a failure into "node not ready", so it is
-//! reported only if the next ADD could not succeed.
+//! reported only if the next ADD could not succeed. Whether pods have IPv6 addresses nobody has said yet.
 
 use crate::backend::{self, Unusable};
 use crate::cni::envelope::Envelope;
@@ -24,7 +24,7 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
                 Error::BackendUnusable { backend: kind.to_string(), reason }
             }
         }),
-        None => probe(host).map(drop),
+        None => probe(host, false).map(drop),
     };
     match result {
         // Somebody else is at work, and an ADD would wait for that.

@@ -176,7 +176,7 @@ impl Apply for Ebpf {
         loaded::refuse_newer()
     }
 
-    fn prepare(&self) -> Result<()> {
+    fn prepare(&self, _host: &Host) -> Result<()> {
         trial::prepare()
     }
 

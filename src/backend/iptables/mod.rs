@@ -3,6 +3,7 @@
 //! Writing is one `iptables-restore --noflush` per family, reading goes through the `iptables` crate.
 
 pub mod check;
+mod left_out;
 pub mod listing;
 mod marks;
 pub mod path;
@@ -31,25 +32,11 @@ pub struct Iptables;
 
 impl Observe for Iptables {
     fn probe(&self, host: &Host) -> Result<(), Unusable> {
-        let sample = super::probe_record(crate::model::BackendKind::Iptables);
-        let desired = script::Desired {
-            family: Family::V4,
-            records: vec![&sample],
-            purge: &BTreeSet::new(),
-            uplinks: &["eth0".to_owned()],
-            keep_base: false,
-            stale_bits: BTreeSet::new(),
-        };
-        let text = script::restore_nat(&desired, &Listing::default())
-            + &script::restore_raw(true, &Listing::default());
-        match in_scratch_netns(|| restore(host, Family::V4, &text)) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error @ ToolError::Busy { .. })) => {
-                Err(Unusable::Busy(error.into_error(String::new())))
-            }
-            Ok(Err(error)) => Err(Unusable::Broken(error.to_string())),
-            Err(reason) => Err(Unusable::Broken(reason)),
-        }
+        probe(host, Family::V4)
+    }
+
+    fn probe_ipv6(&self, host: &Host) -> Result<(), Unusable> {
+        probe(host, Family::V6)
     }
 
     fn problems(
@@ -161,6 +148,15 @@ impl Observe for Iptables {
 }
 
 impl Apply for Iptables {
+    fn prepare(&self, host: &Host) -> Result<()> {
+        let missing = |tool: &&str| host.tools.find(tool).is_none();
+        match ["iptables", "iptables-restore"].into_iter().find(missing) {
+            Some(tool) => Err(ToolError::Missing { tool: tool.to_owned() }
+                .into_error("cannot use iptables".to_owned())),
+            None => Ok(()),
+        }
+    }
+
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
         if let Some(reason) = needs_listing(change) {
             return Ok(Outcome::NeedsRestore(reason));
@@ -210,12 +206,12 @@ impl Apply for Iptables {
             listings.push((family, records, listing));
         }
         for (family, records, listing) in &mut listings {
-            leave_out_unmarkable(host, records, desired.added, *family, listing)?;
+            left_out::unmarkable(host, records, desired.added, *family, listing)?;
         }
         for (family, records, listing) in listings {
             let is_kept = |part: &Part| desired.kept.contains(part) || kept.contains(part);
             let stale = desired.gone.iter().filter(|part| !is_kept(part));
-            let state = script::Desired {
+            let mut state = script::Desired {
                 family,
                 records,
                 purge: desired.purge,
@@ -223,13 +219,20 @@ impl Apply for Iptables {
                 keep_base: is_kept(&Part::Base(family)),
                 stale_bits: marks::bits(stale, family),
             };
-            let nat = script::restore_nat(&state, &listing);
             let raw =
                 if family == Family::V4 { restore_guard(host, desired)? } else { String::new() };
             // The guard comes before and goes after what needs it: the sysctl follows the rules on
             // ADD and precedes them on DEL, so the order of the tables does not matter.
-            restore(host, family, &(raw + &nat))
-                .map_err(|error| failed("change the rules", family, error))?;
+            let send = |state: &script::Desired| {
+                restore(host, family, &(raw.clone() + &script::restore_nat(state, &listing)))
+            };
+            let mut sent = send(&state);
+            if matches!(sent, Err(ToolError::Failed { .. }))
+                && left_out::unloadable(host, &mut state.records, desired.added, family)
+            {
+                sent = send(&state);
+            }
+            sent.map_err(|error| failed("change the rules", family, error))?;
             match variants::clear_other(host, desired, &state) {
                 // A repeated DEL comes upon it again; nobody else is the worse for it.
                 Err(error) if desired.added.is_some() || desired.purge.is_empty() => {
@@ -243,6 +246,29 @@ impl Apply for Iptables {
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
         variants::remove_unrecorded(host, unrecorded)
+    }
+}
+
+fn probe(host: &Host, family: Family) -> Result<(), Unusable> {
+    let sample = super::probe_record(crate::model::BackendKind::Iptables, family);
+    let desired = script::Desired {
+        family,
+        records: vec![&sample],
+        purge: &BTreeSet::new(),
+        uplinks: &["eth0".to_owned()],
+        keep_base: false,
+        stale_bits: BTreeSet::new(),
+    };
+    let none = Listing::default();
+    let raw = if family == Family::V4 { script::restore_raw(true, &none) } else { String::new() };
+    let text = script::restore_nat(&desired, &none) + &raw;
+    match in_scratch_netns(|| restore(host, family, &text)) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error @ ToolError::Busy { .. })) => {
+            Err(Unusable::Busy(error.into_error(String::new())))
+        }
+        Ok(Err(error)) => Err(Unusable::Broken(error.to_string())),
+        Err(reason) => Err(Unusable::Broken(reason)),
     }
 }
 
@@ -324,37 +350,6 @@ fn needs_listing(change: &Change) -> Option<String> {
         }
         _ => None,
     }
-}
-
-/// A rule that leads to a chain which does not exist would make the transaction fail. An attachment
-/// whose `externalSetMarkChain` has gone must not keep others from coming and going.
-fn leave_out_unmarkable(
-    host: &Host,
-    records: &mut Vec<&Record>,
-    added: Option<&Record>,
-    family: Family,
-    listing: &Listing,
-) -> Result<()> {
-    let missing = |record: &Record| {
-        let chain = record.options.external_set_mark_chain.as_ref()?;
-        (!record.options.no_snat && !listing.has_chain(chain)).then(|| chain.clone())
-    };
-    if let Some(added) = added.filter(|added| added.network(family).is_some())
-        && let Some(chain) = missing(added)
-    {
-        return Err(Error::MarkChainMissing { chain, family });
-    }
-    records.retain(|record| {
-        if let Some(chain) = missing(record) {
-            host.warn(format!(
-                "{} is not forwarded: its externalSetMarkChain {chain} is missing ({family})",
-                record.attachment
-            ));
-            return false;
-        }
-        true
-    });
-    Ok(())
 }
 
 /// The guard is needed while any record has a device with `route_localnet`.

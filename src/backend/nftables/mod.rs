@@ -29,7 +29,7 @@ pub struct Nftables;
 
 impl Observe for Nftables {
     fn probe(&self, host: &Host) -> Result<(), Unusable> {
-        let sample = super::probe_record(crate::model::BackendKind::Nftables);
+        let sample = super::probe_record(crate::model::BackendKind::Nftables, Family::V4);
         let facts = NodeFacts {
             uplinks: BTreeSet::from(["eth0".to_owned()]),
             addresses: sample.addresses.iter().map(ipnetwork::IpNetwork::ip).collect(),
@@ -186,6 +186,13 @@ impl Observe for Nftables {
 }
 
 impl Apply for Nftables {
+    fn prepare(&self, host: &Host) -> Result<()> {
+        match host.tools.find("nft") {
+            Some(_) => Ok(()),
+            None => Err(failed(ToolError::Missing { tool: "nft".to_owned() })),
+        }
+    }
+
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
         if change.parts_after.is_empty() {
             nft::apply(host, &script::restore(&[], change.facts)).map_err(failed)?;

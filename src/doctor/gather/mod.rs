@@ -216,7 +216,7 @@ fn state(host: &Host, places: &Places, tables: &Tables) -> State {
         Err(error) => nothing(told(Err(error))),
         Ok((records, facts)) => {
             let facts = strays::add(host, tables, &records, facts);
-            let remembered = engine.remembered_backend().ok().flatten();
+            let remembered = engine.remembered_backend(false).ok().flatten();
             State { records, remembered, ..nothing(Ok(state::Look::Read(facts))) }
         }
     }
