@@ -36,7 +36,7 @@ impl NodeFacts {
     /// Sorts devices by where they lead: out of the node are those with the default route, and those
     /// of any kind that pods are not connected with. A veth or netkit pair is a pod's link unless it
     /// carries a subnet (as the uplink of a nested node does); a bridge belongs to the pods unless
-    /// another uplink is its port.
+    /// something else than a pod's link is its port.
     #[must_use]
     pub fn new(links: &[Link], addresses: &[Address], default_routes: &[DefaultRoute]) -> Self {
         let has_default =
@@ -47,15 +47,14 @@ impl NodeFacts {
                 address.index == link.index && address.global && address.prefix < full
             })
         };
-        let pod_side = |link: &Link| matches!(link.kind.as_deref(), Some("veth" | "netkit"));
         let leads_out = |link: &Link| match link.kind.as_deref() {
             _ if link.loopback => false,
             _ if has_default(link) => true,
             Some("veth" | "netkit") => has_subnet(link),
             Some("dummy" | "ifb") => false,
-            Some("bridge") => links
-                .iter()
-                .any(|port| port.master == Some(link.index) && !port.loopback && !pod_side(port)),
+            Some("bridge") => ports(link, links).any(|port| {
+                !is_pod_port(port) && !matches!(port.kind.as_deref(), Some("dummy" | "ifb"))
+            }),
             _ => true,
         };
         let on = |name: &str| {
@@ -91,6 +90,25 @@ impl NodeFacts {
     pub fn is_local(&self, ip: &IpAddr) -> bool {
         ip.is_loopback() || self.addresses.contains(ip)
     }
+}
+
+/// What is attached to a bridge.
+fn ports<'a>(bridge: &Link, links: &'a [Link]) -> impl Iterator<Item = &'a Link> {
+    let index = bridge.index;
+    links.iter().filter(move |port| port.master == Some(index) && !port.loopback)
+}
+
+/// Whether a pod is behind this port of a bridge. Behind a tap is a virtual machine (KubeVirt, Kata).
+#[must_use]
+pub fn is_pod_port(port: &Link) -> bool {
+    matches!(port.kind.as_deref(), Some("veth" | "netkit" | "tun"))
+}
+
+/// Whether the device is a bridge that has pods' links as ports. What else is its port leads out of the
+/// node past the bridge's own device, in both directions.
+#[must_use]
+pub fn is_bridge_of_pods(link: &Link, links: &[Link]) -> bool {
+    link.kind.as_deref() == Some("bridge") && ports(link, links).any(is_pod_port)
 }
 
 /// The highest address of a subnet. Links of two and host addresses have none (RFC 3021).
@@ -160,6 +178,30 @@ mod tests {
         let foreign: Vec<String> = facts.foreign.iter().map(ToString::to_string).collect();
         assert_eq!(foreign, ["10.88.0.255", "10.96.0.10", "192.0.2.255", "198.51.100.255"]);
         assert!(facts.binds_services);
+    }
+
+    #[test]
+    fn a_bridge_leads_out_by_what_is_no_pod_s() {
+        let links = [
+            link(2, "eth0", None, Some(3)),
+            link(3, "azure0", Some("bridge"), None),
+            link(4, "azv1", Some("veth"), Some(3)),
+            link(5, "cni0", Some("bridge"), None),
+            link(6, "tap0", Some("tun"), Some(5)),
+            link(7, "veth1", Some("veth"), Some(5)),
+            link(8, "keep-up", Some("dummy"), Some(5)),
+            link(9, "br-lan", Some("bridge"), None),
+            link(10, "eth1", None, Some(9)),
+        ];
+        let facts = NodeFacts::new(&links, &[], &[]);
+        assert!(!facts.uplinks.contains("cni0"), "{:?}", facts.uplinks);
+        assert!(facts.uplinks.contains("azure0") && facts.uplinks.contains("br-lan"));
+        let of_pods: Vec<&str> = links
+            .iter()
+            .filter(|link| is_bridge_of_pods(link, &links))
+            .map(|link| link.name.as_str())
+            .collect();
+        assert_eq!(of_pods, ["azure0", "cni0"]);
     }
 
     #[test]

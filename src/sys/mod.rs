@@ -18,6 +18,7 @@ pub mod survey;
 pub mod sysctl;
 pub mod terminal;
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::ops::RangeInclusive;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -191,6 +192,21 @@ impl Host {
             Some(links) => Ok(links),
             None => self.ask(|| "list the node's devices (netlink)".into(), RouteReader::links),
         }
+    }
+
+    /// Indices of the devices that there are now.
+    pub fn devices_now(&self) -> Result<BTreeSet<u32>> {
+        let links = self.ask(|| "list the node's devices (netlink)".into(), RouteReader::links)?;
+        Ok(links.iter().map(|link| link.index).collect())
+    }
+
+    /// Indices of the devices at the other ends of a pod's links; none where its network namespace is not
+    /// to be entered. One that lies in a third namespace has a number that says nothing here.
+    #[must_use]
+    pub fn links_of_pod(&self, netns: &str) -> BTreeSet<u32> {
+        let list = || RouteReader::open().and_then(|mut reader| reader.links());
+        let links = namespace::in_netns(netns, list).unwrap_or_else(|_| Ok(Vec::new()));
+        links.unwrap_or_default().iter().filter_map(|link| link.peer).collect()
     }
 
     /// The address that the node itself would call an address from.

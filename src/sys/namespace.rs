@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 /// Device and inode of a namespace file: equal for equal namespaces.
 fn identity(path: &str) -> io::Result<(u64, u64)> {
@@ -68,6 +68,17 @@ pub fn in_scratch_netns<T: Send>(action: impl FnOnce() -> T + Send) -> Result<T,
         unshare(CloneFlags::CLONE_NEWNET).map_err(|error| {
             format!("no network namespace to try it in (CAP_SYS_ADMIN): {error}")
         })?;
+        Ok(action())
+    })
+}
+
+/// Runs `action` in the network namespace of a path; other threads keep theirs. The error says why it is
+/// not to be entered.
+pub fn in_netns<T: Send>(path: &str, action: impl FnOnce() -> T + Send) -> Result<T, String> {
+    in_scratch(|| {
+        let enter = |netns: fs::File| setns(netns, CloneFlags::CLONE_NEWNET).map_err(Into::into);
+        let entered: io::Result<()> = fs::File::open(path).and_then(enter);
+        entered.map_err(|error| format!("{path}: {error}"))?;
         Ok(action())
     })
 }

@@ -18,6 +18,7 @@ mod capture;
 #[path = "../support/cgroups.rs"]
 mod cgroups;
 mod frames;
+mod lan;
 mod macvlan;
 mod netfilter;
 mod order;

@@ -12,7 +12,7 @@ use portmap::sys::bpf::features::Features;
 use serde_json::json;
 
 use super::group::Group;
-use super::support::ebpf;
+use super::support::{PORTMAP, ebpf};
 use super::talks::Talks;
 use super::{Scene, TIMEOUT, lab};
 
@@ -101,10 +101,38 @@ fn without_tcx_beside_an_ingress_qdisc() {
     let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT));
     assert_eq!(reply.unwrap().server, "pod-a");
     scene.node.shell(&format!("tc qdisc del dev {device} ingress"));
-    let (code, text) = scene.fails("CHECK", 0);
-    assert!(code == 102 && text.contains(&format!("{device}: program pm_pod_in")), "{text}");
+    let dir = scene.node.state_dir.display();
+    let listed = scene.node.shell(&format!("{PORTMAP} list --state-dir {dir} || true"));
+    assert!(listed.contains(&format!("{device}: program pm_pod_in")), "{listed}");
     assert_eq!(scene.ok("ADD", 0), "");
     scene.ok("CHECK", 0);
+    scene.ok("DEL", 0);
+    scene.node.flush();
+}
+
+/// Nothing that comes in by such a device is forwarded, whichever pod's it is.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_tcx_beside_an_uplink_s_ingress_qdisc() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.pretend(|kernel| kernel.tcx = false);
+    scene.node.shell("tc qdisc add dev eth0 ingress");
+    let note = scene.ok("ADD", 0);
+    let text = "eth0 leads out of the node and has an ingress qdisc, beside which Linux before 6.6 has no room for programs: no hostPort of the node is reached by it";
+    assert_eq!(note.matches(text).count(), 1, "{note}");
+    assert_eq!(scene.answering(Transport::Tcp), None);
+    let (code, problem) = scene.fails("CHECK", 0);
+    assert!(code == 102 && problem.contains(text), "{problem}");
+    for verb in ["list", "restore"] {
+        let dir = scene.node.state_dir.display();
+        let said = scene.node.shell(&format!("{PORTMAP} {verb} --state-dir {dir} 2>&1 || true"));
+        assert!(said.contains(text), "{verb}: {said}");
+    }
+    scene.node.shell("tc qdisc del dev eth0 ingress");
+    assert_eq!(scene.ok("ADD", 0), "");
+    scene.ok("CHECK", 0);
+    assert_eq!(scene.answering(Transport::Tcp).as_deref(), Some("pod-a"));
     scene.ok("DEL", 0);
     scene.node.flush();
 }

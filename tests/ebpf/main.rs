@@ -20,6 +20,7 @@ mod flush;
 mod forced;
 mod group;
 mod kinds;
+mod links;
 mod rights;
 mod talks;
 mod upgrade;

@@ -1,6 +1,7 @@
 //! Programs at the node's devices: compared with what should be there, and put in place.
 
 mod plan;
+mod problems;
 
 use std::io;
 
@@ -15,6 +16,7 @@ use crate::sys::bpf::program::Program;
 use crate::sys::bpf::tcx;
 use crate::sys::netlink::route::Link;
 use plan::{Chained, Found, Plan, chain};
+pub use problems::{Matter, problems};
 
 /// Names of all programs for devices, by which this plugin's are known, whichever object they are from.
 const PROGRAMS: [&str; 5] = ["pm_uplink_in", "pm_uplink_in_l3", "pm_pod_in", "pm_out", "pm_out_l3"];
@@ -39,7 +41,7 @@ impl Scope<'_> {
 /// What to do about programs of this plugin that are not those that are pinned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Only add what is missing. Another version's program is at work with other maps, which makes
+    /// Only add what is missing, and take off what is in the wrong place. Another version's program is at work with other maps, which makes
     /// it a matter of more than programs.
     Extend,
     /// Replace them.
@@ -78,16 +80,17 @@ pub fn sync(
             }
         }
     }
-    match mode {
-        Mode::Extend if plan.has_strays() => return Ok(false),
-        Mode::Extend => {}
-        Mode::Restore => plan.clear_others(&mut filters)?,
-    }
+    let moves = plan.has_strays(&mut filters, facts)?;
     if upgrades {
         loaded.hold()?;
-        // Those at egress hold what they do not know. Before them, a program at ingress would make
-        // connections that the former one at egress does not know, and does not hold.
-        todo.sort_by_key(|hook| hook.direction != Direction::Egress);
+    }
+    // In an upgrade those at egress hold what they do not know. Before them, a program at ingress would
+    // make connections that the former one at egress does not know, and does not hold.
+    // From a bridge to its ports, what comes in passes two programs from the first uplink's on, until the
+    // bridge's has gone: such packets are lost and sent again. If they passed none, the node would reset
+    // their connections.
+    if upgrades || moves {
+        todo.sort_by_key(|hook| (hook.direction != Direction::Egress, hook.uplink));
     }
     for hook in todo {
         let done = loaded.with_program(hook.program, |program| {
@@ -95,10 +98,9 @@ pub fn sync(
             match put(hook.mechanism) {
                 Err(error) if is_taken(&error) && plan.tcx => put(Mechanism::Tcx),
                 Err(error) if is_taken(&error) => {
-                    host.warn(format!(
-                        "{} has an ingress qdisc (as the bandwidth plugin makes), beside which Linux before 6.6 has no room for programs: hostPorts of its pod are not forwarded",
-                        hook.device
-                    ));
+                    if hook.direction == Direction::Ingress {
+                        host.warn(no_room(hook));
+                    }
                     Ok(())
                 }
                 other => other,
@@ -110,60 +112,31 @@ pub fn sync(
             other => other?,
         }
     }
+    if moves || mode == Mode::Restore {
+        plan.clear_others(&mut filters)?;
+    }
     if upgrades {
         loaded.release()?;
     }
     Ok(true)
 }
 
-/// Which programs are not where they should be, in words.
-pub fn problems(
-    host: &Host,
-    loaded: &Loaded,
-    links: &[Link],
-    facts: &NodeFacts,
-) -> Result<Vec<String>> {
-    let plan = Plan::make(host, links, facts, Scope::All)?;
-    let names = plan.programs();
-    let ids = loaded.loaded(&names)?;
-    let mut problems = loaded.unpinned(&names, &ids);
-    let mut filters = Filters::open().map_err(netlink)?;
-    for hook in &plan.hooks {
-        let Some(id) = ids.get(hook.program) else {
-            continue;
-        };
-        let found = match plan.look(&mut filters, hook, *id)? {
-            Found::Right => continue,
-            // ADD has said so, and other attachments are none the worse for it.
-            Found::Nothing
-                if hook.mechanism == Mechanism::Clsact
-                    && !plan.tcx
-                    && !filters
-                        .have_room(hook.index)
-                        .map_err(|error| failed(hook, "look at the qdisc", error))? =>
-            {
-                continue;
-            }
-            Found::Nothing => "nothing".to_owned(),
-            Found::Behind(first) => format!("it behind {}", name_of(first)?),
-            Found::Former(other) => format!("another version's ({})", name_of(other)?),
-            Found::Twice => "it twice, by tcx and as a filter".to_owned(),
-        };
-        let place = match hook.mechanism {
-            Mechanism::Tcx => "at the head of tcx",
-            Mechanism::Clsact => "as the first filter of clsact",
-        };
-        problems.push(format!(
-            "{}: program {} expected {place} {}, found {found}",
-            hook.device,
-            hook.program,
-            direction(hook.direction)
-        ));
+/// What does not work where another qdisc has the place.
+fn no_room(hook: &Hook) -> String {
+    const WHY: &str = "beside which Linux before 6.6 has no room for programs";
+    match hook.uplink {
+        true => format!(
+            "{} leads out of the node and has an ingress qdisc, {WHY}: no hostPort of the node is reached by it; remove the qdisc (tc qdisc del dev {} ingress)",
+            hook.device, hook.device
+        ),
+        false => format!(
+            "{} has an ingress qdisc (as the bandwidth plugin makes), {WHY}: hostPorts of its pod are not forwarded",
+            hook.device
+        ),
     }
-    Ok(problems)
 }
 
-/// What should be attached to devices, and whether it is effective.
+/// What should be attached to devices that are there, and whether it is effective.
 pub fn hooked(
     host: &Host,
     loaded: &Loaded,
@@ -177,8 +150,13 @@ pub fn hooked(
         Some(id) => Ok(plan.look(&mut filters, hook, *id)? == Found::Right),
         None => Ok(false),
     };
-    let there: Vec<bool> = plan.hooks.iter().map(is_there).collect::<Result<_>>()?;
-    Ok(plan.hooks.into_iter().zip(there).collect())
+    let found: Vec<bool> = plan.hooks.iter().map(is_there).collect::<Result<_>>()?;
+    let mut hooked: Vec<(Hook, bool)> = plan.hooks.into_iter().zip(found).collect();
+    if hooked.iter().any(|(_, found)| !found) {
+        let there = host.devices_now()?;
+        hooked.retain(|(hook, _)| there.contains(&hook.index));
+    }
+    Ok(hooked)
 }
 
 /// Takes this plugin's programs off all devices, whichever version's they are.

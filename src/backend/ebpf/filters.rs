@@ -40,6 +40,16 @@ impl Filters {
         Ok(first(&filters).and_then(|filter| filter.program))
     }
 
+    /// Whether the device has a filter of this plugin, wherever among others'.
+    pub fn have_own(&mut self, device: u32) -> io::Result<bool> {
+        for direction in Direction::ALL {
+            if self.clsact.filters(device, direction)?.iter().any(is_own) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Attaches a program before others', in the place of another version of it if there is one. No
     /// packet is without one of the two.
     pub fn attach(

@@ -33,7 +33,7 @@ pub mod trial;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use devices::{Mode, Scope};
+use devices::{Matter, Mode, Scope};
 use layout::{ClaimKey, Config};
 use loaded::{Found, Loaded, OWN};
 use plan::Former;
@@ -45,6 +45,7 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{Claim, Protocol};
 use crate::record::{Part, Record};
+use crate::sys::netlink::route::Link;
 use crate::sys::netlink::socket_diag;
 use crate::sys::{Host, monotonic};
 
@@ -74,7 +75,7 @@ impl Observe for Ebpf {
             Found::Missing(what) => return Ok(vec![what]),
         };
         let mut problems = entry_problems(&loaded, record, related)?;
-        problems.extend(node_problems(host, &loaded)?);
+        problems.extend(node_problems(host, &loaded, Some(record))?);
         Ok(problems)
     }
 
@@ -90,7 +91,7 @@ impl Observe for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(vec![vec![what]; records.len()]),
         };
-        let of_node = node_problems(host, &loaded)?;
+        let of_node = node_problems(host, &loaded, None)?;
         records
             .iter()
             .zip(super::related(records))
@@ -156,8 +157,8 @@ fn entry_problems(loaded: &Loaded, record: &Record, related: &[Record]) -> Resul
     Ok(problems)
 }
 
-/// What is wrong for all attachments.
-fn node_problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
+/// What is wrong for all attachments, or for one of them and those that it has to do with.
+fn node_problems(host: &Host, loaded: &Loaded, of: Option<&Record>) -> Result<Vec<String>> {
     // As they are now: pods and the node's own sockets reach no others.
     let now = host.node_facts()?;
     let mut problems = Vec::new();
@@ -166,9 +167,28 @@ fn node_problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
     {
         problems.push(format!("{} is not known as an address of the node", addr.ip()));
     }
-    problems.extend(devices::problems(host, loaded, &host.links()?, &now)?);
+    let links = host.links()?;
+    let matter = match of {
+        Some(record) => Matter::Of(devices_of(host, record, &links)?),
+        None => Matter::All,
+    };
+    problems.extend(devices::problems(host, loaded, &links, &now, &matter)?);
     problems.extend(sockets::problems(host, loaded)?);
     Ok(problems)
+}
+
+/// What an attachment's packets pass on the node: its links, what leads to it, and bridges of these.
+fn devices_of(host: &Host, record: &Record, links: &[Link]) -> Result<BTreeSet<u32>> {
+    let mut own = host.links_of_pod(&record.netns);
+    for network in &record.addresses {
+        let device = host.device_towards(network.ip())?;
+        own.extend(
+            links.iter().filter(|link| device == Some(link.name.clone())).map(|link| link.index),
+        );
+    }
+    let masters = links.iter().filter(|link| own.contains(&link.index));
+    own.extend(masters.filter_map(|link| link.master).collect::<Vec<_>>());
+    Ok(own)
 }
 
 impl Apply for Ebpf {
@@ -283,9 +303,18 @@ impl Apply for Ebpf {
         let Found::Loaded(loaded) = open(host)? else {
             return Ok(());
         };
-        let scope = if names.is_empty() { Scope::All } else { Scope::Only(names) };
         let facts = host.node_facts()?;
-        devices::sync(host, &loaded, &host.links()?, &facts, scope, Mode::Extend).map(drop)
+        let links = host.links()?;
+        // The first pod's link moves a bridge's programs to its ports.
+        let is_special = |name: &String| {
+            let link = links.iter().find(|link| link.name == *name);
+            let master =
+                link.and_then(|link| links.iter().find(|one| link.master == Some(one.index)));
+            master.is_some_and(|master| facts.uplinks.contains(&master.name))
+        };
+        let all = names.is_empty() || names.iter().any(is_special);
+        let scope = if all { Scope::All } else { Scope::Only(names) };
+        devices::sync(host, &loaded, &links, &facts, scope, Mode::Extend).map(drop)
     }
 
     fn unload(&self, host: &Host) -> Result<()> {

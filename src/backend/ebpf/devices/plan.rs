@@ -132,12 +132,30 @@ impl Plan {
         })
     }
 
-    /// Whether there are programs by tcx where none is needed.
-    pub fn has_strays(&self) -> bool {
-        let is_other = |device: &u32| self.others.iter().any(|(index, _)| index == device);
-        self.chains
-            .iter()
-            .any(|((device, _), chain)| is_other(device) && chain.iter().any(|one| one.ours))
+    /// Whether there are programs where none is needed: by tcx on any device, by filters on those that
+    /// lead out, which have got no others without tcx.
+    pub fn has_strays(&self, filters: &mut Filters, facts: &NodeFacts) -> Result<bool> {
+        for (device, name) in &self.others {
+            let has_any = match self.tcx || !facts.uplinks.contains(name) {
+                true => self.is_chained(*device),
+                false => self.has_any(filters, *device, name)?,
+            };
+            if has_any {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the device has any of this plugin's programs, wherever among others'.
+    pub fn has_any(&self, filters: &mut Filters, device: u32, name: &str) -> Result<bool> {
+        let failed = |error| Error::io(format!("look at the filters of {name}"), error);
+        Ok(self.is_chained(device) || filters.have_own(device).map_err(failed)?)
+    }
+
+    fn is_chained(&self, device: u32) -> bool {
+        let mut chains = Direction::ALL.iter().filter_map(|way| self.chains.get(&(device, *way)));
+        chains.any(|chain| chain.iter().any(|one| one.ours))
     }
 
     /// A port that has come to a bridge, a device that has lost its addresses: where packets pass
