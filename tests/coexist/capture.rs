@@ -8,7 +8,7 @@ use portmap::demo::matrix::{Place, Source};
 use portmap::demo::netns::Netns;
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Shape, UPLINK};
-use portmap::demo::traffic::{Call, Failure, Transport};
+use portmap::demo::traffic::{Call, Failure, Session, Transport};
 use portmap::model::Family;
 use serde_json::json;
 
@@ -120,6 +120,10 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
         let everywhere = [Place::Client, Place::Pod(1), Place::Node];
         let before = everywhere.map(|from| reaches(from, ip, PORT, "pod-a", Source::Any));
         assert_calls("while it is here", lab, before.concat());
+        // One that never pauses: no packet begins a flow anew.
+        let call = Call::new(Transport::Udp, SocketAddr::new(ip, PORT), TIMEOUT);
+        let mut talk = Session::open(&lab.pods[1].netns, call).unwrap();
+        assert_eq!(talk.ask().unwrap().server, "pod-a");
         // It moves to the client, as a virtual address moves to another node.
         shell(
             &lab.node,
@@ -147,6 +151,7 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
         container.add();
         let now = reaches(Place::Node, ip, PORT, "client", Source::Node);
         assert_calls("after the next call", lab, now);
+        assert_eq!(talk.ask().unwrap().server, "client", "a flow to {ip} goes on");
     }
 }
 

@@ -88,10 +88,22 @@ fn apply_together(maps: &Maps, writes: &[Write]) -> io::Result<()> {
         }
     }
     write_uses(maps, &uses)?;
-    maps.traffic.put_all(&counts)?;
-    maps.claims.put_all(&puts)?;
+    maps.traffic.put_all(&counts).map_err(full(&maps.traffic))?;
+    maps.claims.put_all(&puts).map_err(full(&maps.claims))?;
     maps.claims.remove_all(&removals)?;
     maps.traffic.remove_all(&removals).map(drop)
+}
+
+/// What a full map of claims means, which bpf(2) calls a list that is too long.
+fn full(map: &Map) -> impl Fn(io::Error) -> io::Error {
+    |error| match error.raw_os_error() {
+        Some(libc::E2BIG) => io::Error::other(format!(
+            "map {} is full: it has room for {} entries, and a mapping has up to two for each address family; take pods with many hostPorts to other nodes, or set \"backend\" to \"nftables\" or \"iptables\"",
+            map.definition().name,
+            map.definition().max_entries
+        )),
+        _ => error,
+    }
 }
 
 /// Whether there are no claims, and nothing that is left of any.
@@ -166,19 +178,41 @@ pub fn problems(
     Ok(problems)
 }
 
-/// Brings the map of addresses to what is wanted.
-pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<()> {
-    let present: BTreeMap<Vec<u8>, Vec<u8>> = maps.addresses.entries()?.into_iter().collect();
-    for (addr, value) in wanted {
-        if present.get(addr.as_bytes()).map(Vec::as_slice) != Some(value.as_bytes()) {
-            maps.addresses.put(addr.as_bytes(), value.as_bytes())?;
+/// What came of the addresses' change.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// The node had them, and has them no more.
+    pub gone: BTreeSet<Addr>,
+    /// What the map has no room for, and how much room it has.
+    pub left_out: usize,
+    pub room: u32,
+}
+
+/// Brings the map of addresses to what is wanted, as far as it has room for them.
+pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<Addresses> {
+    let map = &maps.addresses;
+    let mut done = Addresses { room: map.definition().max_entries, ..Addresses::default() };
+    let mut present = BTreeMap::new();
+    for (addr, value) in map.entries()? {
+        if let Ok(addr) = Addr::read_from_bytes(&addr) {
+            present.insert(addr, u32::read_from_bytes(&value).unwrap_or_default());
         }
     }
-    let wanted: BTreeSet<&[u8]> = wanted.keys().map(IntoBytes::as_bytes).collect();
-    for addr in present.keys().filter(|addr| !wanted.contains(addr.as_slice())) {
-        maps.addresses.remove(addr)?;
+    for (addr, value) in &present {
+        if *value != 0 && wanted.get(addr).is_none_or(|wanted| *wanted == 0) {
+            done.gone.insert(*addr);
+        }
+        if !wanted.contains_key(addr) {
+            map.remove(addr.as_bytes())?;
+        }
     }
-    Ok(())
+    for (addr, value) in wanted.iter().filter(|(addr, value)| present.get(addr) != Some(value)) {
+        match map.put(addr.as_bytes(), value.as_bytes()) {
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => done.left_out += 1,
+            other => other?,
+        }
+    }
+    Ok(done)
 }
 
 /// What the map of addresses does not have as it should.

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::layout::{
-    ClaimKey, ClaimValue, FlowKey, FlowValue, SocketKey, SocketValue, claim_flags,
+    Addr, ClaimKey, ClaimValue, FlowKey, FlowValue, SocketKey, SocketValue, claim_flags,
 };
 use super::loaded::Flows;
 use super::plan::Former;
@@ -75,6 +75,15 @@ pub fn forget(
         })?;
     }
     failure.map(|()| callers)
+}
+
+/// Forgets connections to addresses that the node had: programs do not ask again whether an address is the
+/// node's while a flow goes on, and whoever has it now is to be reached.
+pub fn forget_hosts(flows: &Flows, gone: &BTreeSet<Addr>) -> io::Result<()> {
+    let is_gone = |value: &[u8]| {
+        FlowValue::read_from_bytes(value).is_ok_and(|value| gone.contains(&value.host))
+    };
+    flows.flows.remove_where(|_, value| is_gone(value)).map(drop)
 }
 
 /// Remembers connections that the node has open from ports that became hostPorts: their answers are

@@ -34,6 +34,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use devices::{Matter, Mode, Scope};
+use entries::Addresses;
 use layout::{ClaimKey, Config};
 use loaded::{Found, Loaded, OWN};
 use plan::Former;
@@ -240,16 +241,16 @@ impl Apply for Ebpf {
         // A DEL is told what was noted before. An address that has left the node must not stay taken.
         let now = if change.added.is_none() { host.node_facts().ok() } else { None };
         let facts = now.as_ref().unwrap_or(change.facts);
-        let write = || -> io::Result<Vec<Former>> {
+        let write = || -> io::Result<(Vec<Former>, Addresses)> {
             let described = loaded.describe(host.ephemeral_ports(), facts, &after);
             described.map_err(io::Error::other)?;
             let former = entries::change(&loaded.maps, &keys, &after)?;
-            entries::addresses(&loaded.maps, &objects::addresses(facts))?;
-            Ok(former)
+            Ok((former, entries::addresses(&loaded.maps, &objects::addresses(facts))?))
         };
         match write() {
-            Ok(former) => {
+            Ok((former, addresses)) => {
                 forget(host, &loaded, &former)?;
+                leave(host, &loaded, &addresses);
                 seed(host, &loaded, change.added);
                 let gone: Vec<&Record> = change.removed.into_iter().collect();
                 if !Config::usual().expects(&objects::claims(&gone)) {
@@ -273,11 +274,10 @@ impl Apply for Ebpf {
             Found::Missing(_) => Loaded::ensure(&OWN, host.kernel()?.batches)?,
         };
         loaded.describe(host.ephemeral_ports(), desired.facts, &wanted)?;
-        let former = entries::restore(&loaded.maps, &wanted)
+        let (former, addresses) = entries::restore(&loaded.maps, &wanted)
             .and_then(|former| {
                 let addresses = objects::addresses(desired.facts);
-                entries::addresses(&loaded.maps, &addresses)?;
-                Ok(former)
+                Ok((former, entries::addresses(&loaded.maps, &addresses)?))
             })
             .map_err(failed("write the eBPF maps"))?;
         if !records.is_empty() {
@@ -289,6 +289,7 @@ impl Apply for Ebpf {
             host.remember_programs(loaded.numbers());
         }
         forget(host, &loaded, &former)?;
+        leave(host, &loaded, &addresses);
         seed(host, &loaded, desired.added);
         rule_out(host, &loaded);
         Ok(())
@@ -377,6 +378,24 @@ fn forget(host: &Host, loaded: &Loaded, former: &[Former]) -> Result<()> {
         host.warn(format!("connections of former pods are not ended: {error}"));
     }
     Ok(())
+}
+
+/// What was remembered of calls to addresses goes with these. Those that the map has no room for are
+/// reached from outside all the same.
+fn leave(host: &Host, loaded: &Loaded, addresses: &Addresses) {
+    if !addresses.gone.is_empty()
+        && let Err(error) = loaded.flows().and_then(|flows| {
+            flows::forget_hosts(&flows, &addresses.gone).map_err(failed("read the eBPF maps"))
+        })
+    {
+        host.warn(format!("connections to former addresses of the node are not ended: {error}"));
+    }
+    if addresses.left_out > 0 {
+        host.warn(format!(
+            "map pm_addresses is full: it has room for {} addresses of the node, and {} more are not called by pods and the node's own processes; remove addresses, or set \"backend\" to \"nftables\" or \"iptables\"",
+            addresses.room, addresses.left_out
+        ));
+    }
 }
 
 /// Lets programs ask no more than the claims make necessary that are there by now. They would be slower
