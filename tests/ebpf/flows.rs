@@ -10,13 +10,10 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
 use portmap::backend::ebpf::layout::{Addr, Config, config_flags};
-use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Lab;
 use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
 use portmap::model::Family;
-use portmap::sys::bpf::object::Object;
-use portmap::sys::bpf::pins::Pins;
 use serde_json::json;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -28,19 +25,6 @@ use super::{Scene, TIMEOUT, lab};
 const ROOM: u32 = 2048;
 
 impl Scene<'_> {
-    /// Makes maps before the first ADD does, with room for few flows.
-    fn with_little_room(&self) {
-        let make = || {
-            let mut definitions = Object::parse(OWN.object).unwrap().maps();
-            definitions.get_mut("pm_flows").unwrap().max_entries = ROOM;
-            Pins::open()
-                .unwrap()
-                .create_maps(OWN.layout, definitions.values(), |_| Ok(()))
-                .unwrap();
-        };
-        self.lab.node.run(make).unwrap();
-    }
-
     fn flows(&self) -> usize {
         self.lab.node.run(|| ebpf::map("pm_flows").entries().unwrap().len()).unwrap()
     }
@@ -59,7 +43,7 @@ fn udp_from(lab: &Lab, port: u16) -> UdpSocket {
 fn a_flood_of_flows_does_not_break_connections() {
     let lab = lab(2);
     let scene = Scene::new(&lab);
-    scene.with_little_room();
+    scene.with_room("pm_flows", ROOM);
     scene.ok("ADD", 0);
     let sink = json!([{"hostPort": 9000, "containerPort": 9, "protocol": "udp"}]);
     let sink = scene.node.config(sink, prev_result(&lab, 1, "1.1.0"));

@@ -18,6 +18,7 @@ mod faults;
 mod flows;
 mod flush;
 mod forced;
+mod full;
 mod group;
 mod kinds;
 mod links;
@@ -27,9 +28,12 @@ mod upgrade;
 
 use std::time::Duration;
 
+use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::plugin::Attachment;
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Options, Shape};
+use portmap::sys::bpf::object::Object;
+use portmap::sys::bpf::pins::Pins;
 use serde_json::{Value, json};
 use support::{Node, Variant, attachment, prev_result};
 
@@ -74,6 +78,17 @@ impl<'a> Scene<'a> {
 
     fn key(&self, pod: usize) -> Attachment {
         attachment(&self.lab.pods[pod], &format!("container-{pod}"))
+    }
+
+    /// Makes maps before the first ADD does, one of them with room for few entries.
+    fn with_room(&self, map: &str, entries: u32) {
+        let make = || {
+            let mut definitions = Object::parse(OWN.object).unwrap().maps();
+            definitions.get_mut(map).unwrap().max_entries = entries;
+            let pins = Pins::open().unwrap();
+            pins.create_maps(OWN.layout, definitions.values(), |_| Ok(())).unwrap();
+        };
+        self.lab.node.run(make).unwrap();
     }
 
     fn ok(&self, verb: &str, pod: usize) -> String {
