@@ -4,14 +4,14 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use super::deadline::{self, Tree};
 use crate::error::Error;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// How long a tool may take. The longest transactions measured, 10,000 attachments at once, take
@@ -19,9 +19,11 @@ use nix::unistd::Pid;
 const DEADLINE: Duration = Duration::from_secs(40);
 
 /// Where tools are looked for: the absolute directories of PATH, in order.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Tools {
     directories: Vec<PathBuf>,
+    /// How long each run of one may take.
+    pub deadline: Duration,
 }
 
 /// Why a tool did not do its work.
@@ -82,7 +84,7 @@ impl Tools {
         let directories = path
             .map(|path| std::env::split_paths(path).filter(|dir| dir.is_absolute()).collect())
             .unwrap_or_default();
-        Tools { directories }
+        Tools { directories, deadline: DEADLINE }
     }
 
     /// The first executable file called `tool`.
@@ -105,12 +107,14 @@ impl Tools {
             .stdin(memory_file(input).map_err(start)?)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            .process_group(0)
             .spawn()
             .map_err(start)?;
-        let (output, timed_out) = wait(child).map_err(start)?;
-        if timed_out {
-            return Err(ToolError::Hung { tool: tool.to_owned(), seconds: DEADLINE.as_secs() });
-        }
+        let group = Tree::Group(Pid::from_raw(child.id().cast_signed()));
+        let output = deadline::run(self.deadline, group, || child.wait_with_output())
+            .map_err(start)?
+            .ok_or_else(|| self.hung(tool))?
+            .map_err(start)?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
@@ -120,24 +124,11 @@ impl Tools {
             stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         })
     }
-}
 
-/// Waits for a tool and what it writes. At the deadline it is killed: it has the node's lock, and every
-/// other call waits for it.
-fn wait(child: Child) -> io::Result<(Output, bool)> {
-    let pid = Pid::from_raw(child.id().cast_signed());
-    let (done, watch) = mpsc::channel::<()>();
-    let watchdog = std::thread::spawn(move || {
-        let timed_out = watch.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout);
-        if timed_out {
-            // It has not been waited for yet, so the number is still its own; if it is gone, all is well.
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-        timed_out
-    });
-    let output = child.wait_with_output();
-    drop(done);
-    Ok((output?, watchdog.join().unwrap_or_default()))
+    /// What became of a tool that the deadline has ended.
+    pub(super) fn hung(&self, tool: &str) -> ToolError {
+        ToolError::Hung { tool: tool.to_owned(), seconds: self.deadline.as_secs() }
+    }
 }
 
 /// Input as a file instead of a pipe: a tool that writes much before it has read all cannot block.

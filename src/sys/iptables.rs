@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use iptables::IPTables;
 
 use super::command::ToolError;
+use super::deadline::{self, Tree};
 use super::netlink::nftables::NftReader;
 use super::{Host, legacy};
 use crate::backend::iptables::listing::Listing;
@@ -236,13 +237,17 @@ fn execute(
     }
     // Without the crate's own `--wait`, which has no limit.
     let crate_tool = IPTables { cmd: tool, has_check: true, has_wait: false, is_numeric: false };
-    let output =
-        crate_tool.execute(table, &format!("-w {WAIT_SECONDS} {command}")).map_err(|error| {
-            ToolError::Start {
-                tool: tool.to_owned(),
-                source: std::io::Error::other(error.to_string()),
-            }
-        })?;
+    let (table, command) = (table.to_owned(), format!("-w {WAIT_SECONDS} {command}"));
+    let start = |source| ToolError::Start { tool: tool.to_owned(), source };
+    // The crate starts it in the process group of the plugin.
+    let output = deadline::run(host.tools.deadline, Tree::Descendants, move || {
+        crate_tool
+            .execute(&table, &command)
+            .map_err(|error| std::io::Error::other(error.to_string()))
+    })
+    .map_err(start)?
+    .ok_or_else(|| host.tools.hung(tool))?
+    .map_err(start)?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         return Err(classify(tool, output.status.code(), &stderr));
@@ -251,8 +256,27 @@ fn execute(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::*;
+
+    /// One that sleeps and then says nothing would be taken for a table without chains.
+    #[test]
+    fn a_tool_that_hangs_has_no_listing() {
+        let file = format!("portmap-hung-iptables-{}", std::process::id());
+        let path = std::env::temp_dir().join(file);
+        // Another process writes it: what this one has open, those that other tests start have too.
+        let write = "printf '#!/bin/sh\\nsleep 60\\n' >\"$1\" && chmod 755 \"$1\"";
+        let mut shell = std::process::Command::new("sh");
+        assert!(shell.args(["-c", write, "sh"]).arg(&path).status().unwrap().success());
+        let mut host = Host::new(Some("/usr/bin".as_ref()));
+        host.tools.deadline = std::time::Duration::from_millis(200);
+        // By its whole path: the crate looks into PATH.
+        let tool = path.to_str().unwrap().to_owned().leak();
+        let result = execute(&host, tool, "nat", "-S");
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(result, Err(ToolError::Hung { .. })), "{result:?}");
+    }
 
     #[test]
     fn the_failed_line_is_shown() {

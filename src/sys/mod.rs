@@ -4,6 +4,7 @@
 
 pub mod bpf;
 pub mod command;
+pub mod deadline;
 mod directory;
 pub mod install;
 pub mod iptables;
