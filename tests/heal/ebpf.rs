@@ -10,6 +10,7 @@ use portmap::demo::snapshot::pins;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
 use portmap::demo::traffic::{Call, Session, Transport, reach};
 use portmap::model::{Family, Protocol};
+use portmap::sys::bpf::features::Features;
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, tcx};
 use zerocopy::IntoBytes;
@@ -228,6 +229,16 @@ fn foreign(name: &str) -> Program {
 }
 
 impl Scene<'_> {
+    /// Says of the kernel what is not so, before the first ADD would find it out.
+    fn pretend(&self, change: impl FnOnce(&mut Features)) {
+        let mut features = Features::probe().unwrap();
+        change(&mut features);
+        let notes = self.node.state_dir.join("notes");
+        std::fs::create_dir_all(&notes).unwrap();
+        let note = serde_json::json!({"features": features});
+        std::fs::write(notes.join("kernel"), note.to_string()).unwrap();
+    }
+
     fn place(&self) -> Place {
         let pod = &self.lab.pods[0];
         Place { link: pod.host_link.clone(), pod: pod.address(Family::V4).unwrap() }
@@ -321,6 +332,44 @@ fn del_works_on_every_damage_and_nothing_is_left() {
         assert_eq!(ebpf::hooks(&lab.node), Vec::<String>::new(), "{what}");
         assert_eq!(pins(&lab.node).unwrap(), Vec::<PathBuf>::new(), "{what}");
     }
+}
+
+/// As before Linux 5.14, where the node's network namespace is known from the maps alone.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn nothing_is_left_where_only_lost_maps_know_the_node() {
+    let lab = lab();
+    let other = Lab::build(lab.options.clone()).unwrap();
+    let beside = Scene::new(&other, Variant::Ebpf);
+    beside.ok("ADD", 0);
+    let of_other = ebpf::at_sockets(&other.node);
+    for what in ["everything unpinned", "all maps unpinned", "the configuration unpinned"] {
+        let damage = DAMAGES.iter().find(|damage| damage.name == what).unwrap();
+        for by_flush in [false, true] {
+            let scene = Scene::new(&lab, Variant::Ebpf);
+            scene.pretend(|kernel| kernel.cookie_option = false);
+            scene.ok("ADD", 0);
+            let answered = |address: IpAddr| {
+                let call = Call::new(Transport::Tcp, SocketAddr::new(address, 8080), TIMEOUT);
+                reach(&lab.node, call).is_ok()
+            };
+            let own = [lab.node_address(Family::V4), Ipv4Addr::LOCALHOST.into()];
+            assert_eq!(own.map(answered), [true; 2]);
+            scene.inflict(damage.act);
+            if by_flush {
+                let flushed = scene.node.flush();
+                assert!(flushed.success(), "{what}: {}", flushed.stderr);
+            } else {
+                scene.ok("DEL", 0);
+            }
+            assert_eq!(own.map(answered), [false; 2], "{what}, by flush: {by_flush}");
+            if by_flush || what == "everything unpinned" {
+                assert_eq!(ebpf::at_sockets(&lab.node), Vec::<String>::new(), "{what}");
+            }
+            assert_eq!(ebpf::at_sockets(&other.node), of_other, "{what}");
+        }
+    }
+    beside.ok("DEL", 0);
 }
 
 /// Pins vanish under a mount and come back when it goes, with programs and entries of long ago.

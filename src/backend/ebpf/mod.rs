@@ -28,6 +28,7 @@ mod places;
 pub mod plan;
 pub mod sockets;
 mod strangers;
+mod teacher;
 pub mod trial;
 
 use std::collections::{BTreeMap, BTreeSet};

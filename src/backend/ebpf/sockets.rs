@@ -15,6 +15,7 @@ use super::devices::Mode;
 use super::loaded::Loaded;
 use super::places::{self, Places};
 use super::strangers::{self, Own, Strangers};
+use super::teacher;
 use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::Cgroup;
@@ -255,8 +256,34 @@ pub fn detach(host: &Host, loaded: Option<&Loaded>) -> Result<()> {
     if places.is_empty() {
         return Ok(());
     }
-    let own = own(host, loaded)?;
+    let mut own = own(host, loaded)?;
+    // Without it, programs whose maps have lost their names would pass for another node's.
+    if own == Own::Unknown && has_any(&places)? {
+        match teacher::ask(host) {
+            Ok(cookie) => own = Own::Cookie(cookie),
+            Err(reason) => host.warn(format!(
+                "programs at sockets may stay, because it is not known which are this node's: {reason}"
+            )),
+        }
+    }
     places.iter().try_for_each(|place| clear(place, &SocketHook::ALL, own))
+}
+
+/// Whether any node has programs of this plugin there.
+fn has_any(places: &[Cgroup]) -> Result<bool> {
+    for place in places {
+        match place.query(strangers::FIRST) {
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(looking(place, error)),
+            Ok(attached) => {
+                let named = strangers::are_any_ours(&attached.programs);
+                if named.map_err(|error| looking(place, error))? {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Attaches a program, in the place of another version of it if there is one.

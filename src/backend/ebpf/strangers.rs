@@ -112,6 +112,20 @@ fn acts_in(maps: &[u32]) -> io::Result<Option<u64>> {
     Ok(None)
 }
 
+/// Whether any of the programs with these ids is this plugin's, whichever node's.
+///
+/// # Errors
+///
+/// What bpf(2) returns.
+pub fn are_any_ours(ids: &[u32]) -> io::Result<bool> {
+    for id in ids {
+        if Program::from_id(*id)?.is_some_and(|program| is_named_as_ours(&program)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn is_named_as_ours(program: &Program) -> bool {
     SocketHook::ALL
         .into_iter()

@@ -53,6 +53,12 @@ pub fn probe(host: &Host) -> Result<(), Unusable> {
 }
 
 fn try_out() -> Result<(), String> {
+    let (_maps, programs) = load_apart(SAMPLE)?;
+    try_to_attach(programs.first().ok_or("no program was loaded")?)
+}
+
+/// Loads a program with maps of its own, which are small and have no names.
+pub fn load_apart(name: &str) -> Result<(BTreeMap<String, Map>, Vec<Program>), String> {
     let object = Object::parse(OWN.object).map_err(|error| format!("the eBPF object: {error}"))?;
     let make = |(name, definition): (String, Definition)| {
         let max_entries = definition.max_entries.min(ENTRIES);
@@ -61,10 +67,9 @@ fn try_out() -> Result<(), String> {
         Ok((name, map))
     };
     let maps = object.maps().into_iter().map(make).collect::<Result<BTreeMap<_, _>, String>>()?;
-    let load = || object::load(&object.link(&maps, &[SAMPLE])?);
-    let programs = load().map_err(|error| format!("loading program {SAMPLE}: {error}"))?;
-    let program = programs.first().ok_or("no program was loaded")?;
-    try_to_attach(program)
+    let load = || object::load(&object.link(&maps, &[name])?);
+    let programs = load().map_err(|error| format!("loading program {name}: {error}"))?;
+    Ok((maps, programs))
 }
 
 fn try_to_attach(program: &Program) -> Result<(), String> {
