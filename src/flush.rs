@@ -1,6 +1,6 @@
 //! Which conntrack entries a change of rules makes stale. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::facts::NodeFacts;
@@ -21,41 +21,43 @@ pub fn concerns(record: &Record) -> bool {
         && record.mappings.iter().any(|mapping| is_flushed(mapping.protocol))
 }
 
-/// The claims that changed hands, and who has them now.
+/// Claims of which entries may be stale, and where they lead now.
 pub struct Flush<'a> {
     claims: BTreeSet<Claim>,
-    /// Newest first.
-    holders: Vec<&'a Record>,
+    targets: BTreeMap<Claim, SocketAddr>,
     /// Where packets went before, which they must not any more.
     former_pods: BTreeSet<IpAddr>,
     facts: &'a NodeFacts,
 }
 
 impl<'a> Flush<'a> {
-    /// `others` are the records that share ports with the two, oldest first.
+    /// The claims of either have changed hands. `others` are the records that share ports with the two.
     #[must_use]
     pub fn new(
-        added: Option<&'a Record>,
-        removed: Option<&'a Record>,
-        others: &'a [Record],
+        added: Option<&Record>,
+        removed: Option<&Record>,
+        others: &[Record],
         facts: &'a NodeFacts,
     ) -> Self {
-        let claims = flushed_claims(added.iter().chain(&removed).copied());
         let former_pods = removed
             .iter()
             .flat_map(|record| &record.addresses)
             .map(ipnetwork::IpNetwork::ip)
             .collect();
-        let holders = newest_first(others.iter().chain(added));
-        Flush { claims, holders, former_pods, facts }
+        Flush {
+            claims: claims(added.iter().chain(&removed).copied()),
+            targets: targets(others.iter().chain(added)),
+            former_pods,
+            facts,
+        }
     }
 
     /// Rules of `records` have been missing, or may have been, and are there again.
     #[must_use]
-    pub fn restored(records: &[&'a Record], facts: &'a NodeFacts) -> Self {
+    pub fn restored(records: &[&Record], facts: &'a NodeFacts) -> Self {
         Flush {
-            claims: flushed_claims(records.iter().copied()),
-            holders: newest_first(records.iter().copied()),
+            claims: claims(records.iter().copied()),
+            targets: targets(records.iter().copied()),
             former_pods: BTreeSet::new(),
             facts,
         }
@@ -77,46 +79,36 @@ impl<'a> Flush<'a> {
     /// flow that merely has the port, to an address that is none of the node's, is never taken.
     #[must_use]
     pub fn takes(&self, flow: &Flow) -> bool {
-        let destination = flow.original.destination;
-        let claimed = self.claims.iter().any(|claim| {
-            claim.protocol.number() == flow.protocol
-                && claim.port == destination.port()
-                && claim.family == flow.family
-                && claim.address.map_or_else(
-                    || self.facts.is_local(&destination.ip()),
-                    |ip| ip == destination.ip(),
-                )
-        });
+        let numbered = |protocol: &Protocol| protocol.number() == flow.protocol;
+        let Some(protocol) = Protocol::ALL.into_iter().find(numbered) else {
+            return false;
+        };
+        let (ip, port) = (flow.original.destination.ip(), flow.original.destination.port());
+        let any = Claim { family: flow.family, protocol, address: None, port };
+        let specific = Claim { address: Some(ip), ..any };
+        let claimed = self.claims.contains(&specific)
+            || (self.claims.contains(&any) && self.facts.is_local(&ip));
         claimed
-            && match self.target(flow) {
-                Some(target) => flow.reply.source != target,
+            && match self.targets.get(&specific).or_else(|| self.targets.get(&any)) {
+                Some(target) => flow.reply.source != *target,
                 // Nothing has the claim any more: what was not translated goes on.
                 None => self.former_pods.contains(&flow.reply.source.ip()),
             }
     }
-
-    /// Where a new flow with this destination would be sent.
-    fn target(&self, flow: &Flow) -> Option<SocketAddr> {
-        let destination = flow.original.destination;
-        let find = |address: Option<IpAddr>| {
-            self.holders.iter().flat_map(|record| record.forwards(flow.family)).find(|forward| {
-                forward.claim.protocol.number() == flow.protocol
-                    && forward.claim.port == destination.port()
-                    && forward.claim.address == address
-            })
-        };
-        find(Some(destination.ip())).or_else(|| find(None)).map(|forward| forward.target)
-    }
 }
 
-fn flushed_claims<'a>(records: impl Iterator<Item = &'a Record>) -> BTreeSet<Claim> {
+fn claims<'a>(records: impl Iterator<Item = &'a Record>) -> BTreeSet<Claim> {
     records.flat_map(Record::claims).filter(|claim| is_flushed(claim.protocol)).collect()
 }
 
-fn newest_first<'a>(records: impl Iterator<Item = &'a Record>) -> Vec<&'a Record> {
+/// Where new flows are sent: the newest has a claim.
+fn targets<'a>(records: impl Iterator<Item = &'a Record>) -> BTreeMap<Claim, SocketAddr> {
     let mut records: Vec<&Record> = records.collect();
-    records.sort_by_key(|record| std::cmp::Reverse(record.order));
-    records
+    records.sort_by_key(|record| record.order);
+    let forwards = records
+        .into_iter()
+        .flat_map(|record| Family::ALL.into_iter().flat_map(|family| record.forwards(family)));
+    forwards.map(|forward| (forward.claim, forward.target)).collect()
 }
 
 #[cfg(test)]
