@@ -2,6 +2,7 @@
 //! the node's own bridge of a LAN that CNI's `bridge` plugin joins.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use portmap::demo::matrix::{Case, Place, Source};
 use portmap::demo::netns::Netns;
@@ -204,6 +205,26 @@ fn pods_of_a_lan_may_see_the_node_alone() {
     container.check();
 }
 
+/// Does something while a TCP connection is busy: what is lost is sent again, and nothing resets it.
+fn while_busy(lan: &Lan, lab: &Lab, act: impl FnOnce()) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for ip in lan.bridge {
+            let call = Call::new(Transport::Tcp, SocketAddr::new(ip, PORT), TIMEOUT);
+            let mut session = Session::open(&lab.client, call).unwrap();
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(session.ask().unwrap().server, "pod-a", "{ip}");
+                }
+                session.ask().unwrap();
+            });
+        }
+        act();
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
 /// Connections of another pod go on when the programs move from a bridge to its ports, and back.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
@@ -259,7 +280,7 @@ fn a_bridge_may_get_its_first_pod_and_lose_its_last() {
         shell(&lab.node, &format!("ip link set {link} master {BRIDGE}"));
         containers[0].check();
         go_on("with a port");
-        containers[1].add();
+        while_busy(&lan, lab, || containers[1].add());
         assert_eq!((of(BRIDGE), of(PORT_OUT)), (0, 1), "tcx {tcx}");
         go_on("at the ports");
         containers.iter().for_each(Container::check);
@@ -267,7 +288,7 @@ fn a_bridge_may_get_its_first_pod_and_lose_its_last() {
         shell(&lab.node, &format!("ip link set {link} nomaster"));
         containers[0].check();
         go_on("without the pod");
-        containers[0].add();
+        while_busy(&lan, lab, || containers[0].add());
         assert_eq!((of(BRIDGE), of(PORT_OUT)), (1, 0), "tcx {tcx}");
         go_on("at the bridge again");
         containers[0].check();

@@ -84,41 +84,63 @@ pub fn sync(
     if upgrades {
         loaded.hold()?;
     }
+    let mut put_all = |direction: Direction| {
+        let mut todo: Vec<&Hook> =
+            todo.iter().filter(|hook| hook.direction == direction).copied().collect();
+        todo.sort_by_key(|hook| hook.uplink);
+        todo.into_iter().try_for_each(|hook| attach(host, loaded, &plan, &mut filters, hook))?;
+        match moves {
+            true => plan.clear_others(&mut filters, &[direction]),
+            false => Ok(()),
+        }
+    };
     // In an upgrade those at egress hold what they do not know. Before them, a program at ingress would
     // make connections that the former one at egress does not know, and does not hold.
-    // From a bridge to its ports, what comes in passes two programs from the first uplink's on, until the
-    // bridge's has gone: such packets are lost and sent again. If they passed none, the node would reset
-    // their connections.
-    if upgrades || moves {
-        todo.sort_by_key(|hook| (hook.direction != Direction::Egress, hook.uplink));
+    // From a bridge to its ports or back, packets meet two programs of a direction for a while, since
+    // without any the node would reset their connections. At ingress the second one takes them for a
+    // direct call, with a port of its own; the pod's RST to that must not be translated twice, to one
+    // of the connection.
+    match moves && !upgrades {
+        true => [Direction::Ingress, Direction::Egress],
+        false => [Direction::Egress, Direction::Ingress],
     }
-    for hook in todo {
-        let done = loaded.with_program(hook.program, |program| {
-            let mut put = |mechanism| put(&mut filters, hook, mechanism, plan.chain(hook), program);
-            match put(hook.mechanism) {
-                Err(error) if is_taken(&error) && plan.tcx => put(Mechanism::Tcx),
-                Err(error) if is_taken(&error) => {
-                    if hook.direction == Direction::Ingress {
-                        host.warn(no_room(hook));
-                    }
-                    Ok(())
-                }
-                other => other,
-            }
-            .map_err(|error| failed(hook, "attach", error))
-        });
-        match done {
-            Err(Error::Io { source, .. }) if is_gone(&source) => {}
-            other => other?,
-        }
-    }
-    if moves || mode == Mode::Restore {
-        plan.clear_others(&mut filters)?;
+    .into_iter()
+    .try_for_each(&mut put_all)?;
+    if mode == Mode::Restore {
+        plan.clear_others(&mut filters, &Direction::ALL)?;
     }
     if upgrades {
         loaded.release()?;
     }
     Ok(true)
+}
+
+/// Puts one program in its place, unless the device has gone.
+fn attach(
+    host: &Host,
+    loaded: &Loaded,
+    plan: &Plan,
+    filters: &mut Filters,
+    hook: &Hook,
+) -> Result<()> {
+    let done = loaded.with_program(hook.program, |program| {
+        let mut put = |mechanism| put(filters, hook, mechanism, plan.chain(hook), program);
+        match put(hook.mechanism) {
+            Err(error) if is_taken(&error) && plan.tcx => put(Mechanism::Tcx),
+            Err(error) if is_taken(&error) => {
+                if hook.direction == Direction::Ingress {
+                    host.warn(no_room(hook));
+                }
+                Ok(())
+            }
+            other => other,
+        }
+        .map_err(|error| failed(hook, "attach", error))
+    });
+    match done {
+        Err(Error::Io { source, .. }) if is_gone(&source) => Ok(()),
+        other => other,
+    }
 }
 
 /// What does not work where another qdisc has the place.

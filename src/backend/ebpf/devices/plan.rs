@@ -160,16 +160,19 @@ impl Plan {
 
     /// A port that has come to a bridge, a device that has lost its addresses: where packets pass
     /// two programs, the second one takes them for direct connections to the pod.
-    pub fn clear_others(&self, filters: &mut Filters) -> Result<()> {
+    pub fn clear_others(&self, filters: &mut Filters, directions: &[Direction]) -> Result<()> {
         for (device, name) in &self.others {
             let mut clear = || -> io::Result<()> {
-                for direction in Direction::ALL {
-                    let chain = self.chains.get(&(*device, direction));
+                for direction in directions {
+                    let chain = self.chains.get(&(*device, *direction));
                     for one in chain.into_iter().flatten().filter(|one| one.ours) {
-                        detach_by_id(*device, direction, one.id)?;
+                        detach_by_id(*device, *direction, one.id)?;
                     }
                 }
-                filters.detach(*device)
+                match directions {
+                    [only] => filters.detach_from(*device, *only),
+                    _ => filters.detach(*device),
+                }
             };
             unless_gone(name, clear())?;
         }
