@@ -11,8 +11,8 @@ use portmap::model::Family;
 use serde_json::json;
 
 use crate::rig::{
-    Container, INSIDE, PORT, SILENCE, Stage, all, assert_calls, assert_unmapped, client,
-    every_path, mapped, reaches,
+    Container, INSIDE, PORT, SILENCE, Stage, TIMEOUT, all, assert_calls, assert_unmapped, bound,
+    client, every_path, mapped, reaches,
 };
 use crate::support::{IPTABLES, Node, Variant};
 
@@ -64,6 +64,34 @@ on_each_variant_with_rules! {
         container.del();
         assert_unmapped("after DEL", lab, &cases);
         node.assert_clean(&before);
+    }
+
+    /// The node needs no masquerading of its own calls: the pod sees the address that was called, as
+    /// the kernel chooses it, or the one that the caller has chosen. Neighbours need it.
+    fn the_node_is_not_taken_for_a_neighbour(variant: Variant) {
+        let stage = Stage::bypassing();
+        let lab = &stage.lab;
+        let node = Node::new(&lab.node, variant);
+        for (key, value) in [("snat", json!(true)), ("markMasqBit", json!(5))] {
+            let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE)).with(key, value);
+            container.add();
+            for family in Family::ALL {
+                let target = lab.node_socket(family, PORT);
+                let second = lab.second_node_address(family);
+                for transport in [Transport::Tcp, Transport::Udp] {
+                    let calls = [
+                        (&lab.node, Call::new(transport, target, TIMEOUT)),
+                        (&lab.node, bound(transport, second, target, TIMEOUT)),
+                    ];
+                    let seen: Vec<_> =
+                        all(&calls).into_iter().map(|reply| reply.unwrap().seen.ip()).collect();
+                    assert_eq!(seen, [target.ip(), second], "{key}, {transport}");
+                }
+            }
+            assert_calls(key, lab, every_path(variant, lab, 0, PORT));
+            container.check();
+            container.del();
+        }
     }
 
     /// The bit of the packet mark can be chosen; two attachments may choose differently.

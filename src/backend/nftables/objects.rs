@@ -271,16 +271,20 @@ fn marked_sources(record: &Record, network: IpNetwork) -> Vec<Vec<Value>> {
         sources.push(vec![saddr("127.0.0.0".into(), 8)]);
     }
     if record.masquerades_neighbours(family) {
-        sources.push(vec![not_an_uplink()]);
+        sources.push(from_pods().into());
     }
     sources
 }
 
 /// Matches packets that arrived over a device that does not lead out of the node. Packets of the
-/// node itself have no input device and do not match.
+/// node itself arrived over none: the kernel reads its index as 0 and its name as an empty one,
+/// which is no uplink's (old kernels end the rule instead).
 #[must_use]
-pub fn not_an_uplink() -> Value {
-    json!({"match": {"op": "!=", "left": {"meta": {"key": "iifname"}}, "right": "@uplinks"}})
+pub fn from_pods() -> [Value; 2] {
+    [
+        json!({"match": {"op": "!=", "left": {"meta": {"key": "iif"}}, "right": 0}}),
+        json!({"match": {"op": "!=", "left": {"meta": {"key": "iifname"}}, "right": "@uplinks"}}),
+    ]
 }
 
 fn mark_statement(mark: u32) -> Value {

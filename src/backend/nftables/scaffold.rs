@@ -22,7 +22,7 @@ use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::objects::{digit, ip_name, not_an_uplink};
+use super::objects::{digit, from_pods, ip_name};
 use crate::model::{Family, Protocol};
 use crate::record::{Part, hex};
 
@@ -343,7 +343,8 @@ fn masquerade(family: Family, parts: &BTreeSet<Part>) -> Vec<Value> {
             }
             Part::Neighbours(of) if of == family => {
                 let pods = equal(pod.clone(), &format!("@neighbours{digit}"));
-                rules.push(json!([not_an_uplink(), pods, {"masquerade": null}]));
+                let [received, inside] = from_pods();
+                rules.push(json!([received, inside, pods, {"masquerade": null}]));
             }
             Part::Mark(of, bit) if of == family => {
                 let mark = 1_u32 << bit;
