@@ -9,8 +9,12 @@
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use portmap::demo::links::{Links, Subnet};
+use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{self, Attachment, Output};
 use portmap::demo::topology::{Lab, Options, Shape};
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
 use serde_json::{Value, json};
 
 #[path = "support/mod.rs"]
@@ -108,6 +112,48 @@ fn a_backend_that_cannot_be_read_keeps_nobody_else_from_being_restored() {
         node.ok("DEL", config, pod);
     }
     node.flush();
+}
+
+/// A second uplink, after the last ADD: its clients are no neighbours of the pods.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_new_uplink_is_made_known() {
+    for variant in VARIANTS.into_iter().filter(|variant| *variant != Variant::Ebpf) {
+        let lab = Lab::build(Options::new(Shape::Cilium)).unwrap();
+        let _server = lab.pods[0].serve(&[80], &[]).unwrap();
+        let node = Node::new(&lab.node, variant);
+        let mappings = json!([{"hostPort": 8080, "containerPort": 80}]);
+        let config = node.config(mappings, prev_result(&lab, 0, "1.0.0"));
+        let pod = attachment(&lab.pods[0], "c0");
+        node.ok("ADD", &config, &pod);
+        node.ok("CHECK", &config, &pod);
+        let client = Netns::new("second").unwrap();
+        let mut near = Links::open(&lab.node).unwrap();
+        near.add_veth("up2", "eth0", &client).unwrap();
+        let mut far = Links::open(&client).unwrap();
+        for (links, name, address) in
+            [(&mut near, "up2", "203.0.113.1/24"), (&mut far, "eth0", "203.0.113.2/24")]
+        {
+            links.add_address(name, address.parse().unwrap(), Subnet::OnLink).unwrap();
+            links.set_up(name).unwrap();
+        }
+        let gateway = "203.0.113.1".parse().unwrap();
+        far.add_route("0.0.0.0/0".parse().unwrap(), Some(gateway), "eth0").unwrap();
+        let seen = || {
+            let target = lab.node_socket(Family::V4, 8080);
+            let call = Call::new(Transport::Tcp, target, Duration::from_secs(2));
+            reach(&client, call).unwrap().seen.ip().to_string()
+        };
+        assert_ne!(seen(), "203.0.113.2", "{variant:?}: this test tests nothing");
+        let (code, text) = node.fails("CHECK", &config, &pod);
+        assert!(code == 102 && text.contains("up2 leads out of the node"), "{code} {text}");
+        assert_eq!(last_line(&node.restore(false)), "1 attachment, 1 repaired", "{variant:?}");
+        assert_eq!(seen(), "203.0.113.2", "{variant:?}");
+        node.ok("CHECK", &config, &pod);
+        node.shell("ip link del up2");
+        node.ok("CHECK", &config, &pod);
+        node.ok("DEL", &config, &pod);
+    }
 }
 
 /// A chain of somebody else's that an attachment builds on is for them to put back.

@@ -189,6 +189,51 @@ fn a_pod_that_died_without_del_does_not_keep_its_port() {
     }
 }
 
+/// Neither by the claim of an address, which goes before one of any, nor when the port falls back to who had
+/// it before.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn the_dead_get_no_port_from_the_living() {
+    for variant in VARIANTS {
+        let lab = lab(2);
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let _server = lab.pods[1].serve(&[80], &[]).unwrap();
+        let [mut old, new] = [0, 1].map(|number| pod(&node, &lab, number));
+        // The namespace of the first pod, as long as that is to live.
+        let life = node.state_dir.with_file_name("life");
+        let namespace = std::mem::replace(&mut old.1.netns, life.to_str().unwrap().into());
+        for family in lab.options.families.clone() {
+            let target = lab.node_socket(family, PORT);
+            let answer = || {
+                let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT));
+                reply.ok().map(|reply| reply.server)
+            };
+            let mut specific = mapping(PORT, 80, "tcp");
+            specific["hostIP"] = json!(target.ip());
+            old.0["runtimeConfig"]["portMappings"] = json!([specific]);
+            std::os::unix::fs::symlink(&namespace, &life).unwrap();
+            node.ok("ADD", &old.0, &old.1);
+            std::fs::remove_file(&life).unwrap();
+            node.ok("ADD", &new.0, &new.1);
+            assert_eq!(answer().as_deref(), Some("pod-b"), "{variant:?} {family}");
+            node.ok("CHECK", &new.0, &new.1);
+            node.ok("DEL", &new.0, &new.1);
+            node.assert_clean(&before);
+
+            old.0["runtimeConfig"]["portMappings"] = json!([mapping(PORT, 80, "tcp")]);
+            std::os::unix::fs::symlink(&namespace, &life).unwrap();
+            node.ok("ADD", &old.0, &old.1);
+            node.ok("ADD", &new.0, &new.1);
+            std::fs::remove_file(&life).unwrap();
+            assert_eq!(answer().as_deref(), Some("pod-b"), "{variant:?} {family}");
+            node.ok("DEL", &new.0, &new.1);
+            node.assert_clean(&before);
+            node.ok("DEL", &old.0, &old.1);
+        }
+    }
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn deny_refuses_a_port_whose_owner_lives() {

@@ -1,8 +1,10 @@
 //! What is left of attachments whose network namespace is gone, without any call of a runtime.
 
+use std::collections::BTreeSet;
+
 use super::Engine;
 use crate::error::{Error, Result};
-use crate::record::Record;
+use crate::record::{IndexKey, Record};
 use crate::sys::namespace::{self, Life};
 use crate::sys::store::Damaged;
 
@@ -58,5 +60,29 @@ impl Engine<'_> {
             }
         }
         Ok(collected)
+    }
+
+    /// Removes attachments that share a port with the record and whose network namespace is gone, before
+    /// the record's rules change. A dead pod's claim of an address would go before a living one's of any,
+    /// and an older one would have the port back with the newer one's DEL.
+    pub fn remove_dead_rivals(&self, record: &Record) -> Result<()> {
+        let ports: BTreeSet<IndexKey> = record
+            .index_keys()
+            .into_iter()
+            .filter(|key| matches!(key, IndexKey::Port(_)))
+            .collect();
+        for other in self.store.sharing(&ports, &record.id())? {
+            if namespace::life(&other.netns) != Life::Gone {
+                continue;
+            }
+            if let Err(error) = self.remove(&other) {
+                self.host.warn(format!(
+                    "{} is dead, has the same port, and cannot be removed: {error}: {}",
+                    other.attachment,
+                    error.details()
+                ));
+            }
+        }
+        Ok(())
     }
 }

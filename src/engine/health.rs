@@ -7,7 +7,8 @@ use super::step::Lost;
 use super::{Engine, localnet_path};
 use crate::backend::Observe;
 use crate::error::{Error, Result};
-use crate::model::BackendKind;
+use crate::facts::NodeFacts;
+use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Part, Record};
 use crate::sys::namespace::{self, Life};
 use crate::sys::sysctl;
@@ -55,6 +56,9 @@ impl Engine<'_> {
             }
         }
         problems.extend(localnet_problem(record));
+        if recorded && concerns_uplinks(record) {
+            problems.extend(uplink_problem(&facts, &self.host.node_facts()?));
+        }
         Ok(problems)
     }
 
@@ -135,6 +139,23 @@ pub(super) fn living(records: &[Record]) -> Option<Vec<Record>> {
     let lives = |record: &&Record| namespace::life(&record.netns) != Life::Gone;
     let living: Vec<Record> = records.iter().filter(lives).cloned().collect();
     (living.len() < records.len()).then_some(living)
+}
+
+/// Whether the record's rules tell uplinks from other devices.
+pub(super) fn concerns_uplinks(record: &Record) -> bool {
+    Family::ALL.into_iter().any(|family| record.masquerades_neighbours(family))
+}
+
+/// What comes by a device that the rules do not know as an uplink looks like a neighbour's. One that has
+/// gone harms nobody.
+pub(super) fn uplink_problem(known: &NodeFacts, now: &NodeFacts) -> Option<String> {
+    let new: Vec<&str> = now.uplinks.difference(&known.uplinks).map(String::as_str).collect();
+    (!new.is_empty()).then(|| {
+        format!(
+            "outside clients lose their address: {} leads out of the node, and the rules do not know it",
+            new.join(", ")
+        )
+    })
 }
 
 pub(super) fn localnet_problem(record: &Record) -> Option<String> {

@@ -71,6 +71,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let facts = host.node_facts()?;
     let record = plan(&engine, &request, kind, old.as_ref(), &facts)?;
     resolve_conflicts(&engine, &request, &record)?;
+    engine.remove_dead_rivals(&record)?;
     engine.add(&record, old.as_ref(), &facts)?;
     adopt_from_other_backends(&engine, &record, &facts)?;
     warn_about_shadows(host, &record, &facts);

@@ -24,13 +24,15 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let engine = Engine::lock_to_change(host, &dir)?;
     match engine.store.get(&id)? {
         // What is a newer version's, its GC will do: an error would be repeated for ever.
-        Found::Record(record) => match engine.remove(&record) {
-            Err(error) if error.is_newer() => {
-                host.warn(format!("{attachment} is left alone: {error}"));
-                return Ok(());
-            }
-            other => return other,
-        },
+        Found::Record(record) => {
+            return match engine.remove_dead_rivals(&record).and_then(|()| engine.remove(&record)) {
+                Err(error) if error.is_newer() => {
+                    host.warn(format!("{attachment} is left alone: {error}"));
+                    Ok(())
+                }
+                other => other,
+            };
+        }
         Found::Newer(format) => {
             host.warn(format!("the record of {attachment} has format {format} of a newer portmap and is left alone"));
             return Ok(());
