@@ -41,8 +41,8 @@ impl Scope<'_> {
 /// What to do about programs of this plugin that are not those that are pinned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Only add what is missing, and take off what is in the wrong place. Another version's program is at work with other maps, which makes
-    /// it a matter of more than programs.
+    /// Only add what is missing, and take off what is in the wrong place. Another version's program is
+    /// at work with other maps, which makes it a matter of more than programs.
     Extend,
     /// Replace them.
     Restore,

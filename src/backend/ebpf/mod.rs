@@ -26,6 +26,7 @@ pub mod objects;
 mod path;
 mod places;
 pub mod plan;
+mod problems;
 pub mod sockets;
 mod strangers;
 mod teacher;
@@ -34,7 +35,7 @@ pub mod trial;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use devices::{Matter, Mode, Scope};
+use devices::{Mode, Scope};
 use entries::Addresses;
 use layout::{ClaimKey, Config};
 use loaded::{Found, Loaded, OWN};
@@ -47,7 +48,6 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{Claim, Protocol};
 use crate::record::{Part, Record};
-use crate::sys::netlink::route::Link;
 use crate::sys::netlink::socket_diag;
 use crate::sys::{Host, monotonic};
 
@@ -76,8 +76,8 @@ impl Observe for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(vec![what]),
         };
-        let mut problems = entry_problems(&loaded, record, related)?;
-        problems.extend(node_problems(host, &loaded, Some(record))?);
+        let mut problems = problems::of_entries(&loaded, record, related)?;
+        problems.extend(problems::of_node(host, &loaded, Some(record))?);
         Ok(problems)
     }
 
@@ -93,12 +93,12 @@ impl Observe for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(vec![vec![what]; records.len()]),
         };
-        let of_node = node_problems(host, &loaded, None)?;
+        let of_node = problems::of_node(host, &loaded, None)?;
         records
             .iter()
             .zip(super::related(records))
             .map(|(record, related)| {
-                let mut problems = entry_problems(&loaded, record, &related)?;
+                let mut problems = problems::of_entries(&loaded, record, &related)?;
                 problems.extend(of_node.iter().cloned());
                 Ok(problems)
             })
@@ -144,53 +144,6 @@ impl Observe for Ebpf {
             }
         }
     }
-}
-
-fn entry_problems(loaded: &Loaded, record: &Record, related: &[Record]) -> Result<Vec<String>> {
-    let keys = objects::keys(record);
-    let expected = objects::claims_at(&keys, related, Some(record));
-    let problems = entries::problems(&loaded.maps, &keys, &expected);
-    let mut problems = problems.map_err(failed("read the eBPF maps"))?;
-    if !loaded.expects(&expected)? {
-        problems.push(
-            "the eBPF programs take it for granted that there is no masqAll, or no hostIP".into(),
-        );
-    }
-    Ok(problems)
-}
-
-/// What is wrong for all attachments, or for one of them and those that it has to do with.
-fn node_problems(host: &Host, loaded: &Loaded, of: Option<&Record>) -> Result<Vec<String>> {
-    // As they are now: pods and the node's own sockets reach no others.
-    let now = host.node_facts()?;
-    let mut problems = Vec::new();
-    for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(&now))
-        .map_err(failed("read the eBPF maps"))?
-    {
-        problems.push(format!("{} is not known as an address of the node", addr.ip()));
-    }
-    let links = host.links()?;
-    let matter = match of {
-        Some(record) => Matter::Of(devices_of(host, record, &links)?),
-        None => Matter::All,
-    };
-    problems.extend(devices::problems(host, loaded, &links, &now, &matter)?);
-    problems.extend(sockets::problems(host, loaded)?);
-    Ok(problems)
-}
-
-/// What an attachment's packets pass on the node: its links, what leads to it, and bridges of these.
-fn devices_of(host: &Host, record: &Record, links: &[Link]) -> Result<BTreeSet<u32>> {
-    let mut own = host.links_of_pod(&record.netns);
-    for network in &record.addresses {
-        let device = host.device_towards(network.ip())?;
-        own.extend(
-            links.iter().filter(|link| device == Some(link.name.clone())).map(|link| link.index),
-        );
-    }
-    let masters = links.iter().filter(|link| own.contains(&link.index));
-    own.extend(masters.filter_map(|link| link.master).collect::<Vec<_>>());
-    Ok(own)
 }
 
 impl Apply for Ebpf {
