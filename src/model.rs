@@ -91,7 +91,7 @@ impl fmt::Display for Protocol {
 }
 
 /// One `portMappings` entry, complete.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Mapping {
     pub protocol: Protocol,

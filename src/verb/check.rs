@@ -1,10 +1,12 @@
 //! CHECK: the kernel is compared with what the attachment asked for. Changes nothing.
 
+use std::collections::BTreeSet;
+
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::model::BackendKind;
+use crate::model::{BackendKind, Mapping};
 use crate::record::{Record, record_id};
 use crate::request::Request;
 use crate::sys::Host;
@@ -58,15 +60,15 @@ fn differences(request: &Request, record: &Record) -> Vec<String> {
             known.join(", ")
         ));
     }
-    for mapping in request.conf.mappings.iter().filter(|mapping| !record.mappings.contains(mapping))
-    {
+    let wanted: BTreeSet<&Mapping> = request.conf.mappings.iter().collect();
+    let known: BTreeSet<&Mapping> = record.mappings.iter().collect();
+    for mapping in request.conf.mappings.iter().filter(|mapping| !known.contains(mapping)) {
         problems.push(format!(
             "{} {} to containerPort {} is asked for and was not at ADD",
             mapping.protocol, mapping.host_port, mapping.container_port
         ));
     }
-    for mapping in record.mappings.iter().filter(|mapping| !request.conf.mappings.contains(mapping))
-    {
+    for mapping in record.mappings.iter().filter(|mapping| !wanted.contains(mapping)) {
         problems.push(format!(
             "{} {} to containerPort {} is forwarded and not asked for any more",
             mapping.protocol, mapping.host_port, mapping.container_port

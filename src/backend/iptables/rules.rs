@@ -4,7 +4,7 @@
 //! nodes are upgraded and rolled back under running pods. A rule is the text after `-A CHAIN `, in the
 //! spelling in which iptables 1.8 lists it, so that a listing can be compared with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::conf::Options;
@@ -96,15 +96,16 @@ pub fn chain_rules(record: &Record, family: Family) -> Vec<String> {
 /// Upstream keeps the order of the request. Only where one attachment maps a port both for a
 /// specific and for any address, the specific one has to come first to be of use.
 fn specific_first(forwards: Vec<Forward>) -> Vec<Forward> {
+    let anywhere: BTreeSet<(Protocol, u16)> = forwards
+        .iter()
+        .filter(|forward| forward.claim.address.is_none())
+        .map(|forward| (forward.claim.protocol, forward.claim.port))
+        .collect();
     let shadowed = |forward: &Forward| {
         forward.claim.address.is_some()
-            && forwards.iter().any(|other| {
-                other.claim.address.is_none()
-                    && (other.claim.protocol, other.claim.port)
-                        == (forward.claim.protocol, forward.claim.port)
-            })
+            && anywhere.contains(&(forward.claim.protocol, forward.claim.port))
     };
-    let (first, rest): (Vec<Forward>, Vec<Forward>) = forwards.iter().copied().partition(shadowed);
+    let (first, rest): (Vec<Forward>, Vec<Forward>) = forwards.into_iter().partition(shadowed);
     first.into_iter().chain(rest).collect()
 }
 

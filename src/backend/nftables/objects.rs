@@ -6,12 +6,12 @@
 //! newest first, up to the first one without conditions, and falls back to the plain maps.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 
-use crate::model::{Claim, Family, Protocol};
+use crate::model::{Claim, Family, Forward, Protocol};
 use crate::record::Record;
 
 /// One component of a key.
@@ -56,6 +56,12 @@ pub struct Objects {
     pub chains: BTreeMap<String, ChainRules>,
 }
 
+/// A record with a claim, and where it leads.
+struct Owner<'a> {
+    record: &'a Record,
+    target: SocketAddr,
+}
+
 /// Names of places and chains.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Names {
@@ -77,10 +83,16 @@ impl Objects {
     #[must_use]
     pub fn of(records: &[&Record]) -> Self {
         let mut objects = Objects::default();
-        let mut claims: BTreeMap<Claim, Vec<&Record>> = BTreeMap::new();
-        for record in records.iter().rev() {
-            for claim in record.claims() {
-                claims.entry(claim).or_default().push(record);
+        let mut claims: BTreeMap<Claim, Vec<Owner>> = BTreeMap::new();
+        for (record, family) in
+            records.iter().rev().flat_map(|record| Family::ALL.map(|family| (record, family)))
+        {
+            for Forward { claim, target } in record.forwards(family) {
+                let owners = claims.entry(claim).or_default();
+                // Of two mappings of one attachment to the same the first one counts.
+                if owners.last().is_none_or(|last| !std::ptr::eq(last.record, *record)) {
+                    owners.push(Owner { record, target });
+                }
             }
         }
         for (claim, owners) in claims {
@@ -104,29 +116,25 @@ impl Objects {
     }
 
     /// `owners` are newest first.
-    fn add_claim(&mut self, claim: &Claim, owners: &[&Record]) {
+    fn add_claim(&mut self, claim: &Claim, owners: &[Owner]) {
         let places = ClaimPlaces::of(claim);
-        let plain = owners.iter().position(|owner| !owner.needs_own_chains(claim.family));
+        let plain = owners.iter().position(|owner| !owner.record.needs_own_chains(claim.family));
         let own = owners.get(..plain.unwrap_or(owners.len())).unwrap_or_default();
         if let Some(newest) = own.first() {
             let rules = own.iter().flat_map(|owner| own_rules(owner, claim)).collect();
             self.chains.insert(places.chain.clone(), rules);
-            let element = Element { data: Data::Jump(places.chain), owner: newest.owner() };
+            let element = Element { data: Data::Jump(places.chain), owner: newest.record.owner() };
             self.elements.insert(places.own, element);
         }
         let Some(owner) = plain.and_then(|index| owners.get(index)) else {
             return;
         };
-        if let Some(forward) =
-            owner.forwards(claim.family).into_iter().find(|forward| forward.claim == *claim)
-        {
-            let data = [
-                (places.address, Data::Ip(forward.target.ip())),
-                (places.port, Data::Port(forward.target.port())),
-            ];
-            for (place, data) in data {
-                self.elements.insert(place, Element { data, owner: owner.owner() });
-            }
+        let data = [
+            (places.address, Data::Ip(owner.target.ip())),
+            (places.port, Data::Port(owner.target.port())),
+        ];
+        for (place, data) in data {
+            self.elements.insert(place, Element { data, owner: owner.record.owner() });
         }
     }
 
@@ -222,12 +230,8 @@ fn identifier(ip: IpAddr) -> String {
 
 /// The rules of one owner in a claim's chain: marking where the source must be masqueraded, then
 /// the translation. Its conditions stand in front of each.
-fn own_rules(record: &Record, claim: &Claim) -> ChainRules {
-    let Some(forward) =
-        record.forwards(claim.family).into_iter().find(|forward| forward.claim == *claim)
-    else {
-        return Vec::new();
-    };
+fn own_rules(owner: &Owner, claim: &Claim) -> ChainRules {
+    let Owner { record, target } = owner;
     let Some(network) = record.network(claim.family) else {
         return Vec::new();
     };
@@ -245,10 +249,10 @@ fn own_rules(record: &Record, claim: &Claim) -> ChainRules {
             rules.push(rule(source.into_iter().chain([mark.clone()]).collect()));
         }
     }
-    let (family, ip) = (ip_name(claim.family), forward.target.ip().to_string());
+    let (family, ip) = (ip_name(claim.family), target.ip().to_string());
     rules.push(rule(vec![
         json!({"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": claim.protocol.name()}}),
-        json!({"dnat": {"family": family, "addr": ip, "port": forward.target.port()}}),
+        json!({"dnat": {"family": family, "addr": ip, "port": target.port()}}),
     ]));
     rules
 }
