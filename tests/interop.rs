@@ -10,6 +10,8 @@
 )]
 
 mod support;
+#[path = "interop/tables.rs"]
+mod tables;
 
 use serde_json::{Value, json};
 use support::bare::{

@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::{Claim, Family};
+use crate::model::{BackendKind, Claim, Family};
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
 use crate::sys::namespace::in_scratch_netns;
-use crate::sys::netlink::nftables::{NftFamily, NftReader};
+use crate::sys::netlink::nftables::{Chain, NftFamily, NftReader};
 use crate::sys::netlink::nftkey::Key;
 use crate::sys::nft;
 
@@ -29,7 +29,7 @@ pub struct Nftables;
 
 impl Observe for Nftables {
     fn probe(&self, host: &Host) -> Result<(), Unusable> {
-        let sample = super::probe_record(crate::model::BackendKind::Nftables, Family::V4);
+        let sample = super::probe_record(BackendKind::Nftables, Family::V4);
         let facts = NodeFacts {
             uplinks: BTreeSet::from(["eth0".to_owned()]),
             addresses: sample.addresses.iter().map(ipnetwork::IpNetwork::ip).collect(),
@@ -195,7 +195,7 @@ impl Apply for Nftables {
 
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
         if change.parts_after.is_empty() {
-            nft::apply(host, &script::restore(&[], change.facts)).map_err(failed)?;
+            remove_table(host, change.facts)?;
             return Ok(Outcome::Done);
         }
         if change.parts_before != change.parts_after {
@@ -225,6 +225,18 @@ impl Apply for Nftables {
 
     fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
         let records: Vec<&Record> = desired.records.iter().collect();
+        if records.is_empty() {
+            return remove_table(host, desired.facts);
+        }
+        if let Some(chains) = foreign_chains()? {
+            let chains = chains.join(", ");
+            return Err(Error::BackendUnusable {
+                backend: BackendKind::Nftables.to_string(),
+                reason: format!(
+                    "there is a table inet {TABLE} that portmap has not made (its chains: {chains}): rename it, or delete it by `nft delete table inet {TABLE}`"
+                ),
+            });
+        }
         nft::apply(host, &script::restore(&records, desired.facts)).map_err(failed)
     }
 
@@ -249,6 +261,33 @@ impl Apply for Nftables {
         }
         Ok(())
     }
+}
+
+/// Takes the table away, unless it is somebody else's.
+fn remove_table(host: &Host, facts: &NodeFacts) -> Result<()> {
+    match foreign_chains()? {
+        Some(_) => Ok(()),
+        None => nft::apply(host, &script::restore(&[], facts)).map_err(failed),
+    }
+}
+
+/// The chains of a table with our name that has nothing of ours: neither a base chain nor a rule of the
+/// scaffold. The state directory may have been lost, so that records do not tell.
+fn foreign_chains() -> Result<Option<Vec<String>>> {
+    let read = |error| Error::io("read the nftables rules (netlink)", error);
+    let mut reader = NftReader::open().map_err(read)?;
+    let chains = reader.chains(NftFamily::Inet, TABLE).map_err(read)?;
+    let bases = scaffold::base_chains(&BTreeSet::from([Part::Guard]));
+    if chains.iter().any(|chain| bases.iter().any(|base| is_base(chain, base))) {
+        return Ok(None);
+    }
+    for chain in &chains {
+        let comments = reader.rule_comments(NftFamily::Inet, TABLE, &chain.name).map_err(read)?;
+        if comments.iter().flatten().any(|comment| scaffold::is_comment(&chain.name, comment)) {
+            return Ok(None);
+        }
+    }
+    Ok((!chains.is_empty()).then(|| chains.into_iter().map(|chain| chain.name).collect()))
 }
 
 fn objects_of<const N: usize>(
@@ -294,10 +333,15 @@ fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
 }
 
 fn is_hooked(reader: &mut NftReader, base: &BaseChain) -> std::io::Result<bool> {
-    let found = reader.chain(NftFamily::Inet, TABLE, base.name)?.and_then(|chain| chain.base);
-    Ok(found.is_some_and(|found| {
-        found.priority == base.priority && found.hook == hook_number(base.hook)
-    }))
+    let found = reader.chain(NftFamily::Inet, TABLE, base.name)?;
+    Ok(found.is_some_and(|found| is_base(&found, base)))
+}
+
+fn is_base(found: &Chain, base: &BaseChain) -> bool {
+    found.name == base.name
+        && found.base.as_ref().is_some_and(|found| {
+            found.priority == base.priority && found.hook == hook_number(base.hook)
+        })
 }
 
 /// The comments that a chain of the scaffold has, by which it is known to be whole.

@@ -110,6 +110,16 @@ pub fn comment(chain: &str, index: usize, statements: &Value) -> String {
     format!("{chain} {index} {digest}")
 }
 
+/// Whether a rule of the chain has a comment such as [`comment`] makes, of whatever version.
+#[must_use]
+pub fn is_comment(chain: &str, comment: &str) -> bool {
+    let words: Vec<&str> = comment.split(' ').collect();
+    matches!(words.as_slice(), [of, index, digest] if *of == chain
+        && index.parse::<usize>().is_ok()
+        && digest.len() == 8
+        && digest.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
 /// Commands that make the scaffold in an empty table.
 #[must_use]
 pub fn commands(parts: &BTreeSet<Part>) -> Vec<Value> {
