@@ -9,6 +9,8 @@
     reason = "a test says by a panic that it failed"
 )]
 
+#[path = "interop/devices.rs"]
+mod devices;
 mod support;
 #[path = "interop/tables.rs"]
 mod tables;

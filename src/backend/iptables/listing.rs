@@ -109,17 +109,19 @@ impl Listing {
     }
 }
 
-/// Splits a rule as iptables-restore does: at spaces, with double quotes and backslashes.
+/// Splits a rule at spaces. A word in double quotes has backslashes; in any other one both stand for
+/// themselves, as `iptables -S` prints names of devices.
 #[must_use]
 pub fn words(rule: &str) -> Vec<String> {
     let (mut words, mut word) = (Vec::new(), None::<String>);
     let (mut quoted, mut chars) = (false, rule.chars());
     while let Some(c) = chars.next() {
         match c {
-            '\\' => word.get_or_insert_default().extend(chars.next()),
-            '"' => {
-                quoted = !quoted;
-                word.get_or_insert_default();
+            '\\' if quoted => word.get_or_insert_default().extend(chars.next()),
+            '"' if quoted => quoted = false,
+            '"' if word.is_none() => {
+                quoted = true;
+                word = Some(String::new());
             }
             ' ' if !quoted => words.extend(word.take()),
             c => word.get_or_insert_default().push(c),
@@ -193,6 +195,17 @@ fn forward(rule: &str, family: Family) -> Option<Forward> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_devices_are_printed_as_they_are() {
+        for (printed, written) in [
+            (r#"-i a"b -j RETURN"#, r#"-i "a\"b" -j RETURN"#),
+            (r"-i a\b -j RETURN", r#"-i "a\\b" -j RETURN"#),
+        ] {
+            assert_eq!(canonical(printed), canonical(written));
+            assert_eq!(target_of(printed).as_deref(), Some("RETURN"));
+        }
+    }
 
     #[test]
     fn words_are_split_as_iptables_does() {

@@ -216,6 +216,9 @@ impl Apply for Nftables {
         let after = objects_of(change.related, [change.added], &names);
         let facts =
             (change.facts_before != change.facts).then_some((change.facts_before, change.facts));
+        if facts.is_some() {
+            warn_of_devices(host, change.facts);
+        }
         match nft::apply(host, &script::change(&before, &after, facts, change.parts_after)) {
             Ok(()) => Ok(Outcome::Done),
             Err(ToolError::Failed { stderr, .. }) => Ok(Outcome::NeedsRestore(stderr)),
@@ -237,6 +240,7 @@ impl Apply for Nftables {
                 ),
             });
         }
+        warn_of_devices(host, desired.facts);
         nft::apply(host, &script::restore(&records, desired.facts)).map_err(failed)
     }
 
@@ -260,6 +264,14 @@ impl Apply for Nftables {
             }
         }
         Ok(())
+    }
+}
+
+fn warn_of_devices(host: &Host, facts: &NodeFacts) {
+    for name in script::unwritable(facts) {
+        host.warn(format!(
+            "nft cannot be told the name of the device {name:?}, which leads out of the node: pods of /32 and /128 do not see the address of clients behind it"
+        ));
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is sent to `nft -j -f -`. Pure, golden-tested. One input is one transaction.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use nftables::expr::{Elem, Expression, NamedExpression, Verdict};
@@ -20,12 +21,29 @@ pub fn fact_places(facts: &NodeFacts, parts: &BTreeSet<Part>) -> Vec<Place> {
     let uplinks = facts
         .uplinks
         .iter()
+        .filter(|name| device_text(name).is_some())
         .map(|name| Place { set: "uplinks".into(), key: vec![Atom::Device(name.clone())] });
     let nodes =
         facts.addresses.iter().filter(|ip| parts.contains(&Part::Base(Family::of(ip)))).map(|ip| {
             Place { set: format!("nodes{}", digit(Family::of(ip))), key: vec![Atom::Ip(*ip)] }
         });
     uplinks.chain(nodes).collect()
+}
+
+/// How a device's name is written for nft (1.0.6), in whose JSON a string that begins with `@` names a
+/// set, and one that ends in `*` is a prefix unless a backslash stands before it, when all backslashes
+/// are dropped. `None` if it cannot be written. Strings have at most 15 bytes.
+fn device_text(name: &str) -> Option<Cow<'_, str>> {
+    let Some(stem) = name.strip_suffix('*') else {
+        return (!name.starts_with('@')).then_some(Cow::Borrowed(name));
+    };
+    let escaped = !stem.starts_with('@') && !stem.contains('\\') && name.len() < 15;
+    escaped.then(|| Cow::Owned(format!("{stem}\\*")))
+}
+
+/// Uplinks whose names nft does not take.
+pub fn unwritable(facts: &NodeFacts) -> impl Iterator<Item = &String> {
+    facts.uplinks.iter().filter(|name| device_text(name).is_none())
 }
 
 /// Makes the whole table anew from all records, oldest first; without records it is removed.
@@ -146,7 +164,7 @@ fn expression<'a>(place: &'a Place, element: &'a Element, change: Change) -> Exp
             Atom::Ip(ip) => Expression::String(ip.to_string().into()),
             Atom::Protocol(protocol) => Expression::String(protocol.name().into()),
             Atom::Port(port) => Expression::Number(u32::from(*port)),
-            Atom::Device(name) => Expression::String(name.as_str().into()),
+            Atom::Device(name) => Expression::String(device_text(name).unwrap_or_default()),
         })
         .collect();
     let key = if atoms.len() == 1 {
@@ -179,4 +197,27 @@ fn expression<'a>(place: &'a Place, element: &'a Element, change: Change) -> Exp
 
 fn document(commands: Vec<Value>) -> String {
     json!({ "nftables": commands }).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_devices_that_mean_something_else_to_nft() {
+        for (name, written) in [
+            ("eth0", Some("eth0")),
+            ("a\\b", Some("a\\b")),
+            ("a@b", Some("a@b")),
+            ("*", Some("\\*")),
+            ("a*b*", Some("a*b\\*")),
+            ("abcdefghijklm*", Some("abcdefghijklm\\*")),
+            ("abcdefghijklmn*", None),
+            ("a\\*", None),
+            ("@eth", None),
+            ("@*", None),
+        ] {
+            assert_eq!(device_text(name).as_deref(), written, "{name}");
+        }
+    }
 }

@@ -17,10 +17,12 @@ pub(crate) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(found, _)| *found == kind).map(|(_, value)| value)
 }
 
-/// Text up to the first NUL: the kernel terminates most, but not all of its strings.
+/// Text up to the first NUL: the kernel terminates most, but not all of its strings. A byte that is no
+/// UTF-8 (names of devices may have any) is a question mark: no name becomes longer than the kernel's are.
 pub(in crate::sys) fn text(value: &[u8]) -> String {
-    let end = value.iter().position(|byte| *byte == 0);
-    String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
+    let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
+    let chunks = value.get(..end).unwrap_or_default().utf8_chunks();
+    chunks.map(|chunk| chunk.valid().to_owned() + &"?".repeat(chunk.invalid().len())).collect()
 }
 
 #[cfg(test)]
@@ -58,5 +60,6 @@ mod tests {
         assert_eq!(text(b"eth0"), "eth0");
         assert_eq!(text(b"a\0b\0"), "a");
         assert_eq!(text(b""), "");
+        assert_eq!(text(b"\xc3\xa4\xe2\x82b\xff\0"), "\u{e4}??b?");
     }
 }
