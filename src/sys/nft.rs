@@ -37,7 +37,7 @@ pub fn compile(host: &Host, conditions: &str) -> Result<Vec<Value>, String> {
     in_scratch_netns(|| {
         let script =
             format!("table inet portmap {{\n chain conditions {{\n {conditions} accept\n }}\n}}\n");
-        host.tools.run("nft", &["-f", STDIN], &script).map_err(|error| error.to_string())?;
+        host.tools.run("nft", &["-f", STDIN], &script).map_err(|error| explained(&error))?;
         let objects = list_table(host, "inet", "portmap").map_err(|error| error.to_string())?;
         let mut rules = objects.iter().filter_map(|object| object.get("rule"));
         let (Some(rule), None) = (rules.next(), rules.next()) else {
@@ -48,4 +48,14 @@ pub fn compile(host: &Host, conditions: &str) -> Result<Vec<Value>, String> {
             _ => Err("the conditions hold a verdict".into()),
         }
     })?
+}
+
+/// nft's reason, with what to write instead of `iif eth0`, which is compared by the device's number and
+/// so looked up (nft 1.0.6): the namespace of the trial has no such device.
+fn explained(error: &ToolError) -> String {
+    let reason = error.to_string();
+    match reason.contains("Interface does not exist") {
+        true => format!("{reason} (conditions name devices by iifname and oifname)"),
+        false => reason,
+    }
 }

@@ -32,3 +32,20 @@ fn uplinks_may_have_any_name() {
         ours(&node, "DEL", &config, &attachment("a"));
     }
 }
+
+#[test]
+#[ignore = "privileged: makes network namespaces, needs nft"]
+fn conditions_name_devices_by_iifname() {
+    let netns = netns();
+    let node = Node::new(&netns, Variant::Nftables);
+    let mut config =
+        node.config(json!([mapping(8010, 80, "tcp")]), prev_result(&["198.18.2.10/32"]));
+    config["conditionsV4"] = json!(["iif", "pods"]);
+    let (code, text) = node.fails("ADD", &config, &attachment("a"));
+    assert_eq!(code, 7, "{text}");
+    assert!(text.contains("iifname"), "{text}");
+    config["conditionsV4"] = json!(["iifname", "pods"]);
+    for verb in ["ADD", "CHECK", "DEL"] {
+        ours(&node, verb, &config, &attachment("a"));
+    }
+}
