@@ -5,6 +5,7 @@ pub mod objects;
 pub mod scaffold;
 pub mod script;
 pub mod upstream;
+mod whose;
 
 use std::collections::BTreeSet;
 
@@ -195,7 +196,7 @@ impl Apply for Nftables {
 
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
         if change.parts_after.is_empty() {
-            remove_table(host, change.facts)?;
+            whose::remove(host, change.facts)?;
             return Ok(Outcome::Done);
         }
         if change.parts_before != change.parts_after {
@@ -229,9 +230,9 @@ impl Apply for Nftables {
     fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
         let records: Vec<&Record> = desired.records.iter().collect();
         if records.is_empty() {
-            return remove_table(host, desired.facts);
+            return whose::remove(host, desired.facts);
         }
-        if let Some(chains) = foreign_chains()? {
+        if let Some(chains) = whose::foreign_chains()? {
             let chains = chains.join(", ");
             return Err(Error::BackendUnusable {
                 backend: BackendKind::Nftables.to_string(),
@@ -273,33 +274,6 @@ fn warn_of_devices(host: &Host, facts: &NodeFacts) {
             "nft cannot be told the name of the device {name:?}, which leads out of the node: pods of /32 and /128 do not see the address of clients behind it"
         ));
     }
-}
-
-/// Takes the table away, unless it is somebody else's.
-fn remove_table(host: &Host, facts: &NodeFacts) -> Result<()> {
-    match foreign_chains()? {
-        Some(_) => Ok(()),
-        None => nft::apply(host, &script::restore(&[], facts)).map_err(failed),
-    }
-}
-
-/// The chains of a table with our name that has nothing of ours: neither a base chain nor a rule of the
-/// scaffold. The state directory may have been lost, so that records do not tell.
-fn foreign_chains() -> Result<Option<Vec<String>>> {
-    let read = |error| Error::io("read the nftables rules (netlink)", error);
-    let mut reader = NftReader::open().map_err(read)?;
-    let chains = reader.chains(NftFamily::Inet, TABLE).map_err(read)?;
-    let bases = scaffold::base_chains(&BTreeSet::from([Part::Guard]));
-    if chains.iter().any(|chain| bases.iter().any(|base| is_base(chain, base))) {
-        return Ok(None);
-    }
-    for chain in &chains {
-        let comments = reader.rule_comments(NftFamily::Inet, TABLE, &chain.name).map_err(read)?;
-        if comments.iter().flatten().any(|comment| scaffold::is_comment(&chain.name, comment)) {
-            return Ok(None);
-        }
-    }
-    Ok((!chains.is_empty()).then(|| chains.into_iter().map(|chain| chain.name).collect()))
 }
 
 fn objects_of<const N: usize>(
