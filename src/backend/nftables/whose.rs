@@ -1,6 +1,7 @@
 //! Whether the table is this plugin's: anybody can give one its name.
 
 use std::collections::BTreeSet;
+use std::io;
 
 use super::scaffold::TABLE;
 use super::{failed, is_base, scaffold, script};
@@ -24,7 +25,11 @@ pub fn remove(host: &Host, facts: &NodeFacts) -> Result<()> {
 pub fn foreign_chains() -> Result<Option<Vec<String>>> {
     let read = |error| Error::io("read the nftables rules (netlink)", error);
     let mut reader = NftReader::open().map_err(read)?;
-    let chains = reader.chains(NftFamily::Inet, TABLE).map_err(read)?;
+    let chains = match reader.chains(NftFamily::Inet, TABLE) {
+        // Who may not read may not write either, which nft says in its own words.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+        other => other.map_err(read)?,
+    };
     let bases = scaffold::base_chains(&BTreeSet::from([Part::Guard]));
     if chains.iter().any(|chain| bases.iter().any(|base| is_base(chain, base))) {
         return Ok(None);
