@@ -62,9 +62,9 @@ impl Engine<'_> {
         Ok(collected)
     }
 
-    /// Removes attachments that share a port with the record and whose network namespace is gone, before
-    /// the record's rules change. A dead pod's claim of an address would go before a living one's of any,
-    /// and an older one would have the port back with the newer one's DEL.
+    /// Removes attachments that share a port with the record and whose network namespace is gone. A dead
+    /// pod's claim of an address would go before a living one's of any, and an older one would have the
+    /// port back with the newer one's DEL.
     pub fn remove_dead_rivals(&self, record: &Record) -> Result<()> {
         let ports: BTreeSet<IndexKey> = record
             .index_keys()

@@ -71,8 +71,9 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let facts = host.node_facts()?;
     let record = plan(&engine, &request, kind, old.as_ref(), &facts)?;
     resolve_conflicts(&engine, &request, &record)?;
-    engine.remove_dead_rivals(&record)?;
     engine.add(&record, old.as_ref(), &facts)?;
+    // By now it is known, without looking again, which ports nobody else has.
+    engine.remove_dead_rivals(&record)?;
     adopt_from_other_backends(&engine, &record, &facts)?;
     warn_about_shadows(host, &record, &facts);
     Ok(reply)

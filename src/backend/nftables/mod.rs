@@ -4,13 +4,13 @@
 pub mod objects;
 pub mod scaffold;
 pub mod script;
+mod table;
 pub mod upstream;
-mod whose;
 
 use std::collections::BTreeSet;
 
 use objects::{Atom, Data, Names, Objects, Place};
-use scaffold::{BaseChain, TABLE};
+use scaffold::TABLE;
 use serde_json::{Value, json};
 
 use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
@@ -21,7 +21,7 @@ use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
 use crate::sys::namespace::in_scratch_netns;
-use crate::sys::netlink::nftables::{Chain, NftFamily, NftReader};
+use crate::sys::netlink::nftables::{NftFamily, NftReader};
 use crate::sys::netlink::nftkey::Key;
 use crate::sys::nft;
 
@@ -40,7 +40,7 @@ impl Observe for Nftables {
         let tried = in_scratch_netns(|| {
             nft::apply(host, &text).map_err(|error| error.to_string())?;
             // Without an error old versions may have taken no notice of what they do not know.
-            match scaffold_problem(&sample.parts()) {
+            match table::problem(&sample.parts()) {
                 Ok(None) => Ok(()),
                 Ok(Some(problem)) => Err(format!("nft reported success, but {problem}")),
                 Err(error) => Err(format!("the rules cannot be read over netlink: {error}")),
@@ -59,7 +59,7 @@ impl Observe for Nftables {
         _recorded: bool,
     ) -> Result<Vec<String>> {
         let read = |error| Error::io("read the nftables rules (netlink)", error);
-        if let Some(problem) = scaffold_problem(parts).map_err(read)? {
+        if let Some(problem) = table::problem(parts).map_err(read)? {
             return Ok(vec![problem]);
         }
         let names = objects::names_of(record);
@@ -144,7 +144,7 @@ impl Observe for Nftables {
                 let found = reader.rule_comments(NftFamily::Inet, TABLE, chain).map_err(read)?;
                 let base = scaffold::base_chains(parts).into_iter().find(|base| base.name == chain);
                 let hooked = match &base {
-                    Some(base) => is_hooked(&mut reader, base).map_err(read)?,
+                    Some(base) => table::is_hooked(&mut reader, base).map_err(read)?,
                     None => true,
                 };
                 steps.push(Step {
@@ -156,7 +156,7 @@ impl Observe for Nftables {
                         ),
                         None => format!("{} rules that look into the maps", rules.len()),
                     },
-                    found: hooked && found == comments_of(chain, &rules),
+                    found: hooked && found == table::comments_of(chain, &rules),
                 });
             }
         }
@@ -196,13 +196,13 @@ impl Apply for Nftables {
 
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
         if change.parts_after.is_empty() {
-            whose::remove(host, change.facts)?;
+            table::remove(host, change.facts)?;
             return Ok(Outcome::Done);
         }
         if change.parts_before != change.parts_after {
             return Ok(Outcome::NeedsRestore("the shared rules change".into()));
         }
-        match scaffold_problem(change.parts_before) {
+        match table::problem(change.parts_before) {
             Ok(None) => {}
             Ok(Some(problem)) => return Ok(Outcome::NeedsRestore(problem)),
             Err(error) => return Err(Error::io("read the nftables rules (netlink)", error)),
@@ -230,9 +230,9 @@ impl Apply for Nftables {
     fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
         let records: Vec<&Record> = desired.records.iter().collect();
         if records.is_empty() {
-            return whose::remove(host, desired.facts);
+            return table::remove(host, desired.facts);
         }
-        if let Some(chains) = whose::foreign_chains()? {
+        if let Some(chains) = table::foreign_chains()? {
             let chains = chains.join(", ");
             return Err(Error::BackendUnusable {
                 backend: BackendKind::Nftables.to_string(),
@@ -284,68 +284,6 @@ fn objects_of<const N: usize>(
     let mut records: Vec<&Record> = related.iter().chain(own.into_iter().flatten()).collect();
     records.sort_by_key(|record| record.order);
     Objects::of(&records).restricted_to(names)
-}
-
-/// What of the scaffold is missing or not as made.
-fn scaffold_problem(parts: &BTreeSet<Part>) -> std::io::Result<Option<String>> {
-    let mut reader = NftReader::open()?;
-    for base in scaffold::base_chains(parts) {
-        if !is_hooked(&mut reader, &base)? {
-            return Ok(Some(format!(
-                "table inet {TABLE} has no base chain {} at priority {}",
-                base.name, base.priority
-            )));
-        }
-    }
-    for (chain, rules) in scaffold::chains(parts) {
-        let expected = comments_of(chain, &rules);
-        let found = reader.rule_comments(NftFamily::Inet, TABLE, chain)?;
-        if found != expected {
-            let named = |comments: Vec<Option<String>>| {
-                let names = comments.into_iter().map(|one| one.unwrap_or("a foreign one".into()));
-                match names.collect::<Vec<_>>().join(", ") {
-                    none if none.is_empty() => "none".to_owned(),
-                    names => names,
-                }
-            };
-            return Ok(Some(format!(
-                "chain {chain} of table inet {TABLE}: rules expected: {}, found: {}",
-                named(expected),
-                named(found)
-            )));
-        }
-    }
-    Ok(None)
-}
-
-fn is_hooked(reader: &mut NftReader, base: &BaseChain) -> std::io::Result<bool> {
-    let found = reader.chain(NftFamily::Inet, TABLE, base.name)?;
-    Ok(found.is_some_and(|found| is_base(&found, base)))
-}
-
-fn is_base(found: &Chain, base: &BaseChain) -> bool {
-    found.name == base.name
-        && found.base.as_ref().is_some_and(|found| {
-            found.priority == base.priority && found.hook == hook_number(base.hook)
-        })
-}
-
-/// The comments that a chain of the scaffold has, by which it is known to be whole.
-fn comments_of(chain: &str, rules: &[Value]) -> Vec<Option<String>> {
-    let comment = |(index, rule)| Some(scaffold::comment(chain, index, rule));
-    rules.iter().enumerate().map(comment).collect()
-}
-
-/// `NF_INET_*` (linux/netfilter.h).
-fn hook_number(hook: nftables::types::NfHook) -> u32 {
-    use nftables::types::NfHook;
-    match hook {
-        NfHook::Prerouting => 0,
-        NfHook::Input => 1,
-        NfHook::Forward => 2,
-        NfHook::Output => 3,
-        _ => 4,
-    }
 }
 
 fn key(place: &Place) -> Vec<u8> {
