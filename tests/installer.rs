@@ -375,8 +375,12 @@ struct Watch {
 
 impl Watch {
     fn start(command: &mut Command) -> Self {
-        let mut child =
-            command.args(["--watch", "--pause", "1"]).stderr(Stdio::piped()).spawn().unwrap();
+        Self::with_pause(command, "1")
+    }
+
+    fn with_pause(command: &mut Command, seconds: &str) -> Self {
+        command.args(["--watch", "--pause", seconds]).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
@@ -455,6 +459,36 @@ fn the_watch_waits_for_directories_and_for_lists_that_can_be_read() {
     watch.says("installed");
     assert_eq!(names(&node.bin()), ["portmap"]);
     watch.stop(Signal::SIGINT);
+}
+
+/// A list that names a plugin which is not there keeps every pod from starting and from ending.
+#[test]
+fn the_watch_lets_the_list_wait_for_the_binary() {
+    let node = Node::new("waits");
+    let list = node.write("10-x.conflist", CILIUM);
+    fs::write(node.bin(), "not a directory").unwrap();
+    let watch = Watch::start(node.install().arg("--conflist"));
+    watch.says("cannot do it yet: cannot create");
+    watch.says("cannot do it yet: no list is edited before there is an executable");
+    assert_eq!(read(&list), CILIUM);
+    fs::remove_file(node.bin()).unwrap();
+    watch.says("installed");
+    watch.says("put portmap behind cilium-cni");
+    watch.stop(Signal::SIGTERM);
+
+    // During a pause the binary is not put back, and whatever runtimes can start will do.
+    let node = Node::new("any");
+    let watch = Watch::with_pause(node.install().arg("--conflist"), "300");
+    watch.says("installed");
+    watch.says("there is no list in");
+    fs::remove_file(node.portmap()).unwrap();
+    let list = node.write("10-x.conflist", CILIUM);
+    watch.says("no list is edited");
+    assert_eq!(read(&list), CILIUM);
+    copy_program("/bin/sleep", &node.portmap());
+    watch.says("put portmap behind cilium-cni");
+    watch.stop(Signal::SIGTERM);
+    assert!(same(&node.portmap(), Path::new("/bin/sleep")));
 }
 
 /// A node on which other programs have used up what the kernel gives of inotify.

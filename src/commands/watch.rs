@@ -11,7 +11,7 @@ use crate::conflist::edit::Change;
 use crate::conflist::files::Choice;
 use crate::error::Error;
 use crate::sys::install::events::{Events, Wake};
-use crate::sys::install::{Before, Stamp, install_binary, stamp};
+use crate::sys::install::{Before, Stamp, can_be_run, install_binary, stamp};
 use crate::throttle::Throttle;
 
 /// Changes that make no event (a network file system, another host's) are seen after this time.
@@ -168,6 +168,14 @@ fn keep_binary(
 
 fn keep_list(options: &Options, notes: &mut dyn FnMut(String)) -> Result<Looked, CommandError> {
     let Some(choice) = &options.list else { return Ok(Looked::Fine) };
+    let plugin = options.dest.join(PLUGIN);
+    // With a list that names a plugin which is not there, runtimes fail every ADD and every DEL.
+    if !can_be_run(&plugin) {
+        return Err(CommandError::Refused(format!(
+            "no list is edited before there is an executable {}",
+            plugin.display()
+        )));
+    }
     let path = locate(choice, &options.conf_dir)?
         .ok_or_else(|| install::nothing_there(choice, &options.conf_dir))?;
     let report = ensure_list(&path, notes)?;

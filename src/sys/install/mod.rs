@@ -84,6 +84,14 @@ fn equal(left: &mut File, right: &mut File) -> io::Result<bool> {
     }
 }
 
+/// Whether runtimes can start what is there, whoever's it is.
+#[must_use]
+pub fn can_be_run(path: &Path) -> bool {
+    let executable = fs::metadata(path)
+        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+    executable && statvfs(path).is_ok_and(|found| !found.flags().contains(FsFlags::ST_NOEXEC))
+}
+
 /// Changes whenever the file at `path` does; `None` if there is none.
 #[must_use]
 pub fn stamp(path: &Path) -> Option<Stamp> {
