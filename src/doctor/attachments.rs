@@ -1,5 +1,7 @@
 //! Attachments: those that live and are as recorded, those that do not, and rules that nobody asked for.
 
+use std::path::PathBuf;
+
 use super::{Area, Finding, Told, count, some_of};
 
 /// An attachment with a record.
@@ -29,12 +31,36 @@ pub struct Facts {
     pub damaged: Vec<String>,
     /// Whether a step was begun and not finished.
     pub pending: bool,
+    /// A list that keeps its records in another state directory, and which.
+    pub elsewhere: Option<(PathBuf, PathBuf)>,
     pub orphans: Vec<Orphan>,
     /// Where orphans could not be looked for, and why.
     pub unread: Vec<(String, String)>,
 }
 
 const AREA: Area = Area::Attachments;
+
+impl Facts {
+    /// Why orphans are not looked for, and the command after which they can be: what seems to be nobody's
+    /// may be a live pod's, whose record was not read, and nothing would bring it back.
+    #[must_use]
+    pub fn doubt(&self) -> Option<(String, String)> {
+        if let Some((list, dir)) = &self.elsewhere {
+            let (list, dir) = (list.display(), dir.display());
+            return Some((
+                format!("{list} keeps records in {dir}"),
+                format!("portmap doctor --state-dir {dir}"),
+            ));
+        }
+        (!self.damaged.is_empty()).then(|| {
+            let unread = count(self.damaged.len(), "record", "records");
+            (
+                format!("{unread} cannot be read"),
+                "portmap doctor, once every record can be read".into(),
+            )
+        })
+    }
+}
 
 #[must_use]
 pub fn findings(facts: &Facts) -> Vec<Finding> {
@@ -66,6 +92,14 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
                 true => "portmap install with the newer version, which can read it",
                 false => "portmap gc, if its pod is gone; if not, the next ADD or the DEL of its attachment clears it away",
             },
+        ));
+    }
+    if let Some((reason, fix)) = facts.doubt() {
+        findings.push(AREA.warning(
+            "orphan",
+            format!("rules and entries without a record were not looked for: {reason}"),
+            "what no record asks for here may be that of a pod that lives",
+            fix,
         ));
     }
     for orphan in &facts.orphans {
@@ -163,6 +197,7 @@ mod tests {
                 "record 1 is damaged".into(),
                 "record 2 … written by a newer portmap".into(),
             ],
+            elsewhere: None,
             orphans: vec![Orphan { what: "chain".into(), removal: "iptables".into() }],
             unread: vec![("nftables".into(), "no nft".into())],
             pending: false,
@@ -177,6 +212,7 @@ mod tests {
                 ("record", Severity::Warning),
                 ("orphan", Severity::Warning),
                 ("orphan", Severity::Warning),
+                ("orphan", Severity::Warning),
             ]
         );
         let all = findings(&facts);
@@ -184,5 +220,18 @@ mod tests {
             |first| first.found.contains("a: no chain") && first.fix == "portmap restore"
         ));
         assert!(all.iter().any(|finding| finding.fix == "portmap gc"));
+    }
+
+    #[test]
+    fn records_that_were_not_read_keep_orphans_from_being_looked_for() {
+        let mut facts = Facts::default();
+        assert_eq!(facts.doubt(), None);
+        facts.damaged.push("record 1 is damaged".into());
+        let found = findings(&facts).pop().map(|finding| finding.found).unwrap_or_default();
+        assert!(found.ends_with("not looked for: 1 record cannot be read"), "{found}");
+        facts.elsewhere = Some(("/etc/cni/net.d/10-pods.conflist".into(), "/run/x".into()));
+        let (reason, fix) = facts.doubt().unwrap_or_default();
+        assert_eq!(reason, "/etc/cni/net.d/10-pods.conflist keeps records in /run/x");
+        assert_eq!(fix, "portmap doctor --state-dir /run/x");
     }
 }

@@ -64,6 +64,17 @@ impl Facts {
         self.analysis()?.conf?.backend
     }
 
+    /// A list, of whoever takes it, that keeps its records in another state directory than was looked at,
+    /// and which.
+    #[must_use]
+    pub fn elsewhere(&self) -> Option<(PathBuf, PathBuf)> {
+        self.files.iter().flatten().find_map(|(name, text)| {
+            let conf = analyse(text.as_ref().ok()?).ok()?.conf?;
+            let dir = request::state_dir(conf.state_dir);
+            (dir != self.state_dir).then(|| (self.conf_dir.join(name), dir))
+        })
+    }
+
     fn is_listed(&self) -> bool {
         self.analysis().is_some_and(|analysis| analysis.plugins.iter().any(|name| name == PLUGIN))
     }
@@ -277,6 +288,11 @@ mod tests {
             LISTED.replace(r#""type":"portmap""#, r#""type":"portmap","stateDir":"/run/other""#);
         let found = found(&facts(&[("10-x.conflist", &listed)], Binary::Same), "state-dir");
         assert_eq!(found.fix, "portmap doctor --state-dir /run/other");
+        // One that the kubelet's runtime does not take may be podman's.
+        let facts = facts(&[("10-x.conflist", LISTED), ("87-y.conflist", &listed)], Binary::Same);
+        let elsewhere = ("/etc/cni/net.d/87-y.conflist".into(), "/run/other".into());
+        assert_eq!(facts.elsewhere(), Some(elsewhere));
+        assert_eq!(super::tests::facts(&[("x.conflist", LISTED)], Binary::Same).elsewhere(), None);
     }
 
     #[test]

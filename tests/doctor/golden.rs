@@ -113,6 +113,18 @@ fn ill() -> Facts {
     facts
 }
 
+/// One that has lost a record.
+fn forgetful() -> Facts {
+    let mut facts = healthy();
+    if let Ok(Look::Read(attachments)) = &mut facts.state.look {
+        attachments.orphans = vec![Orphan {
+            what: "chain CNI-DN-0123456789abcdef01234 of container c on network n forwards tcp 81 to 10.88.0.9:80, in table nat of iptables-nft".into(),
+            removal: "iptables -t nat -F CNI-DN-0123456789abcdef01234 && iptables -t nat -X CNI-DN-0123456789abcdef01234".into(),
+        }];
+    }
+    facts
+}
+
 /// What keeps all but Docker's own containers from being reached.
 fn docker() -> DroppingChain {
     DroppingChain {
@@ -156,17 +168,19 @@ fn worst() -> Facts {
             attachment(
                 "default/web on pods (iptables): tcp 8080",
                 true,
-                &["IPv4: traffic from outside is not forwarded: chain PREROUTING of table nat has no rule `-m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT`"],
+                &[
+                    "IPv4: traffic from outside is not forwarded: chain PREROUTING of table nat has no rule `-m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT`",
+                ],
             ),
             attachment("default/dns on pods (iptables): udp 53", true, &[]),
             attachment("default/old on pods (iptables): tcp 9090", false, &[]),
         ],
-        damaged: vec!["record 1234 is damaged: EOF while parsing a string at line 1 column 20".into()],
+        elsewhere: None,
+        damaged: vec![
+            "record 1234 is damaged: EOF while parsing a string at line 1 column 20".into(),
+        ],
         pending: true,
-        orphans: vec![Orphan {
-            what: "chain CNI-DN-0123456789abcdef01234 of container c on network n forwards tcp 81 to 10.88.0.9:80, in table nat of iptables-nft".into(),
-            removal: "iptables -t nat -F CNI-DN-0123456789abcdef01234 && iptables -t nat -X CNI-DN-0123456789abcdef01234".into(),
-        }],
+        orphans: Vec::new(),
         unread: vec![("table inet portmap".into(), "nft is not installed (not in PATH)".into())],
     }));
     facts.localhost.guard = Ok(Guard::None);
@@ -194,9 +208,13 @@ fn what_is_said_of_a_healthy_node() {
 
 #[test]
 fn what_is_said_of_ill_ones() {
-    for (name, facts) in [("doctor-some", ill()), ("doctor-bad", worst())] {
+    for (name, facts, verdict) in [
+        ("doctor-orphan", forgetful(), Severity::Warning),
+        ("doctor-some", ill(), Severity::Broken),
+        ("doctor-bad", worst(), Severity::Broken),
+    ] {
         let findings = examine(&facts);
-        assert_eq!(report::verdict(&findings), Severity::Broken, "{name}");
+        assert_eq!(report::verdict(&findings), verdict, "{name}");
         for finding in &findings {
             let fine = finding.severity == Severity::Fine;
             assert!(fine || !finding.why.is_empty() && !finding.fix.is_empty(), "{finding:?}");

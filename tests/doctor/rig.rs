@@ -148,6 +148,8 @@ impl<'a> Rig<'a> {
             assert!(!fix.contains(&named) || fix.contains(option), "{finding}");
             command = command.replace(&named, &format!("{PORTMAP} {verb}"));
         }
+        // Nobody is there to be asked.
+        command = command.replace("flush --all", "flush --all --yes");
         // What it makes for the moment goes with the node.
         let scratch = self.conf_dir.parent().unwrap().display();
         self.node.shell(&format!("export TMPDIR={scratch}; {command}"));

@@ -55,7 +55,8 @@ pub fn gather(host: &Host, places: &Places, progress: &Progress) -> Facts {
     progress.step("reading rules");
     let tables = Tables::find(host);
     progress.step("comparing the records with the kernel");
-    let State { facts: state, records, remembered } = state(host, places, &tables);
+    let State { facts: state, records, remembered } =
+        state(host, places, &tables, setup.elsewhere());
     progress.step("looking at the node's firewall and at Cilium");
     let backends = backends::Facts {
         privileged: survey::is_root(),
@@ -178,7 +179,12 @@ fn sockets(host: &Host) -> Told<String> {
     })
 }
 
-fn state(host: &Host, places: &Places, tables: &Tables) -> State {
+fn state(
+    host: &Host,
+    places: &Places,
+    tables: &Tables,
+    elsewhere: Option<(PathBuf, PathBuf)>,
+) -> State {
     let dir = &places.state_dir;
     let directory = survey::state_directory(dir).map_err(|error| error.to_string());
     let nothing = |look| State {
@@ -196,23 +202,25 @@ fn state(host: &Host, places: &Places, tables: &Tables) -> State {
             return nothing(Ok(state::Look::Busy { holder, seconds }));
         }
         Looked::Absent => {
-            let facts = strays::add(host, tables, &[], attachments::Facts::default());
+            let facts = attachments::Facts { elsewhere, ..attachments::Facts::default() };
+            let facts = strays::add(host, tables, &[], facts);
             return nothing(Ok(state::Look::Read(facts)));
         }
         Looked::Store(store) => store,
     };
     let engine = Engine::on(host, store);
-    let read = || {
+    let read = move |engine: &Engine| {
         let (records, damaged) = engine.store.all()?;
         let facts = attachments::Facts {
-            attachments: compared(&engine, &records),
+            attachments: compared(engine, &records),
             damaged,
             pending: engine.is_interrupted()?,
+            elsewhere,
             ..attachments::Facts::default()
         };
         Ok((records, facts))
     };
-    match read() {
+    match read(&engine) {
         Err(error) => nothing(told(Err(error))),
         Ok((records, facts)) => {
             let facts = strays::add(host, tables, &records, facts);

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use super::super::attachments::{Facts, Orphan, is_newer};
+use super::super::attachments::{Facts, Orphan};
 use super::super::{count, some_of};
 use super::tables::{Tables, named};
 use crate::backend;
@@ -21,8 +21,7 @@ use crate::sys::{Host, nft};
 
 /// Adds what was found, and what could not be looked at.
 pub fn add(host: &Host, tables: &Tables, records: &[Record], mut facts: Facts) -> Facts {
-    // What such a record asks for is not known, and would be taken for nobody's. It has a finding.
-    if facts.damaged.iter().any(|problem| is_newer(problem)) {
+    if facts.doubt().is_some() {
         return facts;
     }
     let of = |kind: BackendKind| -> Vec<&Record> {
@@ -52,7 +51,7 @@ fn in_ebpf(host: &Host, records: &[Record], facts: &mut Facts) {
         // Flushing takes away what outlives the last attachment of a backend, and an empty state
         // directory has none of any: rules of other backends stay.
         removal: match own.is_empty() {
-            true => "portmap flush --all --yes --state-dir \"$(mktemp -d)\"".into(),
+            true => "portmap flush --all --state-dir \"$(mktemp -d)\"".into(),
             false => "rm -r /sys/fs/bpf/portmap && portmap restore".into(),
         },
     });
