@@ -111,8 +111,9 @@ pub enum Command {
     ///
     /// A runtime that does not find a plugin stops in the middle of removing a pod. So this refuses while
     /// a list of the directory names portmap, or a pod has hostPorts. With --conflist it first takes
-    /// portmap out of that list, the exact inverse of what install did: then no new pod comes, and when
-    /// those that are there have gone, repeat it.
+    /// portmap out of that list, the exact inverse of what install did; if the entry has more than install
+    /// puts there, such as options, the text before is kept beside the list. Then no new pod comes, and
+    /// when those that are there have gone, repeat it.
     Uninstall {
         /// Where the binary is
         #[arg(long, value_name = "DIR", default_value = DEFAULT_BIN_DIR)]
@@ -123,7 +124,7 @@ pub enum Command {
         /// Where the runtime looks for lists
         #[arg(long, value_name = "DIR", default_value = files::DEFAULT_DIR)]
         conf_dir: PathBuf,
-        /// Where the records are, if the network configuration has another `stateDir`
+        /// Where the records are, if not there; every `stateDir` of the directory's lists is looked at as well
         #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
         state_dir: PathBuf,
         /// Remove it also if it is still needed, or is another program

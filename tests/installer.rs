@@ -312,28 +312,31 @@ fn a_kill_at_any_moment_leaves_old_or_new() {
     );
 }
 
+fn store(state: &Path) -> Store {
+    Store::open(state, &Host::new(None).boot_id()).unwrap()
+}
+
+/// The record of an attachment.
+fn attached(state: &Path) -> Record {
+    let attachment =
+        Attachment { network: "n".into(), container_id: "c1".into(), ifname: "eth0".into() };
+    let mapping =
+        Mapping { protocol: Protocol::Tcp, host_port: 8080, container_port: 80, host_ip: None };
+    let addresses = vec!["10.0.0.2/32".parse().unwrap()];
+    let options = Options::default();
+    let record = Record::new(attachment, vec![mapping], addresses, options, BackendKind::Nftables);
+    store(state).put(&record, None).unwrap();
+    record
+}
+
 #[test]
 fn uninstall_refuses_what_is_still_needed() {
     let node = Node::new("needed");
     let list = node.write("10-cilium.conflist", CILIUM_WITH);
     node.write("20-other.conflist", "broken, and names \"portmap\"");
     succeeds(&mut node.install());
-    let host = Host::new(None);
-    let store = Store::open(&node.0.join("state"), &host.boot_id()).unwrap();
-    let attachment =
-        Attachment { network: "n".into(), container_id: "c1".into(), ifname: "eth0".into() };
-    let mapping =
-        Mapping { protocol: Protocol::Tcp, host_port: 8080, container_port: 80, host_ip: None };
-    let addresses = vec!["10.0.0.2/32".parse().unwrap()];
-    let record = Record::new(
-        attachment,
-        vec![mapping],
-        addresses,
-        Options::default(),
-        BackendKind::Nftables,
-    );
-    store.put(&record, None).unwrap();
-    drop(store);
+    let state = node.0.join("state");
+    let record = attached(&state);
 
     let refusal = fails(&mut node.uninstall(), "10-cilium.conflist names it");
     let refusal = text(&refusal.stderr);
@@ -348,11 +351,69 @@ fn uninstall_refuses_what_is_still_needed() {
     assert_eq!(read(&list), CILIUM);
     assert!(node.portmap().exists());
 
-    let store = Store::open(&node.0.join("state"), &host.boot_id()).unwrap();
-    store.remove(&record).unwrap();
-    drop(store);
+    store(&state).remove(&record).unwrap();
     assert!(succeeds(&mut node.uninstall()).contains("removed"));
     assert_eq!(names(&node.bin()), [""; 0]);
+}
+
+/// Its delegates are run as a list's plugins are.
+#[test]
+fn uninstall_refuses_what_multus_needs() {
+    let node = Node::new("multus");
+    node.write(
+        "00-multus.conf",
+        r#"{"type":"multus","delegates":[{"plugins":[{"type":"flannel"},{"type":"portmap"}]}]}"#,
+    );
+    succeeds(&mut node.install());
+    fails(&mut node.uninstall(), "00-multus.conf names it (which has to be edited by hand)");
+    assert_eq!(names(&node.bin()), ["portmap"]);
+}
+
+#[test]
+fn what_an_entry_said_outlives_it() {
+    let node = Node::new("entry");
+    let state = node.0.join("other");
+    let options =
+        format!("\"type\": \"portmap\", \"stateDir\": {:?}, \"snat\": false", state.display());
+    let before = CILIUM_WITH.replace("\"type\": \"portmap\"", &options);
+    let list = node.write("10-cilium.conflist", &before);
+    let backup = node.list("10-cilium.conflist.portmap-backup");
+    succeeds(&mut node.install());
+    let record = attached(&state);
+    let flush = format!(
+        "c1 on n (nftables): tcp 0.0.0.0:8080 is forwarded (it ends with the pod, or with portmap flush --state-dir {})",
+        state.display()
+    );
+    let output = fails(node.uninstall().arg("--conflist"), &flush);
+    let said = text(&output.stdout);
+    assert!(said.contains(&format!("; as it was: {}", backup.display())), "{said}");
+    assert_eq!((read(&list), read(&backup)), (CILIUM.to_owned(), before));
+    // The list does not tell any more.
+    fails(&mut node.uninstall(), &flush);
+    store(&state).remove(&record).unwrap();
+    succeeds(&mut node.uninstall());
+    assert_eq!(names(&node.bin()), [""; 0]);
+    assert_eq!(names(&node.0.join("net.d")).len(), 2);
+}
+
+#[test]
+fn what_was_done_before_a_refusal_is_told() {
+    let node = Node::new("told");
+    node.write("10-x.conflist", "{\"type\": \"ptp\"}");
+    let output = fails(node.install().args(["--json", "--conflist"]), "single plugin");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["binary"]["change"], "installed");
+    assert_eq!(report["list"], Value::Null);
+    assert!(report["failed"].as_str().unwrap().contains("single plugin"), "{report}");
+
+    node.write("10-x.conflist", CILIUM_WITH);
+    node.write("20-y.conflist", CILIUM_WITH);
+    let output = fails(node.uninstall().args(["--json", "--conflist"]), "20-y.conflist names it");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["binary"]["change"], "none");
+    assert_eq!(report["list"]["change"], "removed");
+    assert!(report["failed"].as_str().unwrap().contains("20-y.conflist names it"), "{report}");
+    assert_eq!(read(&node.list("10-x.conflist")), CILIUM);
 }
 
 #[test]

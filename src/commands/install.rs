@@ -33,48 +33,59 @@ pub(super) struct ListReport {
     pub owner: Option<String>,
 }
 
+/// What was done.
+#[derive(Default)]
+struct Report {
+    before: Option<Before>,
+    list: Option<ListReport>,
+    notes: Vec<String>,
+}
+
 /// Installs, and says what was done; a second time there is nothing to do.
 pub fn run(options: &Options, terminal: &mut Terminal) -> Result<Verdict, CommandError> {
-    let mut notes = Vec::new();
+    let mut report = Report::default();
     let path = options.dest.join(PLUGIN);
-    let before = install_binary(&options.dest, &mut |note| notes.push(note))?;
-    if !options.json {
-        writeln!(terminal.output, "{}", describe_binary(&path, before))?;
-    }
-    let list = match &options.list {
-        Some(choice) => {
-            let path = locate(choice, &options.conf_dir)?
-                .ok_or_else(|| nothing_there(choice, &options.conf_dir))?;
-            Some(ensure_list(&path, &mut |note| notes.push(note))?)
-        }
-        None => None,
-    };
-    notes.extend(list.iter().filter_map(|report| report.owner.clone()));
+    let done = install(options, &mut report);
     if options.json {
         let report = json!({
             "version": NAME_AND_VERSION,
-            "binary": { "path": path, "change": change_of_binary(before) },
-            "list": list.as_ref().map(list_json),
-            "notes": notes,
+            "binary": { "path": path, "change": report.before.map_or("none", change_of_binary) },
+            "list": report.list.as_ref().map(list_json),
+            "notes": report.notes,
+            "failed": done.as_ref().err().map(CommandError::report),
         });
         writeln!(terminal.output, "{report}")?;
-        return Ok(Verdict::Fine);
+        return done.map(|()| Verdict::Fine);
     }
-    if let Some(report) = &list {
+    if let Some(before) = report.before {
+        writeln!(terminal.output, "{}", describe_binary(&path, before))?;
+    }
+    if let Some(list) = &report.list {
         if options.list == Some(Choice::Auto) {
             writeln!(
                 terminal.output,
                 "{} is the first list in {}",
-                report.path.display(),
+                list.path.display(),
                 options.conf_dir.display()
             )?;
         }
-        writeln!(terminal.output, "{}", describe_list(report))?;
+        writeln!(terminal.output, "{}", describe_list(list))?;
     }
-    for note in notes {
+    for note in report.notes {
         writeln!(terminal.output, "note: {note}")?;
     }
-    Ok(Verdict::Fine)
+    done.map(|()| Verdict::Fine)
+}
+
+fn install(options: &Options, report: &mut Report) -> Result<(), CommandError> {
+    report.before = Some(install_binary(&options.dest, &mut |note| report.notes.push(note))?);
+    let Some(choice) = &options.list else { return Ok(()) };
+    let path = locate(choice, &options.conf_dir)?
+        .ok_or_else(|| nothing_there(choice, &options.conf_dir))?;
+    let list = ensure_list(&path, &mut |note| report.notes.push(note))?;
+    report.notes.extend(list.owner.clone());
+    report.list = Some(list);
+    Ok(())
 }
 
 /// The list that is meant; with `Auto` the one that runtimes take, if there is any.
@@ -150,7 +161,7 @@ pub(super) fn describe_list(report: &ListReport) -> String {
         Change::CapabilityAdded => {
             format!("{path}: gave {PLUGIN} the capability portMappings{backup}")
         }
-        Change::Removed => format!("{path}: took {PLUGIN} out"),
+        Change::Removed => format!("{path}: took {PLUGIN} out{backup}"),
     }
 }
 

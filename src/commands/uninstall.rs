@@ -1,5 +1,6 @@
 //! `portmap uninstall`: away with the binary, once nothing needs it any more.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -8,13 +9,16 @@ use super::flush::describe;
 use super::install::{ListReport, describe_list, list_json, locate, nothing_there};
 use super::{CommandError, Terminal, Verdict};
 use crate::conflist::PLUGIN;
-use crate::conflist::edit::{Change, remove};
-use crate::conflist::files::{Choice, backup_name, is_configuration, names_plugin};
+use crate::conflist::edit::{Change, insert, remove};
+use crate::conflist::files::{
+    Choice, backup_name, is_backup, is_configuration, names_plugin, state_dirs,
+};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::sys::Host;
 use crate::sys::command::Tools;
 use crate::sys::install::{self, Before, ListFile, look};
+use crate::sys::store::DEFAULT_DIR;
 
 /// What to remove from where.
 #[derive(Debug, Clone)]
@@ -29,6 +33,15 @@ pub struct Options {
     pub json: bool,
 }
 
+/// What was done.
+#[derive(Default)]
+struct Report {
+    list: Option<ListReport>,
+    /// Whether there was a binary, which is gone now; `None` if it was left alone.
+    removed: Option<bool>,
+    notes: Vec<String>,
+}
+
 /// A runtime that does not find a plugin stops in the middle of a pod's DEL, so that neither Cilium's
 /// nor any other plugin before it cleans up, and the pod never ends.
 ///
@@ -41,26 +54,66 @@ pub fn run(
     options: &Options,
     terminal: &mut Terminal,
 ) -> Result<Verdict, CommandError> {
-    let mut notes = Vec::new();
+    let mut report = Report::default();
+    let path = options.dest.join(PLUGIN);
+    let done = uninstall(host, options, &path, &mut report);
+    report.notes.extend(host.take_warnings());
+    if options.json {
+        let removed = report.removed == Some(true);
+        let report = json!({
+            "binary": { "path": path, "change": if removed { "removed" } else { "none" } },
+            "list": report.list.as_ref().map(list_json),
+            "notes": report.notes,
+            "failed": done.as_ref().err().map(CommandError::report),
+        });
+        writeln!(terminal.output, "{report}")?;
+        return done.map(|()| Verdict::Fine);
+    }
+    if let Some(list) = &report.list {
+        writeln!(terminal.output, "{}", describe_list(list))?;
+    }
+    let path = path.display();
+    match report.removed {
+        Some(true) => writeln!(terminal.output, "removed {path}")?,
+        Some(false) => writeln!(terminal.output, "{path} is not installed; nothing to do")?,
+        None => {}
+    }
+    for note in report.notes {
+        writeln!(terminal.output, "note: {note}")?;
+    }
+    done.map(|()| Verdict::Fine)
+}
+
+fn uninstall(
+    host: &Host,
+    options: &Options,
+    path: &Path,
+    report: &mut Report,
+) -> Result<(), CommandError> {
     let list = match &options.list {
-        Some(choice) => {
-            let path = locate(choice, &options.conf_dir)?
-                .ok_or_else(|| nothing_there(choice, &options.conf_dir))?;
-            Some(leave_list(&path, &mut |note| notes.push(note))?)
-        }
+        Some(choice) => Some(
+            locate(choice, &options.conf_dir)?
+                .ok_or_else(|| nothing_there(choice, &options.conf_dir))?,
+        ),
         None => None,
     };
-    if let Some(report) = list.as_ref().filter(|_| !options.json) {
-        writeln!(terminal.output, "{}", describe_list(report))?;
+    // While the list still says it.
+    let mut state_dirs = BTreeSet::from([options.state_dir.clone()]);
+    if !options.force {
+        state_dirs.extend(configured_state_dirs(&options.conf_dir, list.as_deref())?);
     }
-    let path = options.dest.join(PLUGIN);
+    if let Some(list) = list {
+        report.list = Some(leave_list(&list, &mut |note| report.notes.push(note))?);
+    }
     if !options.force {
         let mut reasons = Vec::new();
-        if is_strange(&path)? {
+        if is_strange(path)? {
             reasons.push("it is not a portmap of this project".to_owned());
         } else {
             reasons.extend(lists_that_name_it(&options.conf_dir)?);
-            reasons.extend(records_that_need_it(host, &options.state_dir)?);
+            for dir in &state_dirs {
+                reasons.extend(records_that_need_it(host, dir)?);
+            }
         }
         if !reasons.is_empty() {
             return Err(CommandError::Refused(format!(
@@ -70,43 +123,55 @@ pub fn run(
             )));
         }
     }
-    let removed = install::remove(&path)?;
-    notes.extend(host.take_warnings());
-    if options.json {
-        let report = json!({
-            "binary": { "path": path, "change": if removed { "removed" } else { "none" } },
-            "list": list.as_ref().map(list_json),
-            "notes": notes,
-        });
-        writeln!(terminal.output, "{report}")?;
-        return Ok(Verdict::Fine);
-    }
-    match removed {
-        true => writeln!(terminal.output, "removed {}", path.display())?,
-        false => writeln!(terminal.output, "{} is not installed; nothing to do", path.display())?,
-    }
-    for note in notes {
-        writeln!(terminal.output, "note: {note}")?;
-    }
-    Ok(Verdict::Fine)
+    report.removed = Some(install::remove(path)?);
+    Ok(())
 }
 
-/// The inverse of what installing does to a list.
+/// State directories that configurations name, and those that named portmap before an edit: attachments
+/// outlive the entry that they were made with.
+fn configured_state_dirs(
+    conf_dir: &Path,
+    list: Option<&Path>,
+) -> Result<Vec<PathBuf>, CommandError> {
+    let names = install::names(conf_dir)?;
+    let names = names.iter().filter(|name| is_configuration(name) || is_backup(name));
+    let mut paths: Vec<PathBuf> = names.map(|name| conf_dir.join(name)).collect();
+    if let Some(list) = list {
+        let name = list.file_name().unwrap_or_default().to_string_lossy();
+        paths.extend([list.to_owned(), list.with_file_name(backup_name(&name))]);
+    }
+    let mut dirs = Vec::new();
+    for path in paths {
+        dirs.extend(ListFile::read(&path)?.iter().flat_map(|file| state_dirs(&file.text)));
+    }
+    Ok(dirs)
+}
+
+/// The inverse of what installing does to a list. An entry that installing would not put there, with
+/// options or in another place, is kept beside the list.
 fn leave_list(path: &Path, warn: &mut dyn FnMut(String)) -> Result<ListReport, CommandError> {
     let file = ListFile::read(path)?
         .ok_or_else(|| CommandError::Refused(format!("{} does not exist", path.display())))?;
     let edited = remove(&file.text)
         .map_err(|refusal| CommandError::Refused(format!("{}: {refusal}", path.display())))?;
-    if edited.change == Change::Removed {
+    let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut report =
+        ListReport { path: path.to_owned(), change: edited.change, backup: None, owner: None };
+    if report.change == Change::Removed {
+        if insert(&edited.text).map_or(true, |again| again.text != file.text) {
+            report.backup = Some(file.put_beside(&backup_name(&name), &file.text, warn)?);
+        }
         file.replace(&edited.text, warn)?;
     }
-    let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let backup = file.path.with_file_name(backup_name(&name));
     // One with another text is somebody's way back.
-    if ListFile::read(&backup)?.is_some_and(|backup| backup.text == edited.text) {
-        install::remove(&backup)?;
+    if let Ok(Some(there)) = ListFile::read(&backup)
+        && there.text == edited.text
+        && let Err(error) = install::remove(&backup)
+    {
+        warn(error.to_string());
     }
-    Ok(ListReport { path: path.to_owned(), change: edited.change, backup: None, owner: None })
+    Ok(report)
 }
 
 /// Whether something else has our name: upstream's plugin does, and pods may depend on it.
@@ -125,11 +190,15 @@ fn lists_that_name_it(conf_dir: &Path) -> Result<Vec<String>, CommandError> {
     let mut reasons = Vec::new();
     for name in install::names(conf_dir)?.iter().filter(|name| is_configuration(name)) {
         let path = conf_dir.join(name);
-        if ListFile::read(&path)?.is_some_and(|file| names_plugin(&file.text)) {
+        if let Some(file) = ListFile::read(&path)?.filter(|file| names_plugin(&file.text)) {
             let path = path.display();
-            reasons.push(format!(
-                "{path} names it (portmap uninstall --conflist {path} takes it out)"
-            ));
+            let way = match remove(&file.text) {
+                Ok(edited) if !names_plugin(&edited.text) => {
+                    format!("portmap uninstall --conflist {path} takes it out")
+                }
+                _ => "which has to be edited by hand".to_owned(),
+            };
+            reasons.push(format!("{path} names it ({way})"));
         }
     }
     reasons.sort();
@@ -142,13 +211,14 @@ fn records_that_need_it(host: &Host, state_dir: &Path) -> Result<Vec<String>, Co
         return Ok(Vec::new());
     }
     let (records, problems) = Engine::lock(host, state_dir)?.store.all()?;
+    let flush = match state_dir == Path::new(DEFAULT_DIR) {
+        true => "portmap flush".to_owned(),
+        false => format!("portmap flush --state-dir {}", state_dir.display()),
+    };
     let mut reasons: Vec<String> = records
         .iter()
         .map(|record| {
-            format!(
-                "{} is forwarded (it ends with the pod, or with portmap flush)",
-                describe(record)
-            )
+            format!("{} is forwarded (it ends with the pod, or with {flush})", describe(record))
         })
         .collect();
     reasons.extend(problems);

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::spans::Json;
+use super::spans::{Json, Kind};
 use super::{CILIUM, List, PLUGIN};
 
 /// Where runtimes look for configurations.
@@ -26,17 +26,34 @@ impl FromStr for Choice {
     }
 }
 
-/// Whether a runtime that reads this file runs the plugin. What is neither a list nor a plugin's
-/// object counts if it mentions the name.
+/// The plugin's own objects in a file. They also stand inside of another plugin's, which runs them in
+/// the runtime's stead: Multus has `delegates`, which may be whole lists.
+fn entries(json: &Json) -> Vec<&Json> {
+    let values: Vec<&Json> = match &json.kind {
+        Kind::Object(members) => members.iter().map(|member| &member.value).collect(),
+        Kind::Array(items) => items.iter().collect(),
+        _ => Vec::new(),
+    };
+    let own = json.folded("type").and_then(|kind| kind.value.as_str()) == Some(PLUGIN);
+    own.then_some(json).into_iter().chain(values.into_iter().flat_map(entries)).collect()
+}
+
+/// Whether a runtime that reads this file runs the plugin. What is not JSON counts if it mentions the
+/// name.
 #[must_use]
 pub fn names_plugin(text: &str) -> bool {
-    match (List::parse(text), Json::parse(text)) {
-        (Ok(list), _) => list.find(PLUGIN).is_some(),
-        (Err(_), Ok(json)) if json.folded("type").is_some() => {
-            json.folded("type").and_then(|kind| kind.value.as_str()) == Some(PLUGIN)
-        }
-        _ => text.contains(&format!("{PLUGIN:?}")),
+    match Json::parse(text) {
+        Ok(json) => !entries(&json).is_empty(),
+        Err(_) => text.contains(&format!("{PLUGIN:?}")),
     }
+}
+
+/// Where the plugin keeps its records if it is run as this file says, besides the usual place.
+#[must_use]
+pub fn state_dirs(text: &str) -> Vec<PathBuf> {
+    let Ok(json) = Json::parse(text) else { return Vec::new() };
+    let configured = |entry: &Json| entry.folded("stateDir")?.value.as_str().map(PathBuf::from);
+    entries(&json).into_iter().filter_map(configured).filter(|dir| dir.is_absolute()).collect()
 }
 
 /// Whether runtimes read a file of this name: containerd (go-cni) and CRI-O (ocicni) give libcni these
@@ -52,10 +69,17 @@ pub fn first<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     names.into_iter().filter(|name| is_configuration(name)).min()
 }
 
+const BACKUP: &str = ".portmap-backup";
+
 /// Where the text before an edit is kept, beside the file; runtimes do not read this name.
 #[must_use]
 pub fn backup_name(name: &str) -> String {
-    format!("{name}.portmap-backup")
+    format!("{name}{BACKUP}")
+}
+
+#[must_use]
+pub fn is_backup(name: &str) -> bool {
+    name.ends_with(BACKUP)
 }
 
 /// What undoes an edit of a list, and what lasts: Cilium's agent writes its own file, and with
@@ -111,11 +135,21 @@ mod tests {
             (r#"{"name":"n","plugins":[{"type":"ptp"},{"type":"portmap"}]}"#, true),
             (r#"{"name":"portmap","type":"ptp"}"#, false),
             (r#"{"type":"portmap"}"#, true),
+            (r#"{"type":"multus","delegates":[{"plugins":[{"Type":"portmap"}]}]}"#, true),
+            (r#"{"type":"multus","delegates":[{"type":"flannel","name":"portmap"}]}"#, false),
             (r#"{"plugins":[{"type":"portmap"},]}"#, true),
             ("", false),
         ] {
             assert_eq!(names_plugin(text), names, "{text}");
         }
+    }
+
+    #[test]
+    fn records_are_where_every_entry_says() {
+        let text = r#"{"type":"multus","stateDir":"/a","delegates":[{"plugins":[
+            {"type":"portmap","statedir":"/run/b"},{"type":"portmap"},{"type":"portmap","stateDir":"c"}]}]}"#;
+        assert_eq!(state_dirs(text), [PathBuf::from("/run/b")]);
+        assert_eq!(state_dirs("{"), [""; 0].map(PathBuf::from));
     }
 
     #[test]
