@@ -25,6 +25,14 @@ pub struct PodIdentity {
     pub uid: String,
 }
 
+/// The PID and the mount namespace of the call that a path was given to, by inode: in others it may lead
+/// elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    pub pids: u64,
+    pub mounts: u64,
+}
+
 /// One attachment with mappings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -34,6 +42,9 @@ pub struct Record {
     pub attachment: Attachment,
     /// Path of the pod's network namespace, as the runtime gave it.
     pub netns: String,
+    /// Where that path was given.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub view: Option<View>,
     #[serde(default)]
     pub pod: PodIdentity,
     pub mappings: Vec<Mapping>,
@@ -127,6 +138,7 @@ impl Record {
             chain: chain_name(&attachment.network, &attachment.container_id),
             attachment,
             netns: String::new(),
+            view: None,
             pod: PodIdentity::default(),
             mappings,
             addresses,

@@ -103,6 +103,7 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
         chain: chain_name("n", &id),
         attachment: Attachment { network: "n".into(), container_id: id, ifname: "eth0".into() },
         netns: String::new(),
+        view: None,
         pod: PodIdentity::default(),
         mappings: Vec::new(),
         addresses: addresses

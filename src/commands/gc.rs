@@ -111,7 +111,7 @@ pub fn as_text(
             record.netns
         );
     }
-    for Damaged { id, reason, netns } in &collected.repaired {
+    for Damaged { id, reason, netns, .. } in &collected.repaired {
         let netns = netns.as_deref().unwrap_or_default();
         let _ = writeln!(
             text,

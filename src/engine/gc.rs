@@ -32,7 +32,7 @@ impl Engine<'_> {
         let mut collected = Collected::default();
         let (records, _) = self.store.all()?;
         for record in records {
-            match namespace::life(&record.netns) {
+            match namespace::life(&record) {
                 Life::Lives => {
                     collected.live += 1;
                     continue;
@@ -50,7 +50,8 @@ impl Engine<'_> {
         }
         for damaged in self.store.damaged()? {
             // Nothing but the path tells a dead container from one that lives.
-            if damaged.netns.as_ref().is_none_or(|netns| namespace::life(netns) != Life::Gone) {
+            let life = |netns: &String| namespace::life_at(netns, damaged.view);
+            if damaged.netns.as_ref().is_none_or(|netns| life(netns) != Life::Gone) {
                 collected.unclear.push(damaged);
                 continue;
             }
@@ -72,7 +73,7 @@ impl Engine<'_> {
             .filter(|key| matches!(key, IndexKey::Port(_)))
             .collect();
         for other in self.store.sharing(&ports, &record.id())? {
-            if namespace::life(&other.netns) != Life::Gone {
+            if namespace::life(&other) != Life::Gone {
                 continue;
             }
             if let Err(error) = self.remove(&other) {

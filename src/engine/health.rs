@@ -48,7 +48,7 @@ impl Engine<'_> {
             let (mut records, _) = self.store.all()?;
             records.retain(|other| other.backend == record.backend);
             if let Some(living) = living(&records) {
-                related.retain(|record| namespace::life(&record.netns) != Life::Gone);
+                related.retain(|record| namespace::life(record) != Life::Gone);
                 let parts = living.iter().flat_map(Record::parts).collect();
                 if look(&related, &parts)?.is_empty() {
                     problems = Vec::new();
@@ -86,7 +86,7 @@ impl Engine<'_> {
                 }
             };
             for (record, problems) in own.into_iter().zip(problems) {
-                if namespace::life(&record.netns) == Life::Gone {
+                if namespace::life(&record) == Life::Gone {
                     restored.dead.push(record);
                     continue;
                 }
@@ -136,7 +136,7 @@ impl Engine<'_> {
 /// The records whose network namespaces are not gone; `None` if these are all. Restoring puts nothing
 /// back for the dead, which is no fault of those who live: the kernel may be right with them or without.
 pub(super) fn living(records: &[Record]) -> Option<Vec<Record>> {
-    let lives = |record: &&Record| namespace::life(&record.netns) != Life::Gone;
+    let lives = |record: &&Record| namespace::life(record) != Life::Gone;
     let living: Vec<Record> = records.iter().filter(lives).cloned().collect();
     (living.len() < records.len()).then_some(living)
 }

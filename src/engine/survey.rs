@@ -57,7 +57,7 @@ impl Engine<'_> {
             }
         };
         for (record, problems) in records.iter().zip(&mut problems) {
-            let alive = namespace::life(&record.netns) != Life::Gone;
+            let alive = namespace::life(record) != Life::Gone;
             let attached = Attached { record: record.clone(), alive, problems: problems.take() };
             inventory.attached.push(attached);
         }

@@ -8,6 +8,12 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
+use crate::record::{Record, View};
+
+/// Inode of the PID namespace that the system was booted with: PROC_PID_INIT_INO of linux/proc_ns.h,
+/// since Linux 3.8.
+const INITIAL_PIDS: u64 = 0xEFFF_FFFC;
+
 /// Device and inode of a namespace file: equal for equal namespaces.
 fn identity(path: &str) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|meta| (meta.dev(), meta.ino()))
@@ -33,24 +39,48 @@ pub enum Life {
     /// It exists, or nobody has named one.
     Lives,
     Gone,
-    /// This process must not look, or sees another file system than the runtime: in a container without
-    /// the node's /run/netns not even the directory is there, while all of them live.
+    /// This process must not look, or sees other processes or another file system than the runtime: in a
+    /// container without the node's /run/netns not even the directory is there, while all of them live.
     Unknown,
 }
 
-/// Looks for the network namespace of a path; without a path it counts as alive.
+/// The namespaces of this process; `None` if /proc does not show them.
 #[must_use]
-pub fn life(path: &str) -> Life {
+pub fn view() -> Option<View> {
+    Some(View { pids: inode_of_own("pid")?, mounts: inode_of_own("mnt")? })
+}
+
+fn inode_of_own(kind: &str) -> Option<u64> {
+    identity(&format!("/proc/self/ns/{kind}")).ok().map(|(_, inode)| inode)
+}
+
+/// Looks for the network namespace of a record; one without a path counts as alive.
+#[must_use]
+pub fn life(record: &Record) -> Life {
+    life_at(&record.netns, record.view)
+}
+
+/// Looks for the network namespace of a path that was given in `view`.
+#[must_use]
+pub fn life_at(path: &str, view: Option<View>) -> Life {
     if path.is_empty() {
         return Life::Lives;
     }
     match (identity(path), identity("/proc/self/ns/net")) {
         (Ok((theirs, _)), Ok((own, _))) if theirs == own => Life::Lives,
-        (Ok(_), Ok(_)) => Life::Gone,
+        // What is mounted over a plain file in one mount namespace need not be in another.
+        (Ok(_), Ok(_)) => {
+            let is_same = view.is_none_or(|view| inode_of_own("mnt") == Some(view.mounts));
+            if is_same { Life::Gone } else { Life::Unknown }
+        }
         (Err(error), _) if is_absent(&error) => {
             let path = Path::new(path);
-            // Below /proc a directory goes with its process.
-            let in_sight = path.starts_with("/proc") || path.parent().is_some_and(Path::is_dir);
+            let in_sight = match path.starts_with("/proc") {
+                // A directory there goes with its process, and other PID namespaces have other numbers.
+                // Where nobody has noted which one is meant, it is the node's.
+                true => inode_of_own("pid") == Some(view.map_or(INITIAL_PIDS, |view| view.pids)),
+                false => path.parent().is_some_and(Path::is_dir),
+            };
             if in_sight { Life::Gone } else { Life::Unknown }
         }
         _ => Life::Unknown,
@@ -118,7 +148,24 @@ mod tests {
             // ENAMETOOLONG stands for whatever else keeps this process from looking.
             (&format!("/etc/{}", "x".repeat(300)), Life::Unknown),
         ] {
-            assert_eq!(life(path), known, "{path}");
+            assert_eq!(life_at(path, view()), known, "{path}");
         }
+    }
+
+    #[test]
+    fn what_was_named_in_other_namespaces_is_not_looked_for_in_these() {
+        let other = view().map(|view| View { pids: view.pids + 1, mounts: view.mounts + 1 });
+        for (path, known) in [
+            ("/proc/4194305/ns/net", Life::Unknown),
+            ("/etc/passwd", Life::Unknown),
+            ("/etc/no-such-namespace", Life::Gone),
+            ("/proc/self/ns/net", Life::Lives),
+        ] {
+            assert_eq!(life_at(path, other), known, "{path}");
+        }
+        // Older versions have noted nothing.
+        let is_initial = inode_of_own("pid") == Some(INITIAL_PIDS);
+        let known = if is_initial { Life::Gone } else { Life::Unknown };
+        assert_eq!(life_at("/proc/4194305/ns/net", None), known);
     }
 }

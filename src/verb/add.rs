@@ -107,6 +107,7 @@ fn plan(
     };
     let mut record = Record {
         netns: request.netns.clone(),
+        view: namespace::view(),
         pod: request.pod.clone(),
         chain,
         order: host.since_boot(),

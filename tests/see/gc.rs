@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::support::{
-    GONE_NETNS, IPTABLES, Node, RULES, UPSTREAM, VARIANTS, attachment, prev_result,
+    GONE_NETNS, IPTABLES, Node, PORTMAP, RULES, UPSTREAM, VARIANTS, Variant, attachment,
+    prev_result,
 };
 use super::{add, add_dead, changes_nothing, lab, report, run, run_with};
 
@@ -108,6 +109,32 @@ fn what_cannot_be_seen_is_left_alone() {
         assert_eq!(report(&node, &["list"]).1, 0, "{variant:?}: nothing is known to be wrong");
         node.ok("DEL", &config, &attachment);
     }
+}
+
+/// In a container with PIDs of its own the processes behind such paths would pass for gone.
+#[test]
+#[ignore = "privileged: makes namespaces"]
+fn processes_of_other_pid_namespaces_are_not_looked_for() {
+    let lab = lab(1);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let mappings = json!([{"hostPort": 8080, "containerPort": 80}]);
+    let config = node.config(mappings, prev_result(&lab, 0, "1.0.0"));
+    let mut attachment = attachment(&lab.pods[0], "container-0");
+    attachment.netns = format!("/proc/{}/ns/net", std::process::id()).into();
+    node.ok("ADD", &config, &attachment);
+    let (found, status) = report(&node, &["gc"]);
+    assert_eq!((&found["live"], status), (&json!(1), 0), "{found}");
+    let dir = node.state_dir.display();
+    let elsewhere = |command: &str| {
+        let portmap = format!("{PORTMAP} {command} --json --state-dir {dir}");
+        let output = node.shell(&format!("unshare --pid --fork --mount-proc {portmap} || true"));
+        serde_json::from_str::<Value>(&output).unwrap()
+    };
+    let found = changes_nothing(&node, || elsewhere("gc"));
+    assert_eq!(found["unseen"].as_array().unwrap().len(), 1, "{found}");
+    let found = changes_nothing(&node, || elsewhere("restore"));
+    assert_eq!((&found["attachments"], &found["dead"]), (&json!(1), &json!([])), "{found}");
+    node.ok("DEL", &config, &attachment);
 }
 
 #[test]

@@ -269,6 +269,7 @@ fn gc_with_all_that_there_can_be() {
         id: id.repeat(16),
         reason: "EOF while parsing a string at line 1 column 80".into(),
         netns: netns.map(str::to_owned),
+        view: None,
     };
     let busy = Error::Busy { path: "/run/xtables.lock".into(), seconds: 15 };
     let collected = Collected {

@@ -94,7 +94,7 @@ fn told<T>(result: Result<T, Error>) -> Told<T> {
 
 /// Of which nobody can tell counts as alive, as it does for `restore` and `gc`.
 fn is_alive(record: &Record) -> bool {
-    namespace::life(&record.netns) != Life::Gone
+    namespace::life(record) != Life::Gone
 }
 
 fn setup(places: &Places) -> setup::Facts {

@@ -27,10 +27,11 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::Flock;
+use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
-use crate::record::{FORMAT, IndexKey, Record};
+use crate::record::{FORMAT, IndexKey, Record, View};
 use file::{entries, ignore_absent, write_atomically, write_durably};
 use lock::lock;
 pub use look::Looked;
@@ -95,6 +96,8 @@ pub struct Damaged {
     pub reason: String,
     /// Path of the network namespace, where that much can be read.
     pub netns: Option<String>,
+    /// As in a record.
+    pub view: Option<View>,
 }
 
 /// Whether some record has this backend, without a lock: for the calls that have nothing to do.
@@ -297,7 +300,8 @@ impl Store {
                 let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
                 let netns = value.get("netns").and_then(|netns| netns.as_str());
                 let netns = netns.filter(|netns| !netns.is_empty()).map(str::to_owned);
-                found.push(Damaged { id: id.to_owned(), reason, netns });
+                let view = value.get("view").cloned().and_then(|view| View::deserialize(view).ok());
+                found.push(Damaged { id: id.to_owned(), reason, netns, view });
             }
         }
         found.sort_by(|a, b| a.id.cmp(&b.id));
@@ -361,7 +365,7 @@ fn moving_path(dir: &Path, id: &str, way: &str) -> PathBuf {
 }
 
 fn parse(text: &[u8]) -> Found {
-    #[derive(serde::Deserialize)]
+    #[derive(Deserialize)]
     struct Format {
         format: u32,
     }
