@@ -165,6 +165,21 @@ put() {
     sync "$dest" 2>/dev/null || sync
 }
 
+# Sets `list` to the first of those that are meant which mentions portmap.
+listed() {
+    if [ "$conflist" = auto ]; then
+        set -- "${conf_dir:-/etc/cni/net.d}"
+        set -- "$1"/*.conf "$1"/*.conflist "$1"/*.json
+    else
+        set -- "$conflist"
+    fi
+    for list in "$@"; do
+        if [ ! -f "$list" ]; then continue; fi
+        case $(cat -- "$list") in *'"portmap"'*) return 0 ;; esac
+    done
+    return 1
+}
+
 # --- Building ------------------------------------------------------------------------------------
 
 # sudo drops the PATH in which rustup put cargo, and root has another home directory.
@@ -329,7 +344,20 @@ target=$dest/portmap
 
 if [ "$uninstall" = yes ]; then
     remove_stale
+    set -- uninstall --dest "$dest"
+    if [ -n "$conflist" ]; then set -- "$@" --conflist "$conflist"; fi
+    if [ -n "$conf_dir" ]; then set -- "$@" --conf-dir "$conf_dir"; fi
+    if [ "$force" = yes ]; then set -- "$@" --force; fi
     if [ ! -e "$target" ] && [ ! -L "$target" ]; then
+        if [ -n "$conflist" ] && listed; then
+            # With a list that names a plugin which is not there, runtimes fail every ADD and every DEL.
+            problem="there is none beside install.sh either"
+            { [ -f "$here/portmap" ] && is_portmap "$here/portmap"; } ||
+                die "$list names portmap, and there is no $target that could take it out ($problem): install it again first, or edit the list by hand"
+            said=$("$here/portmap" "$@" 2>&1) || die "$said"
+            say "$said"
+            exit 0
+        fi
         say "$target is not installed; nothing to do"
         exit 0
     fi
@@ -337,10 +365,6 @@ if [ "$uninstall" = yes ]; then
     is_portmap "$target" || die "$target was left alone: $problem"
     # One that has no such command yet is asked nothing.
     if "$target" uninstall --help >/dev/null 2>&1; then
-        set -- uninstall --dest "$dest"
-        if [ -n "$conflist" ]; then set -- "$@" --conflist "$conflist"; fi
-        if [ -n "$conf_dir" ]; then set -- "$@" --conf-dir "$conf_dir"; fi
-        if [ "$force" = yes ]; then set -- "$@" --force; fi
         said=$("$target" "$@" 2>&1) || die "$said"
         if [ -n "$conflist" ]; then say "$said"; fi
     elif [ -n "$conflist" ]; then

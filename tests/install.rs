@@ -733,6 +733,42 @@ fn with_the_real_binary_lists_are_changed_and_looked_at() {
 }
 
 #[test]
+fn a_list_that_names_a_binary_which_is_gone_is_not_nothing_to_do() {
+    let dir = Dir::new("gone");
+    let names_it = r#"{"name": "x", "plugins": [{"type": "ptp"},{"type": "portmap"}]}"#;
+    for (i, shell) in Shell::both(&dir).iter().enumerate() {
+        let conf_dir = dir.join(&format!("net{i}.d"));
+        fs::create_dir_all(&conf_dir).unwrap();
+        let list = conf_dir.join("10-x.conflist");
+        let script = dir.join(&format!("release{i}/install.sh"));
+        fs::create_dir_all(script.parent().unwrap()).unwrap();
+        write_executable(&script, fs::read(INSTALL).unwrap());
+        let uninstall = |conflist: &str| {
+            let mut command = shell.command(&script);
+            command.args(["--uninstall", "--conflist", conflist, "--dest"]).arg(dir.join("bin"));
+            command.arg("--conf-dir").arg(&conf_dir);
+            command
+        };
+        fs::write(&list, names_it).unwrap();
+        for conflist in ["auto", list.to_str().unwrap()] {
+            fails(&mut uninstall(conflist), 1, "10-x.conflist names portmap, and there is no");
+        }
+        assert_eq!(fs::read_to_string(&list).unwrap(), names_it);
+        // That of a release can do it.
+        fs::hard_link(env!("CARGO_BIN_EXE_portmap"), script.with_file_name("portmap")).unwrap();
+        let said = succeeds(&mut uninstall("auto"));
+        assert!(said.contains("took portmap out") && said.contains("is not installed"), "{said}");
+        assert_eq!(
+            fs::read_to_string(&list).unwrap(),
+            r#"{"name": "x", "plugins": [{"type": "ptp"}]}"#
+        );
+        assert!(succeeds(&mut uninstall("auto")).contains("nothing to do"));
+        fs::remove_file(script.with_file_name("portmap")).unwrap();
+        assert!(succeeds(&mut uninstall("auto")).contains("nothing to do"));
+    }
+}
+
+#[test]
 fn the_demo_runs_from_where_it_was_installed() {
     let dir = Dir::new("demo");
     let shell = Shell::dash(&dir);
