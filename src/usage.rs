@@ -82,8 +82,9 @@ pub enum Command {
     /// Old or new file at any moment: the file is written beside the old one and renamed, running ones
     /// go on, and the SELinux label stays. A second time there is nothing to do. With --conflist the
     /// list gets {"type": "portmap", "capabilities": {"portMappings": true}} behind the plugin that
-    /// makes the pod's interface; the rest of the file stays byte for byte, and its text before is kept
-    /// beside it. Where Cilium's agent would revert that, it says so and names what lasts.
+    /// makes the pod's interface (and bandwidth, if that is there); the rest of the file stays byte for
+    /// byte, and its text before is kept beside it. Where Cilium's agent would revert that, it says so and
+    /// names what lasts.
     Install {
         /// Where the runtime looks for plugins (containerd's bin_dir, CRI-O's plugin_dirs)
         #[arg(long, value_name = "DIR", default_value = DEFAULT_BIN_DIR)]

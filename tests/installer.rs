@@ -732,6 +732,22 @@ fn check_config_tells_by_its_status_what_is_wrong() {
     fails(check(&["-"]).stdin(Stdio::null()), "standard input: line 1, column 1: this is not JSON");
 }
 
+/// Where no tool is, `auto` ends at eBPF.
+#[test]
+#[ignore = "privileged: probes backends in network namespaces"]
+fn a_list_is_judged_by_the_backend_that_auto_takes() {
+    let node = Node::new("check-auto");
+    let shaped = CILIUM_WITH.replace("\n  ]", ",\n    {\"type\": \"bandwidth\"}\n  ]");
+    let list = node.write("10-x.conflist", &shaped);
+    let mut command = Command::new(PORTMAP);
+    command.arg("check-config").arg(&list).env("PATH", &node.0);
+    let output = command.output().unwrap();
+    let said = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("auto, on this node ebpf"), "{said}");
+    assert!(said.contains("line 14, column 5: broken: bandwidth stands behind portmap"), "{said}");
+}
+
 /// What iptables 1.8.9 says, with its exit status, when its `-w 15` is over.
 #[test]
 #[ignore = "privileged: probes a backend in a network namespace"]

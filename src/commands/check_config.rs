@@ -58,6 +58,9 @@ pub fn run(
     progress.step("trying the backends out");
     let chosen = analysis.conf.as_ref().map(|conf| choose(host, conf));
     drop(progress);
+    if let Some(kind) = chosen.as_ref().and_then(Chosen::kind) {
+        analysis.with_backend(kind);
+    }
     analysis.findings.extend(chosen.as_ref().and_then(finding));
     if options.json {
         writeln!(terminal.output, "{}", as_json(&shown, &analysis, chosen.as_ref()))?;

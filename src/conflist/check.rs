@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::spans::{Json, Kind, Position, Refusal};
-use super::{List, PLUGIN, Plugin};
+use super::{List, PLUGIN, Plugin, SHAPER};
 use crate::cni::envelope::Envelope;
 use crate::conf::{self, NetConf};
 use crate::model::BackendKind;
@@ -53,6 +53,8 @@ pub struct Analysis {
     /// What our plugin is told, as far as it can be read.
     pub conf: Option<NetConf>,
     pub findings: Vec<Finding>,
+    /// Plugins that eBPF keeps from making their ingress qdisc.
+    shapers_behind: Vec<Position>,
 }
 
 /// Looks at a list, or at the object of our plugin.
@@ -70,6 +72,7 @@ pub fn analyse(text: &str) -> Result<Analysis, Refusal> {
             cni_version: string(&json, "cniVersion"),
             conf: None,
             findings: Vec::new(),
+            shapers_behind: Vec::new(),
         };
         let plugin = Plugin { name: PLUGIN.into(), json: json.clone() };
         let name = if analysis.name.is_empty() { PLUGIN } else { &analysis.name }.to_owned();
@@ -84,6 +87,7 @@ pub fn analyse(text: &str) -> Result<Analysis, Refusal> {
         cni_version: string(&list.json, "cniVersion"),
         conf: None,
         findings: Vec::new(),
+        shapers_behind: Vec::new(),
     };
     analysis.list(&list);
     analysis.findings.sort_by_key(|finding| finding.position);
@@ -154,21 +158,30 @@ impl Analysis {
             let name = list.json.exact("name").map(|member| raw(list.text, &member.value));
             self.named(list, plugin, name, version);
         }
-        self.bandwidth(list);
+        let after = list.plugins.iter().skip_while(|plugin| plugin.name != PLUGIN);
+        self.shapers_behind = after
+            .filter(|plugin| plugin.name == SHAPER)
+            .map(|plugin| list.position(&plugin.json))
+            .collect();
+        if let Some(kind) = self.conf.as_ref().and_then(|conf| conf.backend) {
+            self.with_backend(kind);
+        }
     }
 
-    /// That plugin's ingress qdisc has the place of the clsact qdisc which eBPF makes on a pod's link.
-    fn bandwidth(&mut self, list: &List) {
-        let ebpf = self.conf.as_ref().is_some_and(|conf| conf.backend == Some(BackendKind::Ebpf));
-        let after = list.plugins.iter().skip_while(|plugin| plugin.name != PLUGIN);
-        for plugin in after.filter(|plugin| ebpf && plugin.name == "bandwidth") {
+    /// What is wrong with the list if the plugin uses this backend.
+    pub fn with_backend(&mut self, kind: BackendKind) {
+        if kind != BackendKind::Ebpf {
+            return;
+        }
+        for position in std::mem::take(&mut self.shapers_behind) {
             self.find(
                 Severity::Broken,
-                list.position(&plugin.json),
+                position,
                 "bandwidth stands behind portmap with eBPF, which has the place of its qdisc by then: pods whose traffic is limited do not start",
                 "move it before portmap",
             );
         }
+        self.findings.sort_by_key(|finding| finding.position);
     }
 
     /// A list without a usable name is refused by runtimes as a whole.
@@ -335,6 +348,12 @@ mod tests {
             r#"{"type":"portmap","capabilities":{"portMappings":true},"backend":"ebpf"}"#;
         let shaped = after(&format!(r#"{EBPF},^{{"type":"bandwidth"}}"#));
         finds(&shaped, Broken, "bandwidth stands behind portmap");
+        let auto = shaped.replace('^', "").replace(r#","backend":"ebpf""#, "");
+        let mut auto = analyse(&auto).unwrap();
+        auto.with_backend(BackendKind::Nftables);
+        assert_eq!(auto.findings, []);
+        auto.with_backend(BackendKind::Ebpf);
+        assert!(auto.findings[0].problem.contains("bandwidth stands behind"), "{auto:?}");
         finds(&list(r#"{"type":"ptp","capabilities":{"a":^1}}"#), Broken, "refuse the whole list");
         let of = |head: &str| format!(r#"{{{head}"plugins":[{PTP},{{{CAPS}}}]}}"#);
         finds(&format!("^{}", of(r#""cniVersion":"1.0.0","#)), Broken, "name is absent");

@@ -2,7 +2,7 @@
 //! the plugin's stays.
 
 use super::spans::{Json, Kind, Member, Refusal};
-use super::{List, PLUGIN, Plugin};
+use super::{List, PLUGIN, Plugin, SHAPER};
 
 /// What became of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +38,8 @@ const ELSEWHERE: [(&str, &str); 3] = [
 
 /// Puts the plugin into a list, after Cilium's plugin where that makes the pod's interface, otherwise
 /// after the plugin that does. Where Cilium's is chained to another main plugin, Cilium documents the
-/// place between the two.
+/// place between the two. The bandwidth plugin goes before it: its ingress qdisc cannot be added beside
+/// the clsact qdisc of eBPF, and to the other backends the order is all one.
 ///
 /// # Errors
 ///
@@ -64,14 +65,17 @@ pub fn insert(text: &str) -> Result<Edited, Refusal> {
     if let Some(plugin) = present.next() {
         return add_capability(&list, plugin);
     }
-    let style = Style::of(text, &main.json);
-    let before = text.get(..main.json.span.start).unwrap_or_default();
+    let shaper = rest.iter().rfind(|plugin| plugin.name == SHAPER);
+    let predecessor = shaper.unwrap_or(main);
+    let style = Style::of(text, &predecessor.json);
+    let before = text.get(..predecessor.json.span.start).unwrap_or_default();
     let space = before.len() - before.trim_end().len();
     let object =
         style.object(&[("type", format!("{PLUGIN:?}")), ("capabilities", style.capabilities())]);
     let addition = format!(",{}{object}", before.get(before.len() - space..).unwrap_or_default());
-    let edited = splice(text, main.json.span.end, main.json.span.end, &addition);
-    Ok(Edited { text: edited, change: Change::Inserted { after: main.name.clone() } })
+    let end = predecessor.json.span.end;
+    let edited = splice(text, end, end, &addition);
+    Ok(Edited { text: edited, change: Change::Inserted { after: predecessor.name.clone() } })
 }
 
 /// Takes every entry of the plugin out of a list.
@@ -233,6 +237,14 @@ mod tests {
             (
                 "{\n\t\"plugins\": [{\r\n\t\t\"type\": \"bridge\",\r\n\t\t\"mtu\": 1e3\r\n\t}, {\"type\": \"firewall\"}]\n}",
                 "{\n\t\"plugins\": [{\r\n\t\t\"type\": \"bridge\",\r\n\t\t\"mtu\": 1e3\r\n\t},{\r\n\t\t\"type\": \"portmap\",\r\n\t\t\"capabilities\": {\r\n\t\t\t\"portMappings\": true\r\n\t\t}\r\n\t}, {\"type\": \"firewall\"}]\n}",
+            ),
+            (
+                r#"{"plugins":[{"type":"ptp"}, {"type": "bandwidth"},{"type":"cilium-cni"}]}"#,
+                r#"{"plugins":[{"type":"ptp"}, {"type": "bandwidth"}, {"type": "portmap", "capabilities": {"portMappings": true}},{"type":"cilium-cni"}]}"#,
+            ),
+            (
+                r#"{"plugins":[{"type":"ptp"},{"type":"tuning"},{"type":"bandwidth"}]}"#,
+                r#"{"plugins":[{"type":"ptp"},{"type":"tuning"},{"type":"bandwidth"},{"type":"portmap","capabilities":{"portMappings":true}}]}"#,
             ),
         ] {
             assert_eq!(inserted(before), after);

@@ -16,6 +16,9 @@ pub const PLUGIN: &str = "portmap";
 /// Cilium's plugin.
 pub const CILIUM: &str = "cilium-cni";
 
+/// The plugin that limits a pod's traffic.
+const SHAPER: &str = "bandwidth";
+
 /// A network configuration list.
 #[derive(Debug, Clone)]
 pub struct List<'a> {
