@@ -15,7 +15,7 @@ use crate::model::BackendKind;
 use crate::record::Record;
 use crate::sys::Host;
 use crate::sys::progress::Progress;
-use crate::sys::store::{Damaged, has_records};
+use crate::sys::store::{Damaged, Newer, has_records};
 
 /// What to do, and how to report.
 #[derive(Debug, Clone, Copy)]
@@ -36,7 +36,7 @@ pub fn run(
     progress.step(LOCKING);
     let engine = match options.dry_run {
         true => lock_to_look(host, options.state_dir)?,
-        false if has_records(options.state_dir) => {
+        false if has_records(options.state_dir)? => {
             Some(Engine::lock_to_change(host, options.state_dir)?)
         }
         false => None,
@@ -61,11 +61,18 @@ pub fn run(
             write!(terminal.output, "{report}")?;
         }
     }
-    let Collected { failed, unclear, unseen, .. } = &collected;
-    Ok(match failed.is_empty() && unclear.is_empty() && unseen.is_empty() {
+    Ok(verdict(&collected, &notes))
+}
+
+/// Fine is a node on which it is known of every attachment whether it lives, and those that do not are gone.
+#[must_use]
+pub fn verdict(collected: &Collected, notes: &[String]) -> Verdict {
+    let Collected { removed: _, live: _, unseen, repaired: _, unclear, newer, failed } = collected;
+    let is_known = unseen.is_empty() && unclear.is_empty() && newer.is_empty();
+    match is_known && failed.is_empty() && notes.is_empty() {
         true => Verdict::Fine,
         false => Verdict::Warnings,
-    })
+    }
 }
 
 /// What stays because nobody knows whether its container lives.
@@ -124,6 +131,12 @@ pub fn as_text(
             "left the damaged record {id} alone ({reason}): its container may be alive; its DEL removes it"
         );
     }
+    for Newer { id, format } in &collected.newer {
+        let _ = writeln!(
+            text,
+            "left the record {id} alone: its format {format} is a newer portmap's, which alone can tell whose it is"
+        );
+    }
     for leftover in leftovers {
         let _ = writeln!(
             text,
@@ -138,7 +151,8 @@ pub fn as_text(
         let _ = writeln!(text, "cannot remove {what}: {error}{details}");
     }
     let gone = collected.removed.len() + collected.repaired.len();
-    let stay = collected.live + collected.unseen.len() + collected.unclear.len();
+    let stay =
+        collected.live + collected.unseen.len() + collected.unclear.len() + collected.newer.len();
     let _ = writeln!(text, "{gone} {sum}, {stay} stay");
     for note in notes {
         let _ = writeln!(text, "note: {note}");
@@ -166,6 +180,7 @@ pub fn as_json(
             .map(|one| json!({"record": one.id, "reason": one.reason, "netns": one.netns}))
             .collect()
     };
+    let newer = |Newer { id, format }: &Newer| json!({"record": id, "format": format});
     let failed = |(what, error): &(String, Error)| json!({"what": what, "error": error.to_string(), "details": error.details()});
     let shown = |record: &Record| {
         json!({
@@ -182,6 +197,7 @@ pub fn as_json(
         "unseen": collected.unseen.iter().map(shown).collect::<Vec<_>>(),
         "repaired": damaged(&collected.repaired),
         "unclear": damaged(&collected.unclear),
+        "newer": collected.newer.iter().map(newer).collect::<Vec<_>>(),
         "unrecorded": leftovers.iter().map(|leftover| json!({
             "place": leftover.place,
             "object": leftover.object,

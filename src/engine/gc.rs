@@ -6,7 +6,7 @@ use super::Engine;
 use crate::error::{Error, Result};
 use crate::record::{IndexKey, Record};
 use crate::sys::namespace::{self, Life};
-use crate::sys::store::Damaged;
+use crate::sys::store::{Damaged, Newer};
 
 /// What a collection came to, or would.
 #[derive(Debug, Default)]
@@ -21,6 +21,8 @@ pub struct Collected {
     pub repaired: Vec<Damaged>,
     /// Records that could not be read and stay: their container may be alive.
     pub unclear: Vec<Damaged>,
+    /// Records that only a newer version can read, and tell whose they are.
+    pub newer: Vec<Newer>,
     /// What could not be removed.
     pub failed: Vec<(String, Error)>,
 }
@@ -48,7 +50,9 @@ impl Engine<'_> {
                 Err(error) => collected.failed.push((record.attachment.to_string(), error)),
             }
         }
-        for damaged in self.store.damaged()? {
+        let (damaged, newer) = self.store.unreadable()?;
+        collected.newer = newer;
+        for damaged in damaged {
             // Nothing but the path tells a dead container from one that lives.
             let life = |netns: &String| namespace::life_at(netns, damaged.view);
             if damaged.netns.as_ref().is_none_or(|netns| life(netns) != Life::Gone) {

@@ -12,7 +12,7 @@ use portmap::record::{PodIdentity, Record};
 use portmap::sys::iptables::Variant;
 use portmap::sys::netlink::socket_diag::Waiting;
 use portmap::sys::process::Process;
-use portmap::sys::store::Damaged;
+use portmap::sys::store::{Damaged, Newer};
 use portmap::who::evidence::Listener;
 use portmap::who::{Evidence, Port, calls, first, judge};
 
@@ -271,17 +271,22 @@ fn gc_with_all_that_there_can_be() {
         netns: netns.map(str::to_owned),
         view: None,
     };
-    let busy = Error::Busy { path: "/run/xtables.lock".into(), seconds: 15 };
+    let busy = Error::Busy { path: "/run/xtables.lock".into(), seconds: 15, holder: None };
     let collected = Collected {
         removed: vec![dead],
         live: 3,
         unseen: vec![unseen],
         repaired: vec![damaged("0a", Some("/run/netns/cni-7"))],
         unclear: vec![damaged("0b", None)],
+        newer: vec![Newer { id: "0c".repeat(16), format: 2 }],
         failed: vec![("container c interface eth0 on network cilium".into(), busy)],
     };
     holds("gc", &gc::as_text(&collected, &[leftover()], &notes(), false));
     holds("gc-dry-run", &gc::as_text(&collected, &[leftover()], &[], true));
     let json = gc::as_json(&collected, &[leftover()], &notes(), false);
     holds("gc.json", &format!("{json}\n"));
+    assert_eq!(gc::verdict(&Collected { live: 3, ..Collected::default() }, &[]), Verdict::Fine);
+    assert_eq!(gc::verdict(&Collected::default(), &notes()), Verdict::Warnings);
+    let newer = Collected { newer: collected.newer, ..Collected::default() };
+    assert_eq!(gc::verdict(&newer, &[]), Verdict::Warnings);
 }

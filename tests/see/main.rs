@@ -76,3 +76,20 @@ fn add_dead(node: &Node, lab: &Lab, pod: usize, port: u16) {
     gone.netns = GONE_NETNS.into();
     node.ok("ADD", &config, &gone);
 }
+
+/// Who is not root must not be told that there is nothing.
+#[test]
+fn records_that_cannot_be_looked_for_are_an_error() {
+    let dir = std::env::temp_dir().join(format!("portmap-see-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    // ELOOP stands for EACCES, which root does not meet.
+    std::os::unix::fs::symlink("records", dir.join("records")).unwrap();
+    for arguments in [&["list"][..], &["who", "80"], &["gc"], &["gc", "--dry-run"]] {
+        let mut command = Command::new(PORTMAP);
+        let output = command.args(arguments).arg("--state-dir").arg(&dir).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(1), &b""[..]), "{said}");
+        assert!(said.contains("look for records in"), "{arguments:?}: {said}");
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}

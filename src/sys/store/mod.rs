@@ -84,9 +84,17 @@ pub fn is_recorded(dir: &Path, id: &str) -> bool {
 
 /// Whether there is any record, without a lock: for those who only look, where opening would make the
 /// directory.
-#[must_use]
-pub fn has_records(dir: &Path) -> bool {
-    fs::read_dir(dir.join("records")).is_ok_and(|mut entries| entries.next().is_some())
+pub fn has_records(dir: &Path) -> Result<bool> {
+    let path = dir.join("records");
+    match fs::read_dir(&path).map(|mut entries| entries.next().transpose()) {
+        Ok(Ok(first)) => Ok(first.is_some()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(false)
+        }
+        Ok(Err(error)) | Err(error) => {
+            Err(Error::io(format!("look for records in {}", path.display()), error))
+        }
+    }
 }
 
 /// A record that cannot be read as one.
@@ -98,6 +106,13 @@ pub struct Damaged {
     pub netns: Option<String>,
     /// As in a record.
     pub view: Option<View>,
+}
+
+/// A record that a newer version of this plugin has written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newer {
+    pub id: String,
+    pub format: u32,
 }
 
 /// Whether some record has this backend, without a lock: for the calls that have nothing to do.
@@ -287,25 +302,31 @@ impl Store {
         Ok((records, problems))
     }
 
-    /// The records that cannot be read, and are not a newer version's.
-    pub fn damaged(&self) -> Result<Vec<Damaged>> {
-        let mut found = Vec::new();
+    /// The records that cannot be read, and those that only a newer version can read.
+    pub fn unreadable(&self) -> Result<(Vec<Damaged>, Vec<Newer>)> {
+        let (mut found, mut newer) = (Vec::new(), Vec::new());
         for name in entries(&self.dir.join("records"))? {
             let name = name?;
             let Some(id) = name.strip_suffix(".json") else {
                 continue;
             };
-            if let Found::Damaged(reason) = self.read(id)? {
-                let text = fs::read(record_path(&self.dir, id)).unwrap_or_default();
-                let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
-                let netns = value.get("netns").and_then(|netns| netns.as_str());
-                let netns = netns.filter(|netns| !netns.is_empty()).map(str::to_owned);
-                let view = value.get("view").cloned().and_then(|view| View::deserialize(view).ok());
-                found.push(Damaged { id: id.to_owned(), reason, netns, view });
+            match self.read(id)? {
+                Found::None | Found::Record(_) => {}
+                Found::Newer(format) => newer.push(Newer { id: id.to_owned(), format }),
+                Found::Damaged(reason) => {
+                    let text = fs::read(record_path(&self.dir, id)).unwrap_or_default();
+                    let value: serde_json::Value =
+                        serde_json::from_slice(&text).unwrap_or_default();
+                    let netns = value.get("netns").and_then(|netns| netns.as_str());
+                    let netns = netns.filter(|netns| !netns.is_empty()).map(str::to_owned);
+                    let view = value.get("view").and_then(|view| View::deserialize(view).ok());
+                    found.push(Damaged { id: id.to_owned(), reason, netns, view });
+                }
             }
         }
         found.sort_by(|a, b| a.id.cmp(&b.id));
-        Ok(found)
+        newer.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok((found, newer))
     }
 
     /// Removes everything of a record that cannot be read.
@@ -482,6 +503,8 @@ mod tests {
         assert!(matches!(store.get("newer").unwrap(), Found::Newer(99)));
         assert!(matches!(store.get("half").unwrap(), Found::Damaged(_)));
         assert_eq!(store.all().unwrap().1.len(), 2);
+        let (damaged, newer) = store.unreadable().unwrap();
+        assert_eq!((damaged.len(), newer.len(), newer[0].format), (1, 1, 99));
         // A newer one uses what its index entries name, a damaged one does not.
         assert_eq!(store.newer(BackendKind::Iptables).unwrap(), None);
         store.index_add(&IndexKey::Backend(BackendKind::Iptables), "newer").unwrap();
@@ -501,6 +524,21 @@ mod tests {
         let store = Store::open(&dir.0, "second").unwrap();
         assert!(!is_recorded(&dir.0, &record.id()));
         assert_eq!(store.note("backend").unwrap(), None);
+    }
+
+    #[test]
+    fn what_may_not_be_looked_at_is_not_taken_for_empty() {
+        let dir = Dir::new("denied");
+        assert!(!has_records(&dir.0).unwrap());
+        fs::create_dir_all(dir.0.join("records")).unwrap();
+        assert!(!has_records(&dir.0).unwrap());
+        fs::write(record_path(&dir.0, "a"), "").unwrap();
+        assert!(has_records(&dir.0).unwrap());
+        fs::remove_dir_all(dir.0.join("records")).unwrap();
+        // ELOOP stands for EACCES, which root does not meet.
+        std::os::unix::fs::symlink("records", dir.0.join("records")).unwrap();
+        let error = has_records(&dir.0).unwrap_err().to_string();
+        assert!(error.contains("/records"), "{error}");
     }
 
     #[test]
