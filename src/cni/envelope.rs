@@ -68,32 +68,44 @@ impl Envelope {
     }
 
     /// The attachments GC must keep. libcni sends the list under two keys, of which
-    /// `cni.dev/valid-attachments` is the specification's newer one. CRI-O without pods sends `null`
-    /// (a nil slice of Go), which means "none valid"; without either key nothing may be removed.
+    /// `cni.dev/valid-attachments` is the specification's newer one; what either names is kept. CRI-O
+    /// without pods sends `null` (a nil slice of Go), which means "none valid"; without either key
+    /// nothing may be removed.
     pub fn valid_attachments(&self) -> Result<Vec<ValidAttachment>> {
         const KEYS: [&str; 2] = ["cni.dev/valid-attachments", "cni.dev/attachments"];
-        let Some((key, raw)) =
-            KEYS.into_iter().find_map(|key| Some((key, self.members.get_or_null(key)?)))
-        else {
+        let lists: Vec<(&str, &RawValue)> = KEYS
+            .into_iter()
+            .filter_map(|key| Some((key, self.members.get_or_null(key)?)))
+            .collect();
+        if lists.is_empty() {
             return Err(Error::Config(format!(
                 "{} is absent: GC needs the list of valid attachments ([] if there is none)",
                 KEYS[0]
             )));
-        };
-        let mut value: Value = serde_json::from_str(raw.get())
-            .map_err(|error| Error::Decode(format!("{key} cannot be read: {error}")))?;
-        if value.is_null() {
-            return Ok(Vec::new());
         }
-        fold_keys(&mut value, &["containerID", "ifname"]);
-        serde_path_to_error::deserialize(value).map_err(|error| {
-            Error::Config(format!(
-                "{key}{}: {}, it must be a list of {{\"containerID\", \"ifname\"}}",
-                error.path(),
-                error.inner()
-            ))
-        })
+        let mut valid = Vec::new();
+        for (key, raw) in lists {
+            valid.extend(attachments(key, raw)?);
+        }
+        Ok(valid)
     }
+}
+
+/// What one key lists.
+fn attachments(key: &str, raw: &RawValue) -> Result<Vec<ValidAttachment>> {
+    let mut value: Value = serde_json::from_str(raw.get())
+        .map_err(|error| Error::Decode(format!("{key} cannot be read: {error}")))?;
+    if value.is_null() {
+        return Ok(Vec::new());
+    }
+    fold_keys(&mut value, &["containerID", "ifname"]);
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        Error::Config(format!(
+            "{key}{}: {}, it must be a list of {{\"containerID\", \"ifname\"}}",
+            error.path(),
+            error.inner()
+        ))
+    })
 }
 
 fn string(members: &RawObject, key: &str) -> Result<Option<String>> {
@@ -146,5 +158,17 @@ mod tests {
         assert_eq!(one.first().unwrap().ifname, "eth0");
         let error = gc(r#","cni.dev/valid-attachments":[{"containerID":"c"}]"#).unwrap_err();
         assert!(error.to_string().contains("ifname"), "{error}");
+    }
+
+    #[test]
+    fn what_either_key_names_is_valid() {
+        let valid = r#"[{"containerID":"c","ifname":"eth0"}]"#;
+        for (newer, older, count) in [("null", valid, 1), (valid, "null", 1), (valid, valid, 2)] {
+            let text =
+                format!(r#","cni.dev/valid-attachments":{newer},"cni.dev/attachments":{older}"#);
+            assert_eq!(gc(&text).unwrap().len(), count, "{text}");
+        }
+        let broken = format!(r#","cni.dev/valid-attachments":{valid},"cni.dev/attachments":7"#);
+        assert!(gc(&broken).unwrap_err().to_string().contains("cni.dev/attachments"));
     }
 }
