@@ -34,7 +34,12 @@ pub enum Error {
     )]
     OwnNetns { path: String },
     #[error("another process has held the lock {path} for {seconds} s: try again later")]
-    Busy { path: PathBuf, seconds: u64 },
+    Busy {
+        path: PathBuf,
+        seconds: u64,
+        /// `process 12 (nft)`, if it is known.
+        holder: Option<String>,
+    },
     #[error("no backend works on this node: {reasons}")]
     NoBackend { reasons: String },
     #[error("the {backend} backend does not work on this node: {reason}")]
@@ -112,6 +117,7 @@ impl Error {
     pub fn details(&self) -> String {
         match self {
             Error::Tool { details, .. } => details.clone(),
+            Error::Busy { holder: Some(holder), .. } => format!("{holder} has it"),
             Error::Several { errors, .. } => errors
                 .iter()
                 .map(|error| match error.details() {
@@ -143,6 +149,9 @@ mod tests {
         assert_eq!(error.to_string(), "cannot read /run/x");
         assert_eq!(error.details(), "Permission denied (os error 13)");
         assert_eq!(error.code(), 5);
+        let holder = Some("process 12 (nft)".into());
+        let error = Error::Busy { path: "/run/lock".into(), seconds: 60, holder };
+        assert_eq!(error.details(), "process 12 (nft) has it");
     }
 
     #[test]

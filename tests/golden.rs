@@ -291,7 +291,11 @@ fn every_error_has_its_code_and_text() {
         Error::Decode("stdin is not a network configuration: EOF while parsing a value at line 1 column 0".into()),
         Error::Config("markMasqBit is 32: it must be an integer from 0 to 31".into()),
         Error::OwnNetns { path: "/proc/self/ns/net".into() },
-        Error::Busy { path: "/run/cni/portmap/lock".into(), seconds: 60 },
+        Error::Busy {
+            path: "/run/cni/portmap/lock".into(),
+            seconds: 60,
+            holder: Some("process 4711 (nft)".into()),
+        },
         Error::NoBackend { reasons: "iptables: iptables-restore is not installed (not in PATH); nftables: nft is not installed (not in PATH)".into() },
         Error::BackendUnusable { backend: "nftables".into(), reason: "nft is not installed (not in PATH)".into() },
         Error::PortTaken { claim: "tcp 0.0.0.0:80".into(), owner: "abc".into() },

@@ -60,7 +60,7 @@ impl ToolError {
     pub fn into_error(self, what: String) -> Error {
         let tool = match &self {
             ToolError::Busy { lock, seconds, .. } => {
-                return Error::Busy { path: lock.into(), seconds: *seconds };
+                return Error::Busy { path: lock.into(), seconds: *seconds, holder: None };
             }
             ToolError::Missing { tool }
             | ToolError::Start { tool, .. }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::sys::stat::Mode;
 
+use super::holder::holder;
 use crate::error::{Error, Result};
 
 /// How long a call waits for the node's lock. Below the two minutes after which the kubelet gives
@@ -43,6 +44,10 @@ pub(super) fn lock(path: &Path) -> Result<Flock<File>> {
     match receiver.recv_timeout(LOCK_DEADLINE) {
         Ok(Ok(lock)) => Ok(lock),
         Ok(Err(error)) => Err(Error::io(format!("lock {}", path.display()), error.into())),
-        Err(_) => Err(Error::Busy { path: path.to_owned(), seconds: LOCK_DEADLINE.as_secs() }),
+        Err(_) => Err(Error::Busy {
+            path: path.to_owned(),
+            seconds: LOCK_DEADLINE.as_secs(),
+            holder: holder(path),
+        }),
     }
 }

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::Store;
 use super::file::entries;
+use super::holder::holder;
 use crate::error::{Error, Result};
 
 /// How long somebody who only looks waits for the lock: most calls have it for milliseconds.
@@ -95,24 +95,6 @@ fn share(mut file: File) -> Result<Option<Flock<File>>, Errno> {
     }
 }
 
-/// Who has a file locked, by proc_locks(5).
-fn holder(path: &Path) -> Option<String> {
-    let inode = fs::metadata(path).ok()?.ino().to_string();
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    let pid = locks.lines().find_map(|line| pid_of(line, &inode))?;
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("process {pid} ({})", name.trim()))
-}
-
-/// `1: FLOCK  ADVISORY  WRITE 708 00:13:8342 0 EOF`: number, kind, mode, access, process, file, range.
-fn pid_of(line: &str, inode: &str) -> Option<u32> {
-    let mut words = line.split_whitespace();
-    let kind = words.nth(1)?;
-    let pid = words.nth(2)?.parse().ok()?;
-    let (_, number) = words.next()?.rsplit_once(':')?;
-    (kind == "FLOCK" && number == inode).then_some(pid)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
@@ -157,14 +139,5 @@ mod tests {
         assert!(dir.join("records").exists());
         drop(store);
         fs::remove_dir_all(dir).unwrap();
-    }
-
-    #[test]
-    fn locks_of_other_kinds_and_files_are_not_meant() {
-        let line = "1: FLOCK  ADVISORY  WRITE 708 00:13:8342 0 EOF";
-        assert_eq!(pid_of(line, "8342"), Some(708));
-        assert_eq!(pid_of(line, "342"), None);
-        assert_eq!(pid_of("2: POSIX  ADVISORY  READ 5 fd:00:8342 0 EOF", "8342"), None);
-        assert_eq!(pid_of("1: -> FLOCK  ADVISORY  WRITE 9 00:13:8342 0 EOF", "8342"), None);
     }
 }

@@ -14,6 +14,7 @@
 //! attachment's next call clears it away.
 
 mod file;
+mod holder;
 mod index;
 mod lock;
 mod look;
