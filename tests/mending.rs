@@ -203,10 +203,30 @@ fn a_newer_portmap_s_record_is_left_alone() {
     let file = record_file(&node, "c1");
     let newer = r#"{"format":99,"whatever":true}"#;
     std::fs::write(&file, newer).unwrap();
-    assert_eq!(node.fails("ADD", &config, &pod).0, 104);
+    // Its rules are in order, whatever they are: nothing is said of them.
+    for verb in ["ADD", "CHECK"] {
+        let (code, text) = node.fails(verb, &config, &pod);
+        assert!(code == 104 && text.contains(file.to_str().unwrap()), "{verb}: {code} {text}");
+    }
     let output = node.ok("DEL", &config, &pod);
     assert!(output.stderr.contains("newer"), "{}", output.stderr);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), newer);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_check_names_a_damaged_record_and_not_the_rules() {
+    let lab = lab(Shape::Cilium, 1);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let pod = attachment(&lab.pods[0], "c1");
+    let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+    node.ok("ADD", &config, &pod);
+    let file = record_file(&node, "c1");
+    std::fs::write(&file, "{").unwrap();
+    let (code, text) = node.fails("CHECK", &config, &pod);
+    assert!(code == 102 && text.contains(file.to_str().unwrap()), "{code} {text}");
+    assert!(!text.contains("expected"), "{text}");
+    node.ok("DEL", &config, &pod);
 }
 
 /// After a rollback: what a newer plugin's attachments have is not understood, and is still theirs.

@@ -17,7 +17,7 @@ use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
-use crate::sys::store::{Found, is_recorded, uses_backend};
+use crate::sys::store::{Found, is_recorded, newer_record, uses_backend};
 use crate::sys::{Host, iptables, namespace, netlink, nft};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
@@ -47,12 +47,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     }
     let engine = Engine::lock_to_change(host, &dir)?;
     let old = match engine.store.get(&id)? {
-        Found::Newer(format) => {
-            return Err(Error::Record {
-                path: dir.join(&id),
-                reason: format!("format {format} is a newer portmap's"),
-            });
-        }
+        Found::Newer(format) => return Err(newer_record(&dir, &id, format)),
         Found::Damaged(reason) => {
             host.warn(format!("the record of {} is damaged: {reason}", request.attachment));
             engine.repair(&id)?;

@@ -10,7 +10,7 @@ use crate::model::{BackendKind, Mapping};
 use crate::record::{Record, record_id};
 use crate::request::Request;
 use crate::sys::Host;
-use crate::sys::store::is_recorded;
+use crate::sys::store::{Found, is_recorded, newer_record, record_path};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<()> {
     envelope.version.require("CHECK", "0.4.0")?;
@@ -21,14 +21,21 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         return Ok(());
     }
     let engine = Engine::lock(host, &dir)?;
-    let record = engine.store.get(&id)?.record();
     let mut problems = Vec::new();
-    let (expected, recorded) = match record {
-        Some(record) => {
+    let (expected, recorded) = match engine.store.get(&id)? {
+        Found::Record(record) => {
             problems.extend(differences(&request, &record));
-            (record, true)
+            (*record, true)
         }
-        None => (as_upstream_would(&request), false),
+        Found::None => (as_upstream_would(&request), false),
+        Found::Newer(format) => return Err(newer_record(&dir, &id, format)),
+        Found::Damaged(reason) => {
+            return Err(Error::Drift(format!(
+                "{}: its record {} is damaged: {reason}",
+                request.attachment,
+                record_path(&dir, &id).display()
+            )));
+        }
     };
     problems.extend(engine.problems(&expected, recorded)?);
     if problems.is_empty() {

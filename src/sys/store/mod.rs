@@ -378,8 +378,17 @@ fn remove(path: &Path) -> Result<()> {
         .map_err(|error| Error::io(format!("remove {}", path.display()), error))
 }
 
-fn record_path(dir: &Path, id: &str) -> PathBuf {
+/// The file of a record.
+#[must_use]
+pub fn record_path(dir: &Path, id: &str) -> PathBuf {
     dir.join("records").join(format!("{id}.json"))
+}
+
+/// A record that a newer version of this plugin has written.
+#[must_use]
+pub fn newer_record(dir: &Path, id: &str, format: u32) -> Error {
+    let reason = format!("format {format} is a newer portmap's");
+    Error::Record { path: record_path(dir, id), reason }
 }
 
 fn moving_path(dir: &Path, id: &str, way: &str) -> PathBuf {
