@@ -552,6 +552,61 @@ fn the_watch_lets_the_list_wait_for_the_binary() {
     assert!(same(&node.portmap(), Path::new("/bin/sleep")));
 }
 
+/// Puts a build of this plugin in place, as an installer does.
+fn upgrade(node: &Node, version: &str) {
+    let new = node.0.join("new");
+    write_executable(&new, format!("#!/bin/sh\necho portmap {version}\n"));
+    fs::rename(new, node.portmap()).unwrap();
+}
+
+#[test]
+fn the_watch_undoes_no_upgrade() {
+    let node = Node::new("upgrade");
+    let own = env!("CARGO_PKG_VERSION");
+    fs::create_dir(node.bin()).unwrap();
+    upgrade(&node, own);
+    let watch = Watch::start(&mut node.install());
+    watch.says("in place of another file");
+    assert!(same(&node.portmap(), Path::new(PORTMAP)));
+    for version in ["99.0.0", own] {
+        upgrade(&node, version);
+        watch.says(&format!("portmap is left alone: it is portmap {version}, a"));
+        assert!(read(&node.portmap()).contains(version));
+    }
+    // An older one is none, and others' programs never.
+    upgrade(&node, "0.0.1");
+    watch.says("in place of another file");
+    copy_program("/bin/sleep", &node.0.join("sleep"));
+    fs::rename(node.0.join("sleep"), node.portmap()).unwrap();
+    watch.says("in place of another file");
+    watch.stop(Signal::SIGTERM);
+
+    // One that is started again does not undo it either.
+    upgrade(&node, "99.0.0");
+    let watch = Watch::start(&mut node.install());
+    watch.says("portmap is left alone: it is portmap 99.0.0, a newer one");
+    watch.stop(Signal::SIGTERM);
+}
+
+/// Who replaces the file that the watch runs from is about to restart it.
+#[test]
+fn a_watch_whose_own_file_is_replaced_puts_itself_over_no_other_build() {
+    let node = Node::new("replaced");
+    let own = node.0.join("libexec/portmap");
+    copy_program(PORTMAP, &own);
+    let mut command = Command::new(&own);
+    command.arg("install").arg("--dest").arg(node.bin()).stdin(Stdio::null());
+    let watch = Watch::start(&mut command);
+    watch.says("installed");
+    fs::remove_file(&own).unwrap();
+    upgrade(&node, "0.0.1");
+    watch.says("it is portmap 0.0.1, and the file of this one has been replaced");
+    copy_program("/bin/sleep", &node.0.join("sleep"));
+    fs::rename(node.0.join("sleep"), node.portmap()).unwrap();
+    watch.says("in place of another file");
+    watch.stop(Signal::SIGTERM);
+}
+
 /// A node on which other programs have used up what the kernel gives of inotify.
 #[test]
 #[ignore = "privileged: makes a user namespace"]

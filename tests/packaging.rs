@@ -210,7 +210,8 @@ fn the_init_scripts_install_in_a_scratch_root() {
                  al2023.sh)
                      cmp usr/local/libexec/portmap/portmap {PORTMAP}
                      cmp etc/systemd/system/portmap-watch.service {unit}
-                     grep -q 'enable --now portmap-watch.service' systemctl.log ;;
+                     grep -q 'enable portmap-watch.service' systemctl.log
+                     [ \"$(tail -n 1 systemctl.log)\" = 'restart portmap-watch.service' ] ;;
                  aks.sh)
                      mkdir -p etc/cni/net.d; cp {list} etc/cni/net.d/10-x.conflist; run {name} ;;
              esac",

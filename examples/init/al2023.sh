@@ -16,4 +16,6 @@ install -D -m 0755 "$dir/portmap" /usr/local/libexec/portmap/portmap
 install -D -m 0644 "$dir/examples/systemd/portmap-watch.service" /etc/systemd/system/portmap-watch.service
 sh "$dir/install.sh" --binary "$dir/portmap" --dest /opt/cni/bin
 systemctl daemon-reload
-systemctl enable --now portmap-watch.service
+systemctl enable portmap-watch.service
+# One that runs is an older one after an upgrade.
+systemctl restart portmap-watch.service

@@ -1,6 +1,7 @@
 //! `portmap install`: the running binary among a runtime's plugins, and in its list.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -8,8 +9,12 @@ use super::{CommandError, Terminal, Verdict};
 use crate::conflist::edit::{Change, insert};
 use crate::conflist::files::{Choice, backup_name, first, owner};
 use crate::conflist::{List, PLUGIN};
+use crate::sys::command::Tools;
 use crate::sys::install::{Before, ListFile, install_binary, names};
 use crate::usage::NAME_AND_VERSION;
+
+/// How long another program may take to tell its version.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What to install where.
 #[derive(Debug, Clone)]
@@ -132,6 +137,15 @@ pub(super) fn ensure_list(
         report.owner = owner(&name, &list, &around);
     }
     Ok(report)
+}
+
+/// The version of a build of this plugin, which it tells if it can be run. Runtimes start what is there
+/// for every pod; upstream's plugin introduces itself on stderr.
+pub(super) fn version_at(path: &Path) -> Option<String> {
+    let mut tools = Tools::new(path.parent().map(Path::as_os_str));
+    tools.deadline = PATIENCE;
+    let said = tools.run(PLUGIN, &["--version"], "").ok()?;
+    said.lines().next()?.strip_prefix("portmap ").map(str::to_owned)
 }
 
 pub(super) fn describe_binary(path: &Path, before: Before) -> String {

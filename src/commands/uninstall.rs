@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::flush::describe;
-use super::install::{ListReport, describe_list, list_json, locate, nothing_there};
+use super::install::{ListReport, describe_list, list_json, locate, nothing_there, version_at};
 use super::{CommandError, Terminal, Verdict};
 use crate::conflist::PLUGIN;
 use crate::conflist::edit::{Change, insert, remove};
@@ -16,7 +16,6 @@ use crate::conflist::files::{
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::sys::Host;
-use crate::sys::command::Tools;
 use crate::sys::install::{self, Before, ListFile, look};
 use crate::sys::store::DEFAULT_DIR;
 
@@ -178,11 +177,7 @@ fn leave_list(path: &Path, warn: &mut dyn FnMut(String)) -> Result<ListReport, C
 fn is_strange(path: &Path) -> Result<bool, CommandError> {
     match look(path).map_err(|error| Error::io(format!("read {}", path.display()), error))? {
         Before::Nothing | Before::Same => Ok(false),
-        Before::Other => {
-            let tools = Tools::new(path.parent().map(Path::as_os_str));
-            let said = tools.run(PLUGIN, &["--version"], "").unwrap_or_default();
-            Ok(!said.starts_with("portmap "))
-        }
+        Before::Other => Ok(version_at(path).is_none()),
     }
 }
 

@@ -1,17 +1,20 @@
 //! `portmap install --watch`: binary and list stay as wanted until a stop signal comes.
 
+use std::cmp::Ordering;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use super::CommandError;
-use super::install::{self, Options, describe_binary, describe_list, ensure_list, locate};
+use super::install::{
+    self, Options, describe_binary, describe_list, ensure_list, locate, version_at,
+};
 use crate::conflist::PLUGIN;
 use crate::conflist::edit::Change;
 use crate::conflist::files::Choice;
 use crate::error::Error;
 use crate::sys::install::events::{Events, Wake};
-use crate::sys::install::{Before, Stamp, can_be_run, install_binary, stamp};
+use crate::sys::install::{Before, Stamp, can_be_run, install_binary, is_outdated, look, stamp};
 use crate::throttle::Throttle;
 
 /// Changes that make no event (a network file system, another host's) are seen after this time.
@@ -52,7 +55,7 @@ pub fn run(options: &Options, pause: Duration, log: &mut dyn Write) -> Result<()
     let mut list = kept(
         "with Cilium, set cni.exclusive=false, or better cni.chainingMode=portmap, with which its own list names portmap",
     );
-    let mut seen: Option<Stamp> = None;
+    let mut known = Known::default();
     let list_dir = match &options.list {
         Some(Choice::File(path)) => path.parent().unwrap_or(path),
         _ => &options.conf_dir,
@@ -79,9 +82,7 @@ pub fn run(options: &Options, pause: Duration, log: &mut dyn Write) -> Result<()
             blind = problem;
         }
         let mut timeout = LOOK_AGAIN;
-        binary.keep(&events, &mut timeout, log, |notes| {
-            keep_binary(&options.dest, &mut seen, notes)
-        })?;
+        binary.keep(&events, &mut timeout, log, |notes| known.keep(&options.dest, notes))?;
         if options.list.is_some() {
             list.keep(&events, &mut timeout, log, |notes| keep_list(options, notes))?;
         }
@@ -145,25 +146,77 @@ impl Kept {
     }
 }
 
-/// The file is read only when it has changed: other plugins' installers are busy in that directory.
-fn keep_binary(
-    dest: &Path,
-    seen: &mut Option<Stamp>,
-    notes: &mut dyn FnMut(String),
-) -> Result<Looked, CommandError> {
-    let path = dest.join(PLUGIN);
-    let now = stamp(&path);
-    if now.is_some() && now == *seen {
-        return Ok(Looked::Fine);
+/// What is known of the binary's place.
+#[derive(Default)]
+struct Known {
+    /// The file that was found to be as wanted, or was left alone.
+    seen: Option<Stamp>,
+    /// Whether it was ever looked at.
+    looked: bool,
+}
+
+impl Known {
+    /// The file is read only when it has changed: other plugins' installers are busy in that directory.
+    fn keep(&mut self, dest: &Path, notes: &mut dyn FnMut(String)) -> Result<Looked, CommandError> {
+        let path = dest.join(PLUGIN);
+        let now = stamp(&path);
+        if now.is_some() && now == self.seen {
+            return Ok(Looked::Fine);
+        }
+        let reason = self.reason_to_stay(&path);
+        self.looked = true;
+        if let Some(reason) = reason {
+            self.seen = now;
+            notes(format!("{} is left alone: {reason}", path.display()));
+            return Ok(Looked::Fine);
+        }
+        let before = install_binary(dest, notes)?;
+        // Only what was compared after its stamp was taken is known: another installer may come between,
+        // and what this one has written is looked at once more.
+        self.seen = if before == Before::Same { now } else { None };
+        Ok(match before {
+            Before::Same => Looked::Fine,
+            other => Looked::Repaired(describe_binary(&path, other)),
+        })
     }
-    let before = install_binary(dest, notes)?;
-    // Only what was compared after its stamp was taken is known: another installer may come between,
-    // and what this one has written is looked at once more.
-    *seen = if before == Before::Same { now } else { None };
-    Ok(match before {
-        Before::Same => Looked::Fine,
-        other => Looked::Repaired(describe_binary(&path, other)),
-    })
+
+    /// Another build of this plugin that somebody has put there on purpose: an upgrade, which this
+    /// program would undo. To begin with its own build goes before others of its version.
+    fn reason_to_stay(&self, path: &Path) -> Option<String> {
+        if !matches!(look(path), Ok(Before::Other)) {
+            return None;
+        }
+        let theirs = version_at(path)?;
+        let own = env!("CARGO_PKG_VERSION");
+        let why = match order(&theirs).cmp(&order(own)) {
+            Ordering::Greater => "a newer one",
+            Ordering::Equal if self.looked => "another build",
+            _ if is_outdated() => "and the file of this one has been replaced",
+            _ => return None,
+        };
+        Some(format!(
+            "it is portmap {theirs}, {why}, and this is {own}: where this runs from, put the same one there and restart it"
+        ))
+    }
+}
+
+/// Part of a pre-release: numbers are less than words (Semantic Versioning 2.0.0, 11.4).
+type Identifier<'a> = (bool, u64, &'a str);
+
+/// Compares as versions do: numbers, then releases after their pre-releases.
+fn order(version: &str) -> (Vec<u64>, bool, Vec<Identifier<'_>>) {
+    let version = version.split('+').next().unwrap_or_default();
+    let (numbers, words) =
+        version.split_once('-').map_or((version, None), |(numbers, words)| (numbers, Some(words)));
+    let identifier = |word| match str::parse(word) {
+        Ok(number) => (false, number, ""),
+        Err(_) => (true, 0, word),
+    };
+    (
+        numbers.split('.').map(|number| number.parse().unwrap_or(0)).collect(),
+        words.is_none(),
+        words.into_iter().flat_map(|words| words.split('.')).map(identifier).collect(),
+    )
 }
 
 fn keep_list(options: &Options, notes: &mut dyn FnMut(String)) -> Result<Looked, CommandError> {
@@ -191,5 +244,25 @@ fn say(log: &mut dyn Write, text: &str) -> io::Result<()> {
     match writeln!(log, "portmap: {text}") {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_ordered_as_semantic_versioning_says() {
+        let ascending = [
+            "0.9.10",
+            "0.10.0-alpha.1",
+            "0.10.0-alpha.beta",
+            "0.10.0-rc.2",
+            "0.10.0-rc.11",
+            "0.10.0",
+            "1.0.0",
+        ];
+        assert!(ascending.windows(2).all(|pair| order(pair[0]) < order(pair[1])));
+        assert_eq!(order("1.0.0+a"), order("1.0.0+b"));
     }
 }

@@ -66,9 +66,20 @@ pub fn look(path: &Path) -> io::Result<Before> {
     };
     let meta = there.metadata()?;
     let runs = meta.is_file() && meta.permissions().mode() & 0o555 == 0o555;
+    Ok(if runs && is_own(&mut there)? { Before::Same } else { Before::Other })
+}
+
+/// Whether a file has the bytes of the running program.
+fn is_own(there: &mut File) -> io::Result<bool> {
     let mut own = File::open(SELF)?;
-    let same = runs && meta.len() == own.metadata()?.len() && equal(&mut own, &mut there)?;
-    Ok(if same { Before::Same } else { Before::Other })
+    Ok(there.metadata()?.len() == own.metadata()?.len() && equal(&mut own, there)?)
+}
+
+/// Whether the file from which this program was started has become another one, or is gone.
+#[must_use]
+pub fn is_outdated() -> bool {
+    let Ok(path) = fs::read_link(SELF) else { return false };
+    !File::open(path).and_then(|mut there| is_own(&mut there)).unwrap_or(false)
 }
 
 fn equal(left: &mut File, right: &mut File) -> io::Result<bool> {
