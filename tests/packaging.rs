@@ -242,6 +242,41 @@ fn the_containers_need_no_capability_and_no_writable_root() {
     assert!(said.contains("put portmap behind ptp"), "{output:?}");
 }
 
+/// Kubespray makes them kube's.
+#[test]
+#[ignore = "privileged: drops capabilities, mounts in a mount namespace of its own"]
+fn directories_of_another_user_need_what_the_manifest_and_the_unit_give() {
+    let manifest = read("kubernetes/daemonset.yaml");
+    let (_, added) = manifest.split_once("capabilities: {drop: [ALL], add: [").unwrap();
+    let added: Vec<String> =
+        added.split(']').next().unwrap().split(", ").map(str::to_owned).collect();
+    let unit = read("systemd/portmap-watch.service");
+    let bounding =
+        unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
+    let named: Vec<String> = added.iter().map(|name| format!("CAP_{name}")).collect();
+    assert_eq!(bounding, named.join(" "));
+    let set = added.iter().map(|name| format!(",+{}", name.to_lowercase())).collect::<String>();
+
+    let dir = Dir::new("owner");
+    let output = isolated(&format!(
+        "root={root}; mkdir -p $root; mount -t tmpfs none $root; cd $root
+         mkdir bin net.d; cp {PORTMAP} portmap
+         echo '{{\"name\": \"x\", \"plugins\": [{{\"type\": \"ptp\"}}]}}' > net.d/10-x.conflist
+         chmod 600 net.d/10-x.conflist; chown -R 4711:4712 bin net.d; chmod 755 bin net.d
+         install() {{ setpriv --bounding-set=-all$1 --inh-caps=-all --no-new-privs ./portmap install \
+             --dest=$root/bin --conflist=auto --conf-dir=$root/net.d; }}
+         if install '' 2> said; then exit 8; fi
+         cat said >&2
+         grep -q 'bin belongs to user 4711, and root needs CAP_DAC_OVERRIDE, CAP_CHOWN, CAP_FOWNER here' said
+         install {set}
+         [ $(stat -c %u:%g:%a net.d/10-x.conflist) = 4711:4712:600 ]
+         cmp portmap bin/portmap",
+        root = dir.0.join("root").display(),
+    ));
+    let said = succeeds(&output);
+    assert!(said.contains("put portmap behind ptp"), "{output:?}");
+}
+
 #[test]
 #[ignore = "privileged: makes an image with buildah"]
 fn the_image_is_the_binary_and_runs() {

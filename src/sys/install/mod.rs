@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::statvfs::{FsFlags, statvfs};
+use rustix::thread::CapabilitySet;
 
 use crate::conflist::PLUGIN;
 use crate::error::{Error, Result};
@@ -220,9 +221,7 @@ fn explain(what: &str, path: &Path, error: io::Error) -> Error {
             ": it is on a read-only file system; choose a writable directory in which the runtime looks, \
              with --dest for plugins and --conf-dir or --conflist for configurations"
         }
-        Some(Errno::EACCES | Errno::EPERM) => {
-            ": this user may not; run it as root (in a container with the directory of the host mounted)"
-        }
+        Some(Errno::EACCES | Errno::EPERM) => &rights(path),
         Some(Errno::ENOSPC | Errno::EDQUOT) => ": the file system is full; nothing was changed",
         Some(Errno::EBUSY) => {
             ": the file itself is mounted, and only a file in a mounted directory can be replaced; mount the directory"
@@ -231,4 +230,32 @@ fn explain(what: &str, path: &Path, error: io::Error) -> Error {
         _ => "",
     };
     Error::io(format!("{what} {}{hint}", path.display()), error)
+}
+
+/// What this process lacks to change a file. Without capabilities root is one user of many
+/// (capabilities(7)).
+fn rights(path: &Path) -> String {
+    if !nix::unistd::geteuid().is_root() {
+        return ": this user may not; run it as root (in a container with the directory of the host mounted)"
+            .to_owned();
+    }
+    let effective = rustix::thread::capabilities(None).map(|sets| sets.effective);
+    let lacking: Vec<&str> = [
+        (CapabilitySet::DAC_OVERRIDE, "CAP_DAC_OVERRIDE"),
+        (CapabilitySet::CHOWN, "CAP_CHOWN"),
+        (CapabilitySet::FOWNER, "CAP_FOWNER"),
+    ]
+    .into_iter()
+    .filter(|(capability, _)| effective.is_ok_and(|effective| !effective.contains(*capability)))
+    .map(|(_, name)| name)
+    .collect();
+    if lacking.is_empty() {
+        return ": root may not either; look for an immutable file (lsattr) and for a security module (SELinux, AppArmor)"
+            .to_owned();
+    }
+    let there = path.ancestors().find_map(|path| Some((path, fs::metadata(path).ok()?)));
+    let owner = there.map_or_else(String::new, |(path, meta)| {
+        format!("{} belongs to user {}, and ", path.display(), meta.uid())
+    });
+    format!(": {owner}root needs {} here", lacking.join(", "))
 }
