@@ -5,14 +5,16 @@ use super::forward::{Chains, Fate, Packet, fate};
 use super::{Area, Finding, Told, count, some_of};
 use crate::model::Family;
 
-/// A base chain at the forward hook whose policy is to drop.
+/// A base chain at the forward hook.
 #[derive(Debug, Clone)]
-pub struct DroppingChain {
+pub struct ForwardChain {
     /// `chain FORWARD of table filter (iptables-nft, IPv4)`.
     pub place: String,
     pub families: Vec<Family>,
     /// Its name.
     pub entry: String,
+    /// Whether its policy is to drop.
+    pub drops: bool,
     pub rules: Told<Chains>,
     /// The command that makes it accept what was translated by rules.
     pub accept_translated: String,
@@ -31,7 +33,7 @@ pub struct Facts {
     pub nft: Told<usize>,
     /// The variant behind `iptables` in PATH, if there is one.
     pub used: Option<&'static str>,
-    pub dropping: Vec<DroppingChain>,
+    pub chains: Vec<ForwardChain>,
     /// Where such chains could not be looked for, and why.
     pub unread: Vec<(String, String)>,
     /// First packets to every hostPort there is; without any, to pods that may come.
@@ -45,10 +47,10 @@ const AREA: Area = Area::Firewall;
 #[must_use]
 pub fn findings(facts: &Facts) -> Vec<Finding> {
     let mut findings = vec![variants(facts)];
-    findings.extend(facts.dropping.iter().map(|chain| forward(facts, chain)));
+    findings.extend(facts.chains.iter().filter_map(|chain| forward(facts, chain)));
     findings.extend(facts.unread.iter().map(|(what, reason)| AREA.unread("forward", what, reason)));
-    if facts.dropping.is_empty() && facts.unread.is_empty() {
-        findings.push(AREA.fine("forward", "no chain drops forwarded packets by its policy"));
+    if findings.len() == 1 {
+        findings.push(AREA.fine("forward", "no chain drops what is forwarded to hostPorts"));
     }
     findings
 }
@@ -79,69 +81,78 @@ fn variants(facts: &Facts) -> Finding {
     }
 }
 
-fn forward(facts: &Facts, chain: &DroppingChain) -> Finding {
+/// `None` of a chain that lets through what its rules say nothing of, and has none against hostPorts.
+fn forward(facts: &Facts, chain: &ForwardChain) -> Option<Finding> {
     const CHECK: &str = "forward";
     let place = &chain.place;
     let rules = match &chain.rules {
         Ok(rules) => rules,
+        Err(reason) if !chain.drops => {
+            return Some(AREA.unread(CHECK, &format!("the rules of {place}"), reason));
+        }
         Err(reason) => {
-            return AREA.warning(
+            return Some(AREA.warning(
                 CHECK,
                 format!(
                     "the policy of {place} is to drop, and its rules could not be read: {reason}"
                 ),
                 "unless one of them accepts hostPort traffic, nobody outside reaches a pod",
                 chain.accept_translated.clone(),
-            );
+            ));
         }
     };
-    let samples: Vec<&Packet> = facts
+    let fates: Vec<(&Packet, Fate)> = facts
         .samples
         .iter()
         .filter(|(family, _)| chain.families.contains(family))
-        .map(|(_, packet)| packet)
+        .map(|(_, packet)| (packet, fate(rules, &chain.entry, chain.drops, packet)))
         .collect();
-    let fates: Vec<(&Packet, Fate)> =
-        samples.iter().map(|packet| (*packet, fate(rules, &chain.entry, packet))).collect();
-    let dropped: Vec<&Packet> = fates
+    let dropped: Vec<(&Packet, Option<&str>)> = fates
         .iter()
-        .filter(|(_, fate)| *fate == Fate::Dropped)
-        .map(|(packet, _)| *packet)
+        .filter_map(|(packet, fate)| match fate {
+            Fate::Dropped(rule) => Some((*packet, rule.as_deref())),
+            _ => None,
+        })
         .collect();
     let all_dropped = dropped.len() == fates.len();
     // A pod to come need not be behind every device.
-    if let Some(first) = dropped.first().filter(|_| facts.real || all_dropped) {
-        let what = match facts.real {
-            true => {
-                let mut names: Vec<&str> =
-                    dropped.iter().map(|packet| packet.who.as_str()).collect();
-                names.dedup();
-                format!("no rule of it accepts packets to {}", some_of(&names))
-            }
-            false => "no rule of it accepts packets to pods that come".to_owned(),
+    if let Some((first, rule)) = dropped.first().filter(|_| facts.real || all_dropped) {
+        let alike = dropped.iter().filter(|(_, other)| other == rule);
+        let mut names: Vec<&str> = alike.map(|(packet, _)| packet.who.as_str()).collect();
+        names.dedup();
+        let whom = match facts.real {
+            true => some_of(&names),
+            false => "pods that come".to_owned(),
         };
-        return AREA.warning(
+        return Some(AREA.warning(
             CHECK,
-            format!("the policy of {place} is to drop, and {what}"),
+            match rule {
+                Some(rule) => format!("a rule of {place} drops packets to {whom}: {rule}"),
+                None => format!("the policy of {place} is to drop, and no rule of it accepts packets to {whom}"),
+            },
             "a hostPort is forwarded to its pod, so that nobody outside of the node reaches it; the node itself does",
             match (first.translated, &first.device) {
                 (false, Some(device)) => chain.accept_device.replace("DEVICE", device),
                 _ => chain.accept_translated.clone(),
             },
-        );
+        ));
+    }
+    if !chain.drops {
+        return None;
     }
     let doubt = fates.iter().find_map(|(_, fate)| match fate {
         Fate::Unknown(rule) => Some(rule),
         _ => None,
     });
-    match doubt {
-        Some(rule) => AREA.fine(
-            CHECK,
-            format!("the policy of {place} is to drop; whether hostPort traffic is accepted depends on a rule of a \
-                     kind that is not followed here: {rule}"),
+    let then = match doubt {
+        _ if fates.is_empty() => "no hostPort leads to an address of its family".to_owned(),
+        Some(rule) => format!(
+            "whether hostPort traffic is accepted depends on a rule of a kind that is not followed here: {rule}"
         ),
-        None => AREA.fine(CHECK, format!("the policy of {place} is to drop, and a rule accepts hostPort traffic")),
-    }
+        None => "a rule accepts hostPort traffic".to_owned(),
+    };
+    let and = if doubt.is_some() { ";" } else { ", and" };
+    Some(AREA.fine(CHECK, format!("the policy of {place} is to drop{and} {then}")))
 }
 
 #[cfg(test)]
@@ -153,17 +164,18 @@ mod tests {
     use crate::model::Protocol;
 
     fn facts(rules: &str, real: bool, translated: bool) -> Facts {
-        let chain = DroppingChain {
+        let chain = ForwardChain {
             place: "chain FORWARD".into(),
             families: vec![Family::V4],
             entry: "FORWARD".into(),
+            drops: true,
             rules: Ok(of_iptables(rules).1),
             accept_translated: "accept".into(),
             accept_device: "accept -o DEVICE".into(),
         };
         let packet = |device: &str| Packet {
             who: "tcp 8080 of default/web".into(),
-            uplink: Some("eth0".into()),
+            uplinks: vec!["eth0".into()],
             device: Some(device.into()),
             protocol: Protocol::Tcp,
             target: real.then(|| "10.0.0.2:80".parse().unwrap()),
@@ -173,7 +185,7 @@ mod tests {
             legacy: Ok(0),
             nft: Ok(3),
             used: None,
-            dropping: vec![chain],
+            chains: vec![chain],
             unread: Vec::new(),
             samples: ["cni0", "veth1"].map(|device| (Family::V4, packet(device))).into(),
             real,
@@ -215,11 +227,38 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_that_drops_is_named_and_another_family_is_no_pod_s() {
+        let mut facts = facts("-A FORWARD -j REJECT\n", true, true);
+        facts.chains[0].drops = false;
+        let found = forward(&facts);
+        assert_eq!((found.severity, found.fix.as_str()), (Severity::Warning, "accept"));
+        let end = "drops packets to tcp 8080 of default/web: -j REJECT";
+        assert!(found.found.ends_with(end), "{found:?}");
+        facts.chains[0].rules = Ok(of_iptables("-A FORWARD -i eth1 -j REJECT\n").1);
+        assert_eq!(forward(&facts).found, "no chain drops what is forwarded to hostPorts");
+        facts.chains[0].rules = Err("nft is not installed".into());
+        assert_eq!(forward(&facts).severity, Severity::Warning);
+
+        facts.chains[0] = ForwardChain {
+            families: vec![Family::V6],
+            drops: true,
+            rules: Ok(of_iptables("").1),
+            ..facts.chains[0].clone()
+        };
+        let found = forward(&facts);
+        assert_eq!(found.severity, Severity::Fine);
+        assert!(
+            found.found.ends_with("and no hostPort leads to an address of its family"),
+            "{found:?}"
+        );
+    }
+
+    #[test]
     fn no_such_chain_and_what_cannot_be_read() {
         let mut facts = facts("", true, true);
-        facts.dropping[0].rules = Err("nft is not installed".into());
+        facts.chains[0].rules = Err("nft is not installed".into());
         assert_eq!(forward(&facts).severity, Severity::Warning);
-        facts.dropping.clear();
+        facts.chains.clear();
         assert_eq!(forward(&facts).severity, Severity::Fine);
         facts.unread.push(("native chains".into(), "no rights".into()));
         assert_eq!(forward(&facts).severity, Severity::Warning);

@@ -60,13 +60,21 @@ const IPTABLES: &str =
 const NATIVE: &str = "nft -f - <<'END'\ntable inet firewall {\n chain forward {\n\
     type filter hook forward priority 0; policy drop;\n ct state established,related accept\n oifname docker0 accept\n }\n}\nEND";
 
+/// By a rule, as on the images of Oracle's cloud and with firewalld.
+const IPTABLES_RULE: &str = "iptables -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; \
+    iptables -A FORWARD -j REJECT --reject-with icmp-host-prohibited";
+const NATIVE_RULE: &str = "nft -f - <<'END'\ntable inet firewall {\n chain forward {\n\
+    type filter hook forward priority 10; policy accept;\n ct state established,related accept\n\
+    jump zones\n reject with icmpx admin-prohibited\n }\n\
+    chain zones {\n ct state invalid drop\n oifname docker0 accept\n }\n}\nEND";
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
-fn a_policy_of_drop_and_the_command_against_it() {
+fn chains_that_drop_and_the_command_against_it() {
     for variant in RULES {
-        for drop in [IPTABLES, NATIVE] {
+        for drop in [IPTABLES, IPTABLES_RULE, NATIVE, NATIVE_RULE] {
             // With nft alone there is no iptables of its own.
-            if variant == Variant::Nftables && drop == IPTABLES {
+            if variant == Variant::Nftables && drop.starts_with("iptables") {
                 continue;
             }
             let lab = lab(1);
@@ -84,6 +92,8 @@ fn what_ebpf_translates_is_accepted_by_its_device() {
     let rig = Rig::new(&lab, Variant::Ebpf);
     rig.add(0);
     dropped_and_accepted(&rig, NATIVE);
+    rig.node.shell("nft delete table inet firewall");
+    dropped_and_accepted(&rig, NATIVE_RULE);
     // Without a tool the rules cannot be read, which is said.
     assert!(
         rig.doctor().only("forward")["found"].as_str().unwrap().contains("nft is not installed")

@@ -3,7 +3,7 @@
 use portmap::backend::iptables::listing::Listing;
 use portmap::doctor::attachments::{Attachment, Orphan};
 use portmap::doctor::backends::{Trial, Tried};
-use portmap::doctor::firewall::DroppingChain;
+use portmap::doctor::firewall::ForwardChain;
 use portmap::doctor::forward::{Packet, of_iptables};
 use portmap::doctor::localhost::Guard;
 use portmap::doctor::setup::Binary;
@@ -74,7 +74,7 @@ fn healthy() -> Facts {
             legacy: Ok(0),
             nft: Ok(12),
             used: Some("iptables-nft"),
-            dropping: Vec::new(),
+            chains: Vec::new(),
             unread: Vec::new(),
             samples: vec![(Family::V4, packet())],
             real: true,
@@ -94,7 +94,7 @@ fn healthy() -> Facts {
 fn packet() -> Packet {
     Packet {
         who: "tcp 8080 of default/web".into(),
-        uplink: Some("eth0".into()),
+        uplinks: vec!["eth0".into()],
         device: Some("veth1".into()),
         protocol: Protocol::Tcp,
         target: Some("10.88.0.2:80".parse().unwrap()),
@@ -109,7 +109,7 @@ fn ill() -> Facts {
     if let Ok(Look::Read(attachments)) = &mut facts.state.look {
         attachments.attachments[0].problems = Ok(vec![wrong.into()]);
     }
-    facts.firewall.dropping = vec![docker()];
+    facts.firewall.chains = vec![docker()];
     facts
 }
 
@@ -126,11 +126,12 @@ fn forgetful() -> Facts {
 }
 
 /// What keeps all but Docker's own containers from being reached.
-fn docker() -> DroppingChain {
-    DroppingChain {
+fn docker() -> ForwardChain {
+    ForwardChain {
         place: "chain FORWARD of table filter (iptables-nft, IPv4)".into(),
         families: vec![Family::V4],
         entry: "FORWARD".into(),
+        drops: true,
         rules: Ok(of_iptables("-P FORWARD DROP\n-A FORWARD -o docker0 -j ACCEPT\n").1),
         accept_translated: "iptables -I DOCKER-USER -m conntrack --ctstate DNAT -j ACCEPT".into(),
         accept_device: String::new(),
@@ -185,7 +186,7 @@ fn worst() -> Facts {
     }));
     facts.localhost.guard = Ok(Guard::None);
     facts.firewall.legacy = Ok(7);
-    facts.firewall.dropping = vec![docker()];
+    facts.firewall.chains = vec![docker()];
     facts.cilium.signs = vec!["/run/cilium".into(), "device cilium_host".into()];
     facts.cilium.node_config.1 =
         Ok(Some("#define ENABLE_HOST_ROUTING 1\n#define ENABLE_NODEPORT 1\n".into()));

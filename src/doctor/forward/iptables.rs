@@ -23,7 +23,11 @@ pub fn of_iptables(text: &str) -> (bool, Chains) {
         }
     }
     let own: Vec<String> = chains.keys().cloned().collect();
+    let marks = chains.values().flatten().any(|rule| sets_mark(&rule.end));
     for rule in chains.values_mut().flatten() {
+        // Who marks packets here goes by the mark later (Calico's profiles).
+        let by_mark = rule.conditions.iter_mut().filter(|condition| condition.of == Of::Mark);
+        by_mark.filter(|_| marks).for_each(|condition| condition.of = Of::Unknown);
         // Targets that are no chains change the packet, count or log, and let it go on.
         if let End::Jump(target) | End::Goto(target) = &rule.end
             && !own.contains(target)
@@ -32,6 +36,10 @@ pub fn of_iptables(text: &str) -> (bool, Chains) {
         }
     }
     (drops, chains)
+}
+
+fn sets_mark(end: &End) -> bool {
+    matches!(end, End::Jump(target) if ["MARK", "CONNMARK"].contains(&target.as_str()))
 }
 
 fn of_words(text: &str) -> Rule {
@@ -57,6 +65,11 @@ fn of_words(text: &str) -> Rule {
                     (_, target) if target == "ACCEPT" => End::Accept,
                     (_, target) if target == "DROP" || target == "REJECT" => End::Drop,
                     (_, target) if target == "RETURN" => End::Return,
+                    (_, target) if target == "NFQUEUE" => {
+                        // A program decides.
+                        rule.conditions.push(Condition { negated: false, of: Of::Unknown });
+                        End::Accept
+                    }
                     ("-g", target) => End::Goto(target),
                     (_, target) => End::Jump(target),
                 };
@@ -124,7 +137,7 @@ mod tests {
         }
         let (drops, chains) = of_iptables(&text);
         assert!(drops);
-        fate(&chains, "FORWARD", &packet())
+        fate(&chains, "FORWARD", true, &packet())
     }
 
     #[test]
@@ -162,7 +175,7 @@ mod tests {
             "-A FORWARD -j LOG --log-prefix \"-j ACCEPT\"",
             "-A INPUT -j ACCEPT",
         ] {
-            assert_eq!(iptables(&[rule]), Fate::Dropped, "{rule}");
+            assert_eq!(iptables(&[rule]), Fate::Dropped(None), "{rule}");
         }
         let unknown = "-m set --match-set pods dst -j ACCEPT";
         assert_eq!(iptables(&[&format!("-A FORWARD {unknown}")]), Fate::Unknown(unknown.into()));
@@ -179,12 +192,45 @@ mod tests {
             "-A FORWARD -o cni0 -j DROP",
             "-A FORWARD -j ACCEPT",
         ];
-        assert_eq!(iptables(&back), Fate::Dropped);
+        assert_eq!(iptables(&back), Fate::Dropped(Some("-o cni0 -j DROP".into())));
         let gone = ["-A FORWARD -g SUB", "-A FORWARD -j ACCEPT"];
-        assert_eq!(iptables(&gone), Fate::Dropped);
+        assert_eq!(iptables(&gone), Fate::Dropped(None));
         let loop_ = ["-A FORWARD -j SUB", "-A SUB -j BACK", "-A BACK -j SUB"];
-        assert_eq!(iptables(&loop_), Fate::Dropped);
+        assert_eq!(iptables(&loop_), Fate::Dropped(None));
         let unsure = ["-A FORWARD -m set --match-set a dst -j SUB", "-A SUB -j ACCEPT"];
         assert!(matches!(iptables(&unsure), Fate::Unknown(_)));
+    }
+
+    #[test]
+    fn rules_that_drop_where_the_policy_is_to_accept() {
+        let accepting = |text: &str| fate(&of_iptables(text).1, "FORWARD", false, &packet());
+        // The images of Oracle's cloud.
+        let reject = "-j REJECT --reject-with icmp-host-prohibited";
+        for (before, fate) in [
+            ("", Fate::Dropped(Some(reject.into()))),
+            ("-A FORWARD -o docker0 -j ACCEPT\n", Fate::Dropped(Some(reject.into()))),
+            ("-A FORWARD -o cni0 -j ACCEPT\n", Fate::Accepted),
+            (
+                "-A FORWARD -j NFQUEUE --queue-num 0\n",
+                Fate::Unknown("-j NFQUEUE --queue-num 0".into()),
+            ),
+        ] {
+            assert_eq!(accepting(&format!("{before}-A FORWARD {reject}\n")), fate, "{before}");
+        }
+        for rule in [
+            "-p udp -j DROP",
+            "-m conntrack --ctstate INVALID -j DROP",
+            // Some callers, or who knows which packets.
+            "-s 192.0.2.0/24 -j DROP",
+            "! -s 192.0.2.0/24 -j DROP",
+            "-m set --match-set a src -j DROP",
+            "-m mark ! --mark 0x1/0x1 -j DROP",
+        ] {
+            assert_eq!(accepting(&format!("-A FORWARD {rule}\n")), Fate::Accepted, "{rule}");
+        }
+        // Calico's profiles mark what they let through.
+        let profiles = "-N SUB\n-A FORWARD -o cni0 -g SUB\n-A SUB -m set --match-set a src -j MARK --set-xmark 0x1/0x1\n\
+                        -A SUB -m mark --mark 0x1/0x1 -j RETURN\n-A SUB -j DROP\n";
+        assert_eq!(accepting(profiles), Fate::Accepted);
     }
 }

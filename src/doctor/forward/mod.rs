@@ -67,7 +67,8 @@ enum End {
 pub struct Packet {
     /// Whose hostPort it is, for messages.
     pub who: String,
-    pub uplink: Option<String>,
+    /// Devices that it may come in by.
+    pub uplinks: Vec<String>,
     /// The device towards the pod.
     pub device: Option<String>,
     pub protocol: Protocol,
@@ -81,71 +82,91 @@ pub struct Packet {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
     Accepted,
-    /// No rule takes it, and the policy is to drop.
-    Dropped,
+    /// By this rule, or by the policy, which is to drop.
+    Dropped(Option<String>),
     /// A rule that is not understood may accept it.
     Unknown(String),
 }
 
-/// What becomes of a packet in a base chain whose policy is to drop.
+/// What becomes of a packet in a base chain whose policy is to drop, or to accept: of one that may come in
+/// by several devices, by that which serves it best.
 #[must_use]
-pub fn fate(chains: &Chains, entry: &str, packet: &Packet) -> Fate {
-    let mut doubt = None;
-    match walk(chains, entry, packet, true, &mut doubt, 0) {
-        Some(true) => Fate::Accepted,
-        _ => doubt.map_or(Fate::Dropped, Fate::Unknown),
-    }
+pub fn fate(chains: &Chains, entry: &str, drops: bool, packet: &Packet) -> Fate {
+    let of_uplink = |uplink: Option<&str>| {
+        let mut walk = Walk { chains, packet, uplink, doubt: None };
+        match (walk.through(entry, true, 0), walk.doubt) {
+            (Some(Fate::Accepted), _) => Fate::Accepted,
+            (_, Some(rule)) => Fate::Unknown(rule),
+            (Some(fate), None) => fate,
+            (None, None) if drops => Fate::Dropped(None),
+            (None, None) => Fate::Accepted,
+        }
+    };
+    let mut fates: Vec<Fate> =
+        packet.uplinks.iter().map(|uplink| of_uplink(Some(uplink))).collect();
+    let rank = |fate: &Fate| match fate {
+        Fate::Accepted => 0,
+        Fate::Unknown(_) => 1,
+        Fate::Dropped(_) => 2,
+    };
+    fates.sort_by_key(rank);
+    fates.into_iter().next().unwrap_or_else(|| of_uplink(None))
 }
 
-/// Some(true) if accepted, Some(false) if dropped, None if the packet leaves the chain. `sure` is
-/// false below a jump of which nobody knows whether it is taken.
-fn walk(
-    chains: &Chains,
-    chain: &str,
-    packet: &Packet,
-    sure: bool,
-    doubt: &mut Option<String>,
-    depth: usize,
-) -> Option<bool> {
-    // Deeper than the kernel allows (NFT_JUMP_STACK_SIZE): it is a loop.
-    if depth > 16 {
-        return None;
-    }
-    for rule in chains.get(chain).into_iter().flatten() {
-        let met = rule.meets(packet);
-        if met == Some(false) {
-            continue;
+struct Walk<'a> {
+    chains: &'a Chains,
+    packet: &'a Packet,
+    uplink: Option<&'a str>,
+    /// The first rule that may accept the packet.
+    doubt: Option<String>,
+}
+
+impl Walk<'_> {
+    /// None if the packet leaves the chain. `sure` is false below a jump of which nobody knows whether it
+    /// is taken.
+    fn through(&mut self, chain: &str, mut sure: bool, depth: usize) -> Option<Fate> {
+        // Deeper than the kernel allows (NFT_JUMP_STACK_SIZE): it is a loop.
+        if depth > 16 {
+            return None;
         }
-        let sure = sure && met == Some(true);
-        let verdict = match &rule.end {
-            End::Accept => Some(true),
-            End::Drop => Some(false),
-            End::Return if sure => return None,
-            End::Return | End::Next => None,
-            End::Jump(target) => walk(chains, target, packet, sure, doubt, depth + 1),
-            End::Goto(target) => {
-                let verdict = walk(chains, target, packet, sure, doubt, depth + 1);
-                if sure {
-                    return verdict;
-                }
-                verdict
+        let chains = self.chains;
+        for rule in chains.get(chain).into_iter().flatten() {
+            let met = rule.meets(self.packet, self.uplink);
+            if met == Some(false) {
+                continue;
             }
-        };
-        match verdict {
-            Some(verdict) if sure => return Some(verdict),
-            Some(true) => drop(doubt.get_or_insert_with(|| rule.text.clone())),
-            Some(false) | None => {}
+            let is_met = sure && met == Some(true);
+            let verdict = match &rule.end {
+                End::Accept => Some(Fate::Accepted),
+                End::Drop => Some(Fate::Dropped(Some(rule.text.clone()))),
+                End::Return => None,
+                End::Next => continue,
+                End::Jump(target) | End::Goto(target) => self.through(target, is_met, depth + 1),
+            };
+            match verdict {
+                Some(verdict) if is_met => return Some(verdict),
+                Some(Fate::Accepted) => {
+                    self.doubt.get_or_insert_with(|| rule.text.clone());
+                }
+                _ => {}
+            }
+            match rule.end {
+                End::Return | End::Goto(_) if is_met => return None,
+                // What follows is perhaps never reached.
+                End::Return | End::Goto(_) => sure = false,
+                _ => {}
+            }
         }
+        None
     }
-    None
 }
 
 impl Rule {
     /// `None` if nobody knows.
-    fn meets(&self, packet: &Packet) -> Option<bool> {
+    fn meets(&self, packet: &Packet, uplink: Option<&str>) -> Option<bool> {
         let mut all = Some(true);
         for condition in &self.conditions {
-            match condition.holds(packet) {
+            match condition.holds(packet, uplink) {
                 Some(false) => return Some(false),
                 None => all = None,
                 Some(true) => {}
@@ -156,30 +177,63 @@ impl Rule {
 }
 
 impl Condition {
-    fn holds(&self, packet: &Packet) -> Option<bool> {
+    fn holds(&self, packet: &Packet, uplink: Option<&str>) -> Option<bool> {
         let target = packet.target;
+        let mut is_known = true;
         let holds = match &self.of {
-            Of::In(names) => names.iter().any(|name| is_named(packet.uplink.as_deref(), name)),
-            Of::Out(names) => names.iter().any(|name| is_named(packet.device.as_deref(), name)),
-            Of::Source(networks) => networks.iter().any(|network| network.prefix() == 0),
-            Of::Destination(networks) => target
-                .is_some_and(|target| networks.iter().any(|network| network.contains(target.ip()))),
+            Of::In(names) => {
+                is_known = uplink.is_some();
+                names.iter().any(|name| is_named(uplink, name))
+            }
+            Of::Out(names) => {
+                is_known = packet.device.is_some();
+                names.iter().any(|name| is_named(packet.device.as_deref(), name))
+            }
+            Of::Source(networks) => {
+                is_known = false;
+                networks.iter().any(|network| network.prefix() == 0)
+            }
+            Of::Destination(networks) => match target {
+                // In chains of both families the other one's rules are not met, whatever they say.
+                Some(target) if networks.iter().all(|of| of.is_ipv6() != target.is_ipv6()) => {
+                    return Some(false);
+                }
+                Some(target) => networks.iter().any(|network| network.contains(target.ip())),
+                None if networks.iter().any(|network| network.prefix() == 0) => true,
+                // A pod to come has no address that a rule names by now, but may be of a network.
+                None if networks.iter().all(is_host) => false,
+                None => return None,
+            },
             Of::Protocol(names) => names.iter().any(|name| {
                 name == "all"
                     || name == packet.protocol.name()
                     || *name == packet.protocol.number().to_string()
             }),
-            Of::Port(ranges) => target.is_some_and(|target| {
-                ranges.iter().any(|(first, last)| (*first..=*last).contains(&target.port()))
-            }),
+            Of::Port(ranges) => {
+                is_known = target.is_some();
+                target.is_some_and(|target| {
+                    ranges.iter().any(|(first, last)| (*first..=*last).contains(&target.port()))
+                })
+            }
             Of::State(states) => {
                 states.iter().any(|state| state == "new" || state == "dnat" && packet.translated)
             }
-            Of::Mark => false,
+            Of::Mark => {
+                is_known = false;
+                false
+            }
             Of::Unknown => return None,
         };
-        Some(holds != self.negated)
+        match self.negated {
+            // Who is not known to have something need not be without it.
+            true if !holds && !is_known => None,
+            negated => Some(holds != negated),
+        }
     }
+}
+
+fn is_host(network: &IpNetwork) -> bool {
+    network.prefix() == if network.is_ipv6() { 128 } else { 32 }
 }
 
 fn is_named(device: Option<&str>, pattern: &str) -> bool {
@@ -200,7 +254,7 @@ mod samples {
     pub fn packet() -> Packet {
         Packet {
             who: "web".into(),
-            uplink: Some("eth0".into()),
+            uplinks: vec!["eth0".into()],
             device: Some("cni0".into()),
             protocol: Protocol::Tcp,
             target: Some("10.88.0.2:80".parse().unwrap()),
@@ -218,8 +272,24 @@ mod tests {
     fn ebpf_is_no_translation_of_conntrack_and_pods_to_come_have_no_address() {
         let (_, chains) = of_iptables("-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\n");
         let packet = Packet { translated: false, ..packet() };
-        assert_eq!(fate(&chains, "FORWARD", &packet), Fate::Dropped);
+        assert_eq!(fate(&chains, "FORWARD", true, &packet), Fate::Dropped(None));
+        let packet = Packet { target: None, ..packet };
+        let (_, chains) = of_iptables("-A FORWARD -d 10.88.0.7/32 -j ACCEPT\n");
+        assert_eq!(fate(&chains, "FORWARD", true, &packet), Fate::Dropped(None));
+        // Its network may be that.
         let (_, chains) = of_iptables("-A FORWARD -d 10.88.0.0/16 -j ACCEPT\n");
-        assert_eq!(fate(&chains, "FORWARD", &Packet { target: None, ..packet }), Fate::Dropped);
+        assert!(matches!(fate(&chains, "FORWARD", true, &packet), Fate::Unknown(_)));
+    }
+
+    #[test]
+    fn what_one_device_accepts_is_not_dropped() {
+        let (_, chains) = of_iptables("-A FORWARD -i eth0 -j DROP\n");
+        let packet = packet();
+        let dropped = Fate::Dropped(Some("-i eth0 -j DROP".into()));
+        assert_eq!(fate(&chains, "FORWARD", false, &packet), dropped);
+        let uplinks = vec!["eth0".into(), "eth1".into()];
+        let packet = Packet { uplinks, ..packet };
+        assert_eq!(fate(&chains, "FORWARD", false, &packet), Fate::Accepted);
+        assert!(matches!(fate(&chains, "FORWARD", true, &packet), Fate::Dropped(_)));
     }
 }

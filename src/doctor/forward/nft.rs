@@ -40,6 +40,11 @@ fn of_statements(statements: &[Value]) -> Rule {
             "jump" => rule.end = End::Jump(target()),
             "goto" => rule.end = End::Goto(target()),
             "match" => rule.conditions.push(of_match(value)),
+            "queue" => {
+                // A program decides.
+                rule.conditions.push(Condition { negated: false, of: Of::Unknown });
+                rule.end = End::Accept;
+            }
             "vmap" => rule.end = of_verdicts(value, &mut rule.conditions),
             "counter" | "log" | "mangle" | "notrack" | "comment" => {}
             _ => rule.conditions.push(Condition { negated: false, of: Of::Unknown }),
@@ -49,7 +54,11 @@ fn of_statements(statements: &[Value]) -> Rule {
 }
 
 fn of_match(value: &Value) -> Condition {
-    let negated = value.get("op").and_then(Value::as_str) == Some("!=");
+    let operator = value.get("op").and_then(Value::as_str).unwrap_or("==");
+    if !["==", "!=", "in"].contains(&operator) {
+        return Condition { negated: false, of: Of::Unknown };
+    }
+    let negated = operator == "!=";
     let right = value.get("right").unwrap_or(&Value::Null);
     let key = |kind: &str, field: &str| {
         value.pointer(&format!("/left/{kind}/{field}")).and_then(Value::as_str)
@@ -140,7 +149,7 @@ mod tests {
         let rule = |expr: &Value| json!({"rule": {"chain": "forward", "expr": expr}});
         objects.extend(rules.iter().map(rule));
         objects.push(json!({"rule": {"chain": "sub", "expr": [{"accept": null}]}}));
-        fate(&of_nft(&objects), "forward", &packet())
+        fate(&of_nft(&objects), "forward", true, &packet())
     }
 
     #[test]
@@ -171,7 +180,7 @@ mod tests {
             matching(ct("state"), json!(["established", "related"])),
             matching(field("saddr"), json!("10.88.0.2")),
         ] {
-            assert_eq!(nft(&[json!([condition, accept])]), Fate::Dropped, "{condition}");
+            assert_eq!(nft(&[json!([condition, accept])]), Fate::Dropped(None), "{condition}");
         }
         let set = matching(field("daddr"), json!("@pods"));
         assert!(matches!(nft(&[json!([set, accept])]), Fate::Unknown(_)));
@@ -181,6 +190,15 @@ mod tests {
             "data": {"set": [["established", {"accept": null}], ["new", new]]}}}])
         };
         assert_eq!(nft(&[states(json!({"accept": null}))]), Fate::Accepted);
-        assert_eq!(nft(&[states(json!({"drop": null}))]), Fate::Dropped);
+        assert!(matches!(nft(&[states(json!({"drop": null}))]), Fate::Dropped(Some(_))));
+        let port = json!({"payload": {"protocol": "tcp", "field": "dport"}});
+        let above = json!({"match": {"op": ">=", "left": port, "right": 80}});
+        assert!(matches!(nft(&[json!([above, accept])]), Fate::Unknown(_)));
+        let other =
+            matching(json!({"payload": {"protocol": "ip6", "field": "daddr"}}), json!("fd00::1"));
+        let but_other =
+            json!({"match": {"op": "!=", "left": other["match"]["left"], "right": "fd00::1"}});
+        assert_eq!(nft(&[json!([but_other, {"drop": null}])]), Fate::Dropped(None));
+        assert!(matches!(nft(&[json!([{"queue": {"num": 0}}])]), Fate::Unknown(_)));
     }
 }

@@ -1,13 +1,13 @@
-//! Chains that drop forwarded packets, and the packets that they would drop.
+//! Chains that forwarded packets meet, and packets to hostPorts.
 
-use super::super::firewall::{DroppingChain, Facts, Sample};
+use super::super::firewall::{Facts, ForwardChain, Sample};
 use super::super::forward::{Packet, of_iptables, of_nft};
 use super::tables::{Tables, named};
 use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Family, Protocol};
 use crate::record::Record;
 use crate::sys::iptables::Variant;
-use crate::sys::netlink::nftables::NftFamily;
+use crate::sys::netlink::nftables::{NftFamily, NftReader};
 use crate::sys::netlink::route::Link;
 use crate::sys::{Host, nft};
 
@@ -22,16 +22,16 @@ pub fn facts(
     node: &NodeFacts,
     links: &[Link],
 ) -> Facts {
-    let (mut dropping, mut unread) = (Vec::new(), Vec::new());
-    of_legacy(host, tables, &mut dropping, &mut unread);
+    let (mut chains, mut unread) = (Vec::new(), Vec::new());
+    of_legacy(host, tables, &mut chains, &mut unread);
     match &tables.base_chains {
         Err(reason) => unread.push(("the chains of nf_tables".to_owned(), reason.clone())),
-        Ok(chains) => {
-            let of_forward = chains.iter().filter(|(_, _, chain)| {
-                chain.base.as_ref().is_some_and(|base| base.hook == FORWARD && base.drops)
-            });
-            for (family, table, chain) in of_forward {
-                dropping.push(of_nftables(host, tables, *family, table, &chain.name));
+        Ok(all) => {
+            for (family, table, chain) in all {
+                if let Some(base) = chain.base.as_ref().filter(|base| base.hook == FORWARD) {
+                    let found = of_nftables(host, tables, *family, table, &chain.name, base.drops);
+                    chains.extend(found);
+                }
             }
         }
     }
@@ -44,96 +44,124 @@ pub fn facts(
         legacy: tables.count(Variant::Legacy),
         nft: tables.count(Variant::Nft),
         used: tables.used.map(Variant::name),
-        dropping,
+        chains,
         unread,
         samples,
         real,
     }
 }
 
+/// Tables of iptables with a chain FORWARD that drops what its rules or its policy say.
+const TABLES: [&str; 3] = ["filter", "mangle", "security"];
+
 fn of_legacy(
     host: &Host,
     tables: &Tables,
-    dropping: &mut Vec<DroppingChain>,
+    chains: &mut Vec<ForwardChain>,
     unread: &mut Vec<(String, String)>,
 ) {
-    for (variant, family, present) in tables.with("filter") {
-        if variant != Variant::Legacy {
-            continue;
-        }
-        match present.and_then(|()| tables.list(host, variant, family, "filter")) {
-            Err(reason) => {
-                unread.push((format!("chain FORWARD of {}", named(variant.name(), family)), reason))
+    for table in TABLES {
+        for (variant, family, present) in tables.with(table) {
+            if variant != Variant::Legacy {
+                continue;
             }
-            Ok(text) => {
-                let (drops, rules) = of_iptables(&text);
-                if drops {
-                    let tool = tables.tool(variant, family).unwrap_or_default();
-                    let docker = rules.contains_key("DOCKER-USER");
-                    dropping.push(DroppingChain {
-                        rules: Ok(rules),
-                        ..of_tool(variant, family, tool, docker)
-                    });
+            match present.and_then(|()| tables.list(host, variant, family, table)) {
+                Err(reason) => {
+                    let tool = named(variant.name(), family);
+                    let what = format!("chain FORWARD of table {table} ({tool})");
+                    // Which tables there are is read at once.
+                    if unread.last().is_none_or(|(_, known)| *known != reason) {
+                        unread.push((what, reason));
+                    }
                 }
+                Ok(text) => chains.push(of_tool(tables, variant, family, table, Ok(&text))),
             }
         }
     }
 }
 
-/// The chain of iptables, with nothing known of its rules.
-fn of_tool(variant: Variant, family: Family, tool: &str, docker: bool) -> DroppingChain {
+/// The chain of iptables, by what `iptables -S` says.
+fn of_tool(
+    tables: &Tables,
+    variant: Variant,
+    family: Family,
+    table: &str,
+    text: Result<&str, String>,
+) -> ForwardChain {
+    let tool = tables.tool(variant, family).unwrap_or_default();
+    let (drops, rules) = match text.map(of_iptables) {
+        Ok((drops, rules)) => (drops, Ok(rules)),
+        Err(reason) => (false, Err(reason)),
+    };
     // Docker's is made for that, and outlives its restarts.
+    let docker = rules.as_ref().is_ok_and(|rules| rules.contains_key("DOCKER-USER"));
     let chain = if docker { "DOCKER-USER" } else { "FORWARD" };
-    DroppingChain {
+    let insert = match table {
+        "filter" => format!("{tool} -I {chain}"),
+        table => format!("{tool} -t {table} -I {chain}"),
+    };
+    ForwardChain {
         place: format!(
-            "chain FORWARD of table filter ({}, {family})",
+            "chain FORWARD of table {table} ({}, {family})",
             named(variant.name(), family)
         ),
         families: vec![family],
         entry: "FORWARD".into(),
-        rules: Err(String::new()),
-        accept_translated: format!("{tool} -I {chain} -m conntrack --ctstate DNAT -j ACCEPT"),
-        accept_device: format!(
-            "{tool} -I {chain} -o DEVICE -j ACCEPT; {tool} -I {chain} -i DEVICE -j ACCEPT"
-        ),
+        drops,
+        rules,
+        accept_translated: format!("{insert} -m conntrack --ctstate DNAT -j ACCEPT"),
+        accept_device: format!("{insert} -o DEVICE -j ACCEPT; {insert} -i DEVICE -j ACCEPT"),
     }
 }
 
+/// `None` for one that lets everything through.
 fn of_nftables(
     host: &Host,
     tables: &Tables,
     family: NftFamily,
     table: &str,
     entry: &str,
-) -> DroppingChain {
+    drops: bool,
+) -> Option<ForwardChain> {
+    // Tools list whole tables, those of Services among them.
+    let is_empty = || {
+        NftReader::open()
+            .and_then(|mut reader| reader.rule_comments(family, table, entry))
+            .is_ok_and(|rules| rules.is_empty())
+    };
+    if !drops && is_empty() {
+        return None;
+    }
     let (name, families) = match family {
         NftFamily::Inet => ("inet", Family::ALL.to_vec()),
         NftFamily::Ip => ("ip", vec![Family::V4]),
         NftFamily::Ip6 => ("ip6", vec![Family::V6]),
     };
-    if (table, entry) == ("filter", "FORWARD")
+    if entry == "FORWARD"
+        && TABLES.contains(&table)
         && let [only] = families.as_slice()
-        && let Ok(tool) = tables.tool(Variant::Nft, *only)
+        && tables.tool(Variant::Nft, *only).is_ok()
     {
-        let rules = tables.list(host, Variant::Nft, *only, table).map(|text| of_iptables(&text).1);
-        let docker = rules.as_ref().is_ok_and(|rules| rules.contains_key("DOCKER-USER"));
-        return DroppingChain { rules, ..of_tool(Variant::Nft, *only, tool, docker) };
+        let text = tables.list(host, Variant::Nft, *only, table);
+        let text = text.as_deref().map_err(Clone::clone);
+        return Some(ForwardChain { drops, ..of_tool(tables, Variant::Nft, *only, table, text) });
     }
     let rules = nft::list_table(host, name, table).map_err(|error| error.to_string());
     let insert = format!("nft insert rule {name} {table} {entry}");
-    DroppingChain {
+    Some(ForwardChain {
         place: format!("chain {entry} of table {name} {table} (nftables)"),
         families,
         entry: entry.to_owned(),
+        drops,
         rules: rules.map(|objects| of_nft(&objects)),
         accept_translated: format!("{insert} ct status dnat accept"),
         accept_device: format!("{insert} oifname DEVICE accept; {insert} iifname DEVICE accept"),
-    }
+    })
 }
 
 /// First packets to the hostPorts that there are.
 fn real(host: &Host, live: &[&Record], node: &NodeFacts) -> Vec<Sample> {
-    let uplink = node.uplinks.first();
+    let uplinks: Vec<String> = node.uplinks.iter().cloned().collect();
     let mut samples = Vec::new();
     for record in live {
         let pod = match record.pod.name.is_empty() {
@@ -145,7 +173,7 @@ fn real(host: &Host, live: &[&Record], node: &NodeFacts) -> Vec<Sample> {
                 let claim = forward.claim;
                 let packet = Packet {
                     who: format!("{} {} of {pod}", claim.protocol, claim.port),
-                    uplink: uplink.cloned(),
+                    uplinks: uplinks.clone(),
                     // Without a route there is no device, and no rule for one is met.
                     device: host.device_towards(forward.target.ip()).ok().flatten(),
                     protocol: claim.protocol,
@@ -175,7 +203,7 @@ fn possible(chosen: Option<BackendKind>, node: &NodeFacts, links: &[Link]) -> Ve
     let sample = |family: Family, device: Option<String>| {
         let packet = Packet {
             who: "a pod".into(),
-            uplink: node.uplinks.first().cloned(),
+            uplinks: node.uplinks.iter().cloned().collect(),
             device,
             protocol: Protocol::Tcp,
             target: None,
