@@ -784,7 +784,55 @@ fn check_config_tells_by_its_status_what_is_wrong() {
     assert_eq!((&report["configuredBackend"], &report["findings"]), (&json!("auto"), &json!([])));
     assert_eq!(report["options"]["snat"], true);
     fails(&mut check(&["/nowhere"]), "/nowhere does not exist");
-    fails(check(&["-"]).stdin(Stdio::null()), "standard input: line 1, column 1: this is not JSON");
+}
+
+#[test]
+fn what_is_no_list_is_a_finding() {
+    let check = |arguments: &[&str]| {
+        let mut command = Command::new(PORTMAP);
+        command.arg("check-config").args(arguments).arg("-").stdin(Stdio::null());
+        let output = command.output().unwrap();
+        assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(2), ""));
+        text(&output.stdout)
+    };
+    let said = check(&[]);
+    let place = "standard input: no list\nline 1, column 1: broken: this is not JSON";
+    assert!(said.starts_with(place), "{said}");
+    let report: Value = serde_json::from_str(&check(&["--json"])).unwrap();
+    let found = &report["findings"][0];
+    assert_eq!((&found["severity"], &found["line"]), (&json!("broken"), &json!(1)), "{report}");
+    assert_eq!((&report["plugins"], &report["options"]), (&json!([]), &Value::Null));
+}
+
+/// Without rights nothing works, which says nothing against a list.
+#[test]
+fn who_is_not_root_is_told_what_is_wrong_with_a_list_all_the_same() {
+    let node = Node::new("check-nobody");
+    let named = |backend: &str| {
+        CILIUM_WITH.replace("\"type\": \"portmap\"", &format!("\"type\": \"portmap\"{backend}"))
+    };
+    for (backend, problem) in [
+        ("", "which backend auto takes cannot be told without root"),
+        (
+            ", \"backend\": \"ebpf\"",
+            "whether the ebpf backend works on this node cannot be told without root",
+        ),
+    ] {
+        let list = node.write("10-x.conflist", &named(backend));
+        let mut command = match nix::unistd::geteuid().is_root() {
+            true => {
+                let mut command = Command::new("setpriv");
+                command.args(["--bounding-set=-all", "--inh-caps=-all", "--", PORTMAP]);
+                command
+            }
+            false => Command::new(PORTMAP),
+        };
+        let output = command.arg("check-config").arg(&list).output().unwrap();
+        let said = text(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(said.contains(&format!("\nwarning: {problem}\n")), "{said}");
+        assert!(!said.contains("broken"), "{said}");
+    }
 }
 
 /// Where no tool is, `auto` ends at eBPF.
@@ -800,7 +848,7 @@ fn a_list_is_judged_by_the_backend_that_auto_takes() {
     let said = text(&output.stdout);
     assert_eq!(output.status.code(), Some(2), "{said}");
     assert!(said.contains("auto, on this node ebpf"), "{said}");
-    assert!(said.contains("line 14, column 5: broken: bandwidth stands behind portmap"), "{said}");
+    assert!(said.contains("line 15, column 5: broken: bandwidth stands behind portmap"), "{said}");
 }
 
 /// What iptables 1.8.9 says, with its exit status, when its `-w 15` is over.

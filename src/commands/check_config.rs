@@ -16,6 +16,7 @@ use crate::request;
 use crate::sys::Host;
 use crate::sys::install::ListFile;
 use crate::sys::progress::Progress;
+use crate::sys::survey;
 
 /// What to look at.
 #[derive(Debug, Clone, Copy)]
@@ -30,7 +31,7 @@ pub struct Options<'a> {
 ///
 /// # Errors
 ///
-/// A file that cannot be read, or is no configuration.
+/// A file that cannot be read.
 pub fn run(
     host: &Host,
     options: &Options,
@@ -52,8 +53,7 @@ pub fn run(
             (shown, file.text)
         }
     };
-    let mut analysis =
-        analyse(&text).map_err(|refusal| CommandError::Refused(format!("{shown}: {refusal}")))?;
+    let mut analysis = analyse(&text).unwrap_or_else(Analysis::refused);
     let progress = Progress::begin("portmap check-config");
     progress.step("trying the backends out");
     let chosen = analysis.conf.as_ref().map(|conf| choose(host, conf));
@@ -77,9 +77,12 @@ pub fn run(
 /// The backend of an ADD here and now.
 enum Chosen {
     Kind(BackendKind),
-    /// Another process has what the trial needs, and auto does not pass over a backend that may well
-    /// work: which one it takes shows when that is over.
-    Unknown(String),
+    /// It shows to somebody else, or later.
+    Unknown {
+        reason: String,
+        /// How to find out.
+        fix: &'static str,
+    },
     /// None: an ADD fails.
     Nothing(String),
 }
@@ -88,36 +91,43 @@ impl Chosen {
     fn kind(&self) -> Option<BackendKind> {
         match self {
             Chosen::Kind(kind) => Some(*kind),
-            Chosen::Unknown(_) | Chosen::Nothing(_) => None,
+            Chosen::Unknown { .. } | Chosen::Nothing(_) => None,
         }
     }
 }
 
 fn choose(host: &Host, conf: &NetConf) -> Chosen {
-    let Some(kind) = conf.backend else {
-        return match probe(host, false) {
-            Ok(kind) => Chosen::Kind(kind),
-            Err(error @ Error::Busy { .. }) => Chosen::Unknown(error.to_string()),
-            Err(error) => Chosen::Nothing(error.to_string()),
-        };
-    };
-    match backend::of(kind).probe(host) {
-        // Somebody else is at work, and an ADD would wait for that.
-        Ok(()) | Err(Unusable::Busy(_)) => Chosen::Kind(kind),
-        Err(Unusable::Broken(reason)) => {
-            Chosen::Nothing(format!("the backend {kind} does not work on this node: {reason}"))
+    let (tried, question) = match conf.backend {
+        None => (probe(host, false), "which backend auto takes cannot be told".to_owned()),
+        Some(kind) => {
+            let broken = |reason| Error::BackendUnusable { backend: kind.to_string(), reason };
+            let tried = match backend::of(kind).probe(host) {
+                // Somebody else is at work, and an ADD would wait for that.
+                Ok(()) | Err(Unusable::Busy(_)) => Ok(kind),
+                Err(Unusable::Broken(reason)) => Err(broken(reason)),
+            };
+            (tried, format!("whether the {kind} backend works on this node cannot be told"))
         }
+    };
+    match tried {
+        Ok(kind) => Chosen::Kind(kind),
+        // Auto does not pass over a backend that may well work.
+        Err(error @ Error::Busy { .. }) => Chosen::Unknown {
+            reason: format!("{question} now: {error}"),
+            fix: "portmap check-config once more",
+        },
+        Err(_) if !survey::is_root() => Chosen::Unknown {
+            reason: format!("{question} without root"),
+            fix: "portmap check-config as root",
+        },
+        Err(error) => Chosen::Nothing(error.to_string()),
     }
 }
 
 fn finding(chosen: &Chosen) -> Option<Finding> {
     let (severity, problem, fix) = match chosen {
         Chosen::Kind(_) => return None,
-        Chosen::Unknown(reason) => (
-            Severity::Warning,
-            format!("which backend auto takes cannot be told now: {reason}"),
-            "portmap check-config once more",
-        ),
+        Chosen::Unknown { reason, fix } => (Severity::Warning, reason.clone(), *fix),
         Chosen::Nothing(reason) => (
             Severity::Broken,
             reason.clone(),
@@ -169,7 +179,11 @@ fn as_json(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> Value {
 }
 
 fn as_text(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> String {
-    let mut text = format!("{shown}: {}", analysis.plugins.join(", then "));
+    let plugins = match analysis.plugins.is_empty() {
+        true => "no list".to_owned(),
+        false => analysis.plugins.join(", then "),
+    };
+    let mut text = format!("{shown}: {plugins}");
     if !analysis.name.is_empty() {
         let _ = write!(
             text,
@@ -185,7 +199,8 @@ fn as_text(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> String 
     if let (Some(conf), Some(chosen)) = (&analysis.conf, chosen) {
         let backend = match (conf.backend, chosen) {
             (_, Chosen::Nothing(_)) => "none works here".to_owned(),
-            (_, Chosen::Unknown(_)) => "auto, on this node not known now".to_owned(),
+            (None, Chosen::Unknown { .. }) => "auto, on this node not known now".to_owned(),
+            (Some(kind), Chosen::Unknown { .. }) => format!("{kind}, on this node not known now"),
             (None, Chosen::Kind(kind)) => format!("auto, on this node {kind}"),
             (Some(_), Chosen::Kind(kind)) => kind.to_string(),
         };

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use super::spans::{Json, Kind, Position, Refusal};
 use super::{List, PLUGIN, Plugin, SHAPER};
 use crate::cni::envelope::Envelope;
+use crate::cni::version::Version;
 use crate::conf::{self, NetConf};
 use crate::model::BackendKind;
 
@@ -43,7 +44,7 @@ pub struct Finding {
 }
 
 /// What a configuration says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Analysis {
     /// The list's name; empty for a plugin object without one.
     pub name: String,
@@ -70,9 +71,7 @@ pub fn analyse(text: &str) -> Result<Analysis, Refusal> {
             name: string(&json, "name"),
             plugins: vec![PLUGIN.into()],
             cni_version: string(&json, "cniVersion"),
-            conf: None,
-            findings: Vec::new(),
-            shapers_behind: Vec::new(),
+            ..Analysis::default()
         };
         let plugin = Plugin { name: PLUGIN.into(), json: json.clone() };
         let name = if analysis.name.is_empty() { PLUGIN } else { &analysis.name }.to_owned();
@@ -85,9 +84,7 @@ pub fn analyse(text: &str) -> Result<Analysis, Refusal> {
         name: string(&list.json, "name"),
         plugins: list.plugins.iter().map(|plugin| plugin.name.clone()).collect(),
         cni_version: string(&list.json, "cniVersion"),
-        conf: None,
-        findings: Vec::new(),
-        shapers_behind: Vec::new(),
+        ..Analysis::default()
     };
     analysis.list(&list);
     analysis.findings.sort_by_key(|finding| finding.position);
@@ -103,6 +100,19 @@ fn raw(text: &str, json: &Json) -> Value {
 }
 
 impl Analysis {
+    /// Of what cannot be analysed.
+    #[must_use]
+    pub fn refused(refusal: Refusal) -> Self {
+        let mut analysis = Analysis::default();
+        analysis.find(
+            Severity::Broken,
+            refusal.position,
+            refusal.reason,
+            "a list is {\"cniVersion\": …, \"name\": …, \"plugins\": [ the main plugin, portmap, … ]}",
+        );
+        analysis
+    }
+
     fn find(
         &mut self,
         severity: Severity,
@@ -116,15 +126,7 @@ impl Analysis {
 
     fn list(&mut self, list: &List) {
         let top = list.position(&list.json);
-        let version = list.json.exact("cniVersion").map(|member| raw(list.text, &member.value));
-        if version.is_none() {
-            self.find(
-                Severity::Warning,
-                top,
-                "cniVersion is absent, which means 0.1.0",
-                "say \"cniVersion\": \"1.0.0\", or the newest that every plugin of the list knows",
-            );
-        }
+        let version = self.version(list);
         for plugin in &list.plugins {
             self.capabilities(list, plugin);
         }
@@ -165,6 +167,46 @@ impl Analysis {
             .collect();
         if let Some(kind) = self.conf.as_ref().and_then(|conf| conf.backend) {
             self.with_backend(kind);
+        }
+    }
+
+    /// The version of calls: since 1.2 libcni takes the newest that it knows of `cniVersions` and
+    /// `cniVersion`.
+    fn version(&mut self, list: &List) -> Option<Value> {
+        let declared = list.json.exact("cniVersion").map(|member| raw(list.text, &member.value));
+        let several = list.json.exact("cniVersions").map(|member| &member.value);
+        if declared.is_none() {
+            let meaning = match several {
+                Some(_) => {
+                    ", and libcni before 1.2 does not know cniVersions: there it means 0.1.0"
+                }
+                None => ", which means 0.1.0",
+            };
+            self.find(
+                Severity::Warning,
+                list.position(&list.json),
+                format!("cniVersion is absent{meaning}"),
+                "say \"cniVersion\": \"1.0.0\", or the newest that every plugin of the list knows",
+            );
+        }
+        let Some(several) = several else { return declared };
+        let Ok(mut versions) = serde_json::from_value::<Vec<String>>(raw(list.text, several))
+        else {
+            self.find(
+                Severity::Broken,
+                list.position(several),
+                "cniVersions must be a list of strings: runtimes refuse the whole list",
+                "\"cniVersions\": [\"1.0.0\", \"1.1.0\"], or no such key",
+            );
+            return declared;
+        };
+        versions.extend(declared.as_ref().and_then(Value::as_str).map(str::to_owned));
+        match versions.iter().filter_map(|version| Version::parse(version).ok()).max() {
+            Some(newest) => {
+                newest.as_str().clone_into(&mut self.cni_version);
+                Some(newest.as_str().into())
+            }
+            None => declared,
         }
     }
 
@@ -359,7 +401,13 @@ mod tests {
         finds(&format!("^{}", of(r#""cniVersion":"1.0.0","#)), Broken, "name is absent");
         finds(&of(r#""cniVersion":"1.0.0","name":^3,"#), Broken, "name is 3");
         finds(&of(r#""cniVersion":"1.0.0","name":^"-a","#), Broken, r#"name is "-a""#);
-        finds(&format!("^{}", of(r#""name":"n","#)), Warning, "0.1.0");
+        finds(&format!("^{}", of(r#""name":"n","#)), Warning, "absent, which means 0.1.0");
+        let several = r#""name":"n","cniVersions":["0.3.1","1.0.0","9.0.0"],"#;
+        finds(&format!("^{}", of(several)), Warning, "libcni before 1.2");
+        let both = format!("{several}\"cniVersion\":\"0.4.0\",");
+        let both = analyse(&of(&both)).unwrap();
+        assert_eq!((both.cni_version.as_str(), both.findings.as_slice()), ("1.0.0", &[][..]));
+        finds(&of(r#""name":"n","cniVersion":"1.0.0","cniVersions":^"1.1.0","#), Broken, "refuse");
         finds(&of(r#""name":"n","cniVersion":^"9.9.9","#), Broken, "9.9.9");
     }
 
