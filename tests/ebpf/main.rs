@@ -14,6 +14,7 @@
 mod support;
 
 mod choice;
+mod ended;
 mod faults;
 mod flows;
 mod flush;

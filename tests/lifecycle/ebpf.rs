@@ -203,6 +203,6 @@ impl Table for Kernel {
 
     fn resolve(&self, packet: &Packet, _matching: bool) -> Option<SocketAddr> {
         let value = entries::in_effect(&self.0, &key(packet)).unwrap();
-        value.map(|value| value.target())
+        value.map(|(_, value)| value.target())
     }
 }

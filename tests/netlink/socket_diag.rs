@@ -263,7 +263,10 @@ fn connections_of_a_port_in_either_role() {
         let (_server, _) = listener.accept().unwrap();
         let _client6 = TcpStream::connect("[2001:db8::1]:40000").unwrap();
         let client_port = client.local_addr().unwrap().port();
-        let from = |protocol, port| socket_diag::connected_from(protocol, port).unwrap();
+        let among = |protocol, ports: &[u16]| {
+            socket_diag::connected_from(protocol, &ports.iter().copied().collect()).unwrap()
+        };
+        let from = |protocol, port| among(protocol, &[port]);
         let found = from(Protocol::Tcp, 40000);
         assert_eq!(found.len(), 2);
         let expected = ("192.0.2.1:40000".parse().unwrap(), client.local_addr().unwrap());
@@ -273,6 +276,10 @@ fn connections_of_a_port_in_either_role() {
         assert_eq!(ends(&to(Protocol::Tcp, "192.0.2.1:40000")), [(expected.1, expected.0)]);
         assert_eq!(from(Protocol::Udp, 40000), []);
         assert_eq!(from(Protocol::Tcp, 40001), []);
+        // Several ports at once, of which connections have one, two or none.
+        assert_eq!(among(Protocol::Tcp, &[1, 40000]).len(), 2);
+        assert_eq!(among(Protocol::Tcp, &[client_port, 40000]).len(), 3);
+        assert_eq!(among(Protocol::Tcp, &[1, 40001]), []);
 
         let _waiting = UdpSocket::bind("192.0.2.2:40000").unwrap();
         let socket = udp("192.0.2.1:40000", "192.0.2.2:9");

@@ -18,11 +18,13 @@ pub fn get(maps: &Maps, key: &ClaimKey) -> io::Result<Option<ClaimValue>> {
 }
 
 /// Where packets to an address and port of the node go: the claim of the address goes before that of any.
-pub fn in_effect(maps: &Maps, called: &ClaimKey) -> io::Result<Option<ClaimValue>> {
-    match get(maps, called)? {
-        None => get(maps, &called.of_any()),
-        own => Ok(own),
-    }
+pub fn in_effect(maps: &Maps, called: &ClaimKey) -> io::Result<Option<(ClaimKey, ClaimValue)>> {
+    let own = get(maps, called)?.map(|claim| (*called, claim));
+    let any = called.of_any();
+    Ok(match own {
+        None => get(maps, &any)?.map(|claim| (any, claim)),
+        own => own,
+    })
 }
 
 /// Brings the entries at `keys` to what `after` has for them. Returns who lost claims that had
@@ -41,13 +43,28 @@ pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Res
     Ok(former)
 }
 
-/// Brings all entries to what is wanted, and counts ports anew. Returns as [`change`].
-pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<Vec<Former>> {
-    let present = present(maps)?;
-    let keys = present.claims.keys().chain(wanted.keys()).copied().collect();
-    let former = losers(maps, &present, &keys, wanted)?;
-    apply(maps, &plan::restore(&present, wanted))?;
-    Ok(former)
+/// Brings all entries to what is wanted, and counts ports anew.
+pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<()> {
+    apply(maps, &plan::restore(&present(maps)?, wanted))
+}
+
+/// Counts connections that a claim has and that nobody has counted, because it came anew while they were
+/// open: the claim's end will ask whether there were any.
+pub fn count_open(maps: &Maps, open: &BTreeMap<ClaimKey, u64>) -> io::Result<()> {
+    for (key, number) in open {
+        if !traffic(maps, key)?.is_some_and(|traffic| traffic.connections == 0) {
+            continue;
+        }
+        let Some(mut values) = maps.traffic.get(key.as_bytes())? else {
+            continue;
+        };
+        // One of the CPUs stands for all.
+        if let Some((first, _)) = values.split_first_chunk_mut::<{ size_of::<u64>() }>() {
+            *first = number.to_ne_bytes();
+            maps.traffic.put(key.as_bytes(), &values)?;
+        }
+    }
+    Ok(())
 }
 
 fn losers(

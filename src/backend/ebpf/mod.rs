@@ -37,6 +37,7 @@ use std::io;
 
 use devices::{Mode, Scope};
 use entries::Addresses;
+use flows::Suspects;
 use layout::{ClaimKey, Config};
 use loaded::{Found, Loaded, OWN};
 use plan::Former;
@@ -203,7 +204,9 @@ impl Apply for Ebpf {
         };
         match write() {
             Ok((former, addresses)) => {
-                forget(host, &loaded, &former)?;
+                if !former.is_empty() {
+                    forget(host, &loaded, Suspects::Former(&former))?;
+                }
                 leave(host, &loaded, &addresses);
                 seed(host, &loaded, change.added);
                 let gone: Vec<&Record> = change.removed.into_iter().collect();
@@ -228,11 +231,8 @@ impl Apply for Ebpf {
             Found::Missing(_) => Loaded::ensure(&OWN, host.kernel()?.batches)?,
         };
         loaded.describe(host.ephemeral_ports(), desired.facts, &wanted)?;
-        let (former, addresses) = entries::restore(&loaded.maps, &wanted)
-            .and_then(|former| {
-                let addresses = objects::addresses(desired.facts);
-                Ok((former, entries::addresses(&loaded.maps, &addresses)?))
-            })
+        let addresses = entries::restore(&loaded.maps, &wanted)
+            .and_then(|()| entries::addresses(&loaded.maps, &objects::addresses(desired.facts)))
             .map_err(failed("write the eBPF maps"))?;
         if !records.is_empty() {
             let links = host.links()?;
@@ -242,7 +242,7 @@ impl Apply for Ebpf {
             loaded.finish_upgrade()?;
             host.remember_programs(loaded.numbers());
         }
-        forget(host, &loaded, &former)?;
+        forget(host, &loaded, Suspects::All)?;
         leave(host, &loaded, &addresses);
         seed(host, &loaded, desired.added);
         rule_out(host, &loaded);
@@ -316,17 +316,20 @@ fn open(host: &Host) -> Result<Found> {
 
 /// What was remembered of claims that changed hands goes, and sockets of the node that are connected
 /// to a former pod are told. The claims are right by now, so that a failure is only worth a note.
-fn forget(host: &Host, loaded: &Loaded, former: &[Former]) -> Result<()> {
-    if former.is_empty() {
-        return Ok(());
-    }
+fn forget(host: &Host, loaded: &Loaded, suspects: Suspects) -> Result<()> {
     let now = |called: &ClaimKey| entries::in_effect(&loaded.maps, called);
-    let told = flows::forget(&loaded.flows()?, former, now).and_then(|callers| {
-        callers.into_iter().try_for_each(|(pod, cookies)| {
-            let mut connected = socket_diag::connected_to(Protocol::Udp, pod)?;
+    let flows = loaded.flows()?;
+    let told = flows::forget(&flows, suspects, now).and_then(|seen| {
+        for (pod, cookies) in &seen.callers {
+            let mut connected = socket_diag::connected_to(Protocol::Udp, *pod)?;
             connected.retain(|connection| cookies.contains(&connection.cookie));
-            socket_diag::destroy(&connected).map(drop)
-        })
+            socket_diag::destroy(&connected)?;
+        }
+        flows::forget_callers(&flows, &seen)?;
+        match suspects {
+            Suspects::All => entries::count_open(&loaded.maps, &seen.open),
+            Suspects::Former(_) => Ok(()),
+        }
     });
     if let Err(error) = told {
         host.warn(format!("connections of former pods are not ended: {error}"));
@@ -364,16 +367,19 @@ fn rule_out(host: &Host, loaded: &Loaded) {
 /// Connections that the node has open from the record's hostPorts go on. Only ports that sockets get by
 /// themselves are looked for: a listing costs milliseconds on a node with many connections.
 fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
-    let Some(record) = added else {
-        return;
-    };
-    let ephemeral = host.ephemeral_ports();
-    if !record.mappings.iter().any(|mapping| ephemeral.contains(&mapping.host_port)) {
+    let mut ports: BTreeMap<Protocol, BTreeSet<u16>> = BTreeMap::new();
+    for mapping in added.into_iter().flat_map(|record| &record.mappings) {
+        if mapping.protocol != Protocol::Sctp && host.ephemeral_ports().contains(&mapping.host_port)
+        {
+            ports.entry(mapping.protocol).or_default().insert(mapping.host_port);
+        }
+    }
+    if ports.is_empty() {
         return;
     }
     let now = u32::try_from(monotonic() >> 30).unwrap_or_default();
     let seeded = loaded.flows().and_then(|flows| {
-        flows::seed(&flows, record, now, socket_diag::connected_from)
+        flows::seed(&flows, &ports, now, socket_diag::connected_from)
             .map_err(failed("list the node's connections (netlink)"))
     });
     if let Err(error) = seeded {

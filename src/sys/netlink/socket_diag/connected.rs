@@ -3,6 +3,7 @@
 //! The kernel compares the ports and states of a request itself, and goes through its table of
 //! connections for that, once for each family.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
@@ -45,14 +46,23 @@ pub struct Connection {
     id: SocketId,
 }
 
-/// The connected sockets with this local port, which is not 0. There are none of SCTP.
+/// The connected sockets with one of these local ports. There are none of SCTP, and none with port 0.
 ///
 /// # Errors
 ///
 /// The `errno` of opening the netlink socket, or with which the kernel refuses the dump.
-pub fn connected_from(protocol: Protocol, port: u16) -> io::Result<Vec<Connection>> {
-    let id = SocketId { source_port: port, ..SocketId::new_v6() };
-    connected(protocol, Family::V4, &id, |connection| connection.local.port() == port)
+pub fn connected_from(protocol: Protocol, ports: &BTreeSet<u16>) -> io::Result<Vec<Connection>> {
+    // The kernel goes through all connections for each request, and compares with one port or none.
+    let source_port = match ports.first() {
+        None => return Ok(Vec::new()),
+        Some(port) if ports.len() == 1 => *port,
+        Some(_) => 0,
+    };
+    let id = SocketId { source_port, ..SocketId::new_v6() };
+    connected(protocol, Family::V4, &id, |connection| {
+        let port = connection.local.port();
+        port != 0 && ports.contains(&port)
+    })
 }
 
 /// The sockets that are connected to this address and port, which is not 0.
@@ -61,8 +71,11 @@ pub fn connected_from(protocol: Protocol, port: u16) -> io::Result<Vec<Connectio
 ///
 /// As [`connected_from`].
 pub fn connected_to(protocol: Protocol, peer: SocketAddr) -> io::Result<Vec<Connection>> {
-    let id = SocketId { destination_port: peer.port(), ..SocketId::new_v6() };
     let (ip, port) = (peer.ip(), peer.port());
+    if port == 0 {
+        return Ok(Vec::new());
+    }
+    let id = SocketId { destination_port: port, ..SocketId::new_v6() };
     connected(protocol, Family::of(&ip), &id, |connection| {
         (connection.peer.ip(), connection.peer.port()) == (ip, port)
     })
@@ -75,7 +88,7 @@ fn connected(
     wanted: impl Fn(&Connection) -> bool,
 ) -> io::Result<Vec<Connection>> {
     let mut found = Vec::new();
-    if protocol == Protocol::Sctp || id.source_port == 0 && id.destination_port == 0 {
+    if protocol == Protocol::Sctp {
         return Ok(found);
     }
     let states = CONNECTED.iter().fold(0, |states, state| states | 1 << state);
@@ -187,9 +200,14 @@ mod tests {
     }
 
     #[test]
-    fn every_port_and_sctp_are_not_asked_for() {
-        assert_eq!(connected_from(Protocol::Tcp, 0).unwrap(), []);
-        assert_eq!(connected_from(Protocol::Sctp, 80).unwrap(), []);
+    fn port_0_and_sctp_are_not_asked_for() {
+        for ports in [&[][..], &[0]] {
+            assert_eq!(
+                connected_from(Protocol::Tcp, &ports.iter().copied().collect()).unwrap(),
+                []
+            );
+        }
+        assert_eq!(connected_from(Protocol::Sctp, &BTreeSet::from([80])).unwrap(), []);
         assert_eq!(connected_to(Protocol::Udp, "10.0.0.2:0".parse().unwrap()).unwrap(), []);
         assert_eq!(destroy(&[]).unwrap(), 0);
     }
