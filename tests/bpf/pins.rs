@@ -129,6 +129,31 @@ fn an_interrupted_call_leaves_nothing_behind() {
     });
 }
 
+/// What a call that was killed between two names has taken from the former maps is kept.
+#[test]
+#[ignore = "privileged: needs bpf(2) and a mount namespace"]
+fn maps_that_only_lack_their_name_get_it() {
+    isolated(|| {
+        let pins = Pins::open().unwrap();
+        pins.resume_maps(1).unwrap();
+        let made = pins.create_maps(1, &definitions(), nothing).unwrap();
+        let (named, temporary) = (pins.maps_dir(1), Path::new(ROOT).join("tmp-m1"));
+        fs::rename(&named, &temporary).unwrap();
+        pins.resume_maps(2).unwrap();
+        assert_eq!(pins.list().unwrap(), Contents::default());
+        pins.resume_maps(1).unwrap();
+        assert_eq!(pins.map(1, "pm_one").unwrap().unwrap().id(), made["pm_one"].id());
+        // Those that have it go before.
+        fs::create_dir(&temporary).unwrap();
+        pins.resume_maps(1).unwrap();
+        assert_eq!(names(), ["m1", "m1/pm_one", "m1/pm_two", "tmp-m1"]);
+        // The former ones, of which the new ones have taken what there was.
+        fs::rename(temporary, Path::new(ROOT).join("tmp-former")).unwrap();
+        pins.create_maps(1, &definitions(), nothing).unwrap();
+        assert_eq!(names(), ["m1", "m1/pm_one", "m1/pm_two"]);
+    });
+}
+
 /// Programs go on using the maps that they were loaded with, so new maps need new programs.
 #[test]
 #[ignore = "privileged: needs bpf(2) and a mount namespace"]

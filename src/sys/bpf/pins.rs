@@ -176,6 +176,7 @@ impl Pins {
         self.prepare()?;
         lift_memory_limit();
         let dir = self.maps_dir(layout);
+        let former = self.root.join(format!("{TEMPORARY}former"));
         let definitions: Vec<&Definition> = definitions.into_iter().collect();
         // Clearing the memory of a large LRU map takes longer than all others together.
         let make =
@@ -188,9 +189,26 @@ impl Pins {
             for revision in self.list()?.revisions {
                 self.remove_programs(&revision)?;
             }
-            remove(&dir)
+            // As a whole: where it is half gone, nobody would know that the new ones are complete.
+            match fs::rename(&dir, &former) {
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+                other => other,
+            }
         })?;
+        remove(&former)?;
         Ok(maps)
+    }
+
+    /// Gives a layout's maps their name where [`Pins::create_maps`] was killed after it had taken the
+    /// former ones' name away: what these held is nowhere else any more. They may be incomplete if there
+    /// were none before.
+    pub fn resume_maps(&self, layout: u32) -> io::Result<()> {
+        let dir = self.maps_dir(layout);
+        let made = self.temporary(&dir);
+        if !made.is_dir() || dir.exists() {
+            return Ok(());
+        }
+        fs::rename(made, dir)
     }
 
     /// Names programs of a revision, in addition to those that have names already.
@@ -252,10 +270,14 @@ impl Pins {
         Ok(())
     }
 
+    fn temporary(&self, dir: &Path) -> PathBuf {
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        self.root.join(format!("{TEMPORARY}{name}"))
+    }
+
     /// Fills a directory under a temporary name and then gives it its own.
     fn publish(&self, dir: &Path, fill: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = self.root.join(format!("{TEMPORARY}{name}"));
+        let temporary = self.temporary(dir);
         make_dir(&temporary)?;
         let done = fill(&temporary).and_then(|()| fs::rename(&temporary, dir));
         if done.is_err() {

@@ -75,6 +75,7 @@ pub(super) fn make_maps(
     layout: u32,
     definitions: &BTreeMap<String, Definition>,
 ) -> io::Result<BTreeMap<String, Map>> {
+    pins.resume_maps(layout)?;
     let mut present = BTreeMap::new();
     for (name, definition) in definitions {
         let map = pins.map(layout, name)?.filter(|map| definition.fits(map.definition()));
