@@ -96,7 +96,8 @@ pub enum Command {
         /// Where the runtime looks for lists
         #[arg(long, value_name = "DIR", default_value = files::DEFAULT_DIR)]
         conf_dir: PathBuf,
-        /// Stay, and put back whatever somebody changes or removes, until SIGTERM or SIGINT comes
+        /// Stay, and put back whatever somebody changes or removes, until SIGTERM or SIGINT comes: the
+        /// binary, unless it is a newer one of this plugin, and with --conflist the entry in the list
         #[arg(long, conflicts_with = "json")]
         watch: bool,
         /// With --watch: the shortest time between two repairs of one file; it doubles while somebody

@@ -88,7 +88,7 @@ pub fn is_backup(name: &str) -> bool {
 pub fn owner(name: &str, list: &List, names: &[String]) -> Option<String> {
     const LASTING: &str = "What lasts: cni.chainingMode=portmap in Cilium's Helm values (its list then names \
                            portmap), or a list of your own with cni.customConf=true and cni.configMap; or \
-                           cni.exclusive=false and `portmap install --watch`";
+                           cni.exclusive=false and `portmap install --watch --conflist auto`";
     if name.starts_with("05-cilium.conf") {
         return Some(format!(
             "{name} is written by Cilium's agent: with cni.exclusive=true (the default) it reverts an edit \
