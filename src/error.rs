@@ -112,6 +112,13 @@ impl Error {
         self.code() == 104
     }
 
+    /// Whether a file system has no room, or takes no more of this user.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Error::Io { source, .. } if [StorageFull, QuotaExceeded].contains(&source.kind()))
+    }
+
     /// The cause: what tools printed, and what the system answered. Empty if `msg` says all.
     #[must_use]
     pub fn details(&self) -> String {

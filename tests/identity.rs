@@ -347,6 +347,36 @@ fn a_full_state_directory_fails_add_and_leaves_everything_as_it_was() {
     }
 }
 
+/// After a reboot runtimes end pods of which nothing is left.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_full_disk_without_records_does_not_keep_del_from_its_end() {
+    for variant in VARIANTS {
+        let netns = netns();
+        let mut node = node(&netns, variant);
+        let disk = node.state_dir.clone();
+        std::fs::create_dir_all(&disk).unwrap();
+        node.shell(&format!(
+            "mount -t tmpfs -o mode=700,size=64k tmpfs {0}
+             dd if=/dev/zero of={0}/filler bs=1k 2>/dev/null || true",
+            disk.display()
+        ));
+        node.state_dir = disk.join("state");
+        let before = node.snapshot();
+        let output = node.ok("DEL", &rich(&node, 10), &attachment("one"));
+        assert!(output.stderr.contains("No space left"), "{variant:?}: {}", output.stderr);
+        node.assert_clean(&before);
+        // A pod that is to come needs a record.
+        let (code, text) = node.fails("ADD", &rich(&node, 10), &attachment("one"));
+        assert!(code == 5 && text.contains("No space left"), "{variant:?}: {code} {text}");
+        node.assert_clean(&before);
+        node.shell(&format!("rm {}/filler", disk.display()));
+        for verb in ["ADD", "DEL"] {
+            node.ok(verb, &rich(&node, 10), &attachment("one"));
+        }
+    }
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn without_mappings_no_lock_is_taken_and_no_process_started() {

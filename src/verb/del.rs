@@ -6,11 +6,11 @@ use crate::cni::invocation::Invocation;
 use crate::conf::{NetConf, has_mappings};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::model::BackendKind;
+use crate::model::{Attachment, BackendKind};
 use crate::record::{IndexKey, chain_name, record_id};
 use crate::request;
 use crate::sys::Host;
-use crate::sys::store::{Found, is_recorded};
+use crate::sys::store::{Found, has_records, is_recorded};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<()> {
     // No other key may keep DEL from its work: runtimes repeat it for ever.
@@ -21,7 +21,14 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     if !recorded && !has_mappings(envelope) {
         return Ok(());
     }
-    let engine = Engine::lock_to_change(host, &dir)?;
+    let engine = match Engine::lock_to_change(host, &dir) {
+        // Nobody has kept anything there, and runtimes repeat a DEL until there is room again.
+        Err(error) if error.is_full() && has_records(&dir).is_ok_and(|has| !has) => {
+            host.warn(format!("{error}: {}", error.details()));
+            return remove_unrecorded(host, &attachment);
+        }
+        other => other?,
+    };
     match engine.store.get(&id)? {
         // What is a newer version's, its GC will do: an error would be repeated for ever.
         Found::Record(record) => {
@@ -43,12 +50,18 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         }
         Found::None => engine.store.clear_moving(&id)?,
     }
-    // No record: perhaps upstream's plugin made rules. The chain of a sibling interface is not ours.
+    // The chain of a sibling interface is not ours.
     let chain = chain_name(&attachment.network, &attachment.container_id);
-    if engine.store.has_other(&IndexKey::Chain(chain.clone()), &id)? {
+    if engine.store.has_other(&IndexKey::Chain(chain), &id)? {
         return Ok(());
     }
-    let unrecorded = Unrecorded::One { attachment: &attachment, chain: &chain };
+    remove_unrecorded(host, &attachment)
+}
+
+/// There is no record: perhaps upstream's plugin made rules.
+fn remove_unrecorded(host: &Host, attachment: &Attachment) -> Result<()> {
+    let chain = chain_name(&attachment.network, &attachment.container_id);
+    let unrecorded = Unrecorded::One { attachment, chain: &chain };
     let errors: Vec<Error> = BackendKind::ALL
         .into_iter()
         .filter_map(|kind| backend::of(kind).remove_unrecorded(host, &unrecorded).err())
