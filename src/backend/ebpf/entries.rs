@@ -52,7 +52,7 @@ pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<()> {
 /// open: the claim's end will ask whether there were any.
 pub fn count_open(maps: &Maps, open: &BTreeMap<ClaimKey, u64>) -> io::Result<()> {
     for (key, number) in open {
-        if !traffic(maps, key)?.is_some_and(|traffic| traffic.connections == 0) {
+        if traffic(maps, key)?.is_none_or(|traffic| traffic.connections > 0) {
             continue;
         }
         let Some(mut values) = maps.traffic.get(key.as_bytes())? else {
