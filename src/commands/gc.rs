@@ -50,7 +50,8 @@ pub fn run(
     }
     let leftovers = leftovers(host, &records);
     drop((engine, progress));
-    let notes = host.take_warnings();
+    let mut notes = host.take_warnings();
+    notes.retain(|note| !is_of_record(note, &collected));
     match options.json {
         true => {
             let report = as_json(&collected, &leftovers, &notes, options.dry_run);
@@ -73,6 +74,13 @@ pub fn verdict(collected: &Collected, notes: &[String]) -> Verdict {
         true => Verdict::Fine,
         false => Verdict::Warnings,
     }
+}
+
+/// Whether a note says what the report says of a record that cannot be read.
+fn is_of_record(note: &str, collected: &Collected) -> bool {
+    let damaged = collected.repaired.iter().chain(&collected.unclear).map(|damaged| &damaged.id);
+    let mut ids = damaged.chain(collected.newer.iter().map(|newer| &newer.id));
+    ids.any(|id| note.starts_with(&format!("record {id} ")))
 }
 
 /// What stays because nobody knows whether its container lives.
