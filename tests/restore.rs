@@ -95,10 +95,17 @@ fn a_backend_that_cannot_be_read_keeps_nobody_else_from_being_restored() {
     let pods = [call(0, "iptables"), call(1, "ebpf")];
     pods.iter().for_each(|(config, pod)| drop(node.ok("ADD", config, pod)));
     node.shell("rm -r /sys/fs/bpf/portmap; iptables -t nat -F");
-    let restore = |path: &std::path::Path| {
+    let run = |path: &std::path::Path, arguments: &[&str]| {
         let mut command = std::process::Command::new(PORTMAP);
-        command.env_clear().env("PATH", path).args(["restore", "--state-dir"]).arg(&node.state_dir);
-        plugin::run(&mut command, b"", node.netns).unwrap()
+        command.env_clear().env("PATH", path).args(arguments);
+        plugin::run(command.arg("--state-dir").arg(&node.state_dir), b"", node.netns).unwrap()
+    };
+    let restore = |path| run(path, &["restore"]);
+    // What was done is told with what was not.
+    let partly = |arguments: &[&str]| {
+        let output = run(&node.state_dir, arguments);
+        assert_eq!(output.status, Some(1), "{}", output.stderr);
+        serde_json::from_str::<serde_json::Value>(&output.stdout).unwrap()
     };
     let output = restore(&node.state_dir);
     assert_eq!(output.status, Some(1), "{}", output.stdout);
@@ -106,11 +113,15 @@ fn a_backend_that_cannot_be_read_keeps_nobody_else_from_being_restored() {
     assert!(output.stderr.contains("iptables"), "{}", output.stderr);
     node.ok("CHECK", &pods[1].0, &pods[1].1);
     node.fails("CHECK", &pods[0].0, &pods[0].1);
+    let found = partly(&["restore", "--json"]);
+    assert_eq!((&found["repaired"], &found["failed"][0]["what"]), (&json!([]), &json!("iptables")));
     assert!(restore(&node.path).success());
-    for (config, pod) in &pods {
-        node.ok("CHECK", config, pod);
-        node.ok("DEL", config, pod);
-    }
+    pods.iter().for_each(|(config, pod)| drop(node.ok("CHECK", config, pod)));
+    let found = partly(&["flush", "--all", "--yes", "--json"]);
+    assert_eq!(found["removed"][0]["containerID"], "c1", "{found}");
+    let what = "container c0 interface eth0 on network portmap";
+    assert_eq!((&found["failed"][0]["what"], &found["failed"][1]), (&json!(what), &json!(null)));
+    node.ok("DEL", &pods[0].0, &pods[0].1);
     node.flush();
 }
 
@@ -186,7 +197,7 @@ fn what_cannot_be_put_back_is_not_called_repaired() {
             let expected = format!("2 attachments, {repaired} repaired");
             assert!(output.stdout.contains(&expected), "{variant:?} {}", output.stdout);
             assert!(!output.stdout.contains("repaired container c0"), "{}", output.stdout);
-            let named = "container c0 interface eth0 on network portmap is not repaired";
+            let named = "container c0 interface eth0 on network portmap: not repaired: ";
             assert!(output.stderr.contains(named), "{}", output.stderr);
             let missing = "its externalSetMarkChain THEIRS is missing (IPv6)";
             assert!(output.stdout.contains(missing), "{}", output.stdout);

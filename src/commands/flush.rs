@@ -1,11 +1,15 @@
 //! `portmap flush`: a node or a network without hostPorts, for decommissioning.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::json;
 
-use super::{CHANGING, CommandError, LOCKING, Terminal, Verdict, notes};
-use crate::engine::Engine;
+use super::{CHANGING, CommandError, LOCKING, Terminal, Verdict, all_done, failed_json, notes};
+use crate::backend;
+use crate::engine::{Engine, Flushed};
+use crate::error::Result as EngineResult;
+use crate::model::{BackendKind, Forward};
 use crate::record::Record;
 use crate::sys::Host;
 use crate::sys::progress::Progress;
@@ -21,6 +25,8 @@ pub struct Options<'a> {
     pub state_dir: &'a Path,
 }
 
+const WHAT: &str = "removing attachments";
+
 /// Removes attachments; containers that still run lose their hostPorts.
 pub fn run(
     host: &Host,
@@ -34,12 +40,15 @@ pub fn run(
     progress.step(LOCKING);
     let engine = Engine::lock_to_change(host, options.state_dir)?;
     progress.step(CHANGING);
-    let removed = engine.flush(options.network)?;
+    let Flushed { removed, failed } = engine.flush(options.network)?;
     drop(progress);
     if options.json {
         let list: Vec<_> = removed.iter().map(|record| json!(record.attachment)).collect();
-        writeln!(terminal.output, "{}", json!({ "removed": list, "notes": host.take_warnings() }))?;
-        return Ok(Verdict::Fine);
+        let failed_list = failed_json(&failed);
+        let report =
+            json!({ "removed": list, "failed": failed_list, "notes": host.take_warnings() });
+        writeln!(terminal.output, "{report}")?;
+        return all_done(WHAT, failed);
     }
     for record in &removed {
         writeln!(terminal.output, "removed {}", describe(record))?;
@@ -47,28 +56,68 @@ pub fn run(
     let (what, whose) = (plural(removed.len()), options.network.unwrap_or("every network"));
     writeln!(terminal.output, "{what} of {whose} removed")?;
     notes(host, terminal)?;
-    Ok(Verdict::Fine)
+    all_done(WHAT, failed)
 }
 
 fn ask(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<(), CommandError> {
-    let (mut records, _) = Engine::lock(host, options.state_dir)?.store.all()?;
-    records.retain(|record| {
-        options.network.is_none_or(|network| record.attachment.network == network)
-    });
+    let engine = Engine::lock(host, options.state_dir)?;
+    let (records, others): (Vec<Record>, Vec<Record>) =
+        engine.store.all()?.0.into_iter().partition(|record| {
+            options.network.is_none_or(|network| record.attachment.network == network)
+        });
     for record in &records {
         writeln!(terminal.questions, "  {}", describe(record))?;
     }
+    let mut what = plural(records.len());
+    match unrecorded(&engine, options, &records, &others) {
+        Ok(forwards) => {
+            for forward in &forwards {
+                let dir = options.state_dir.display();
+                writeln!(terminal.questions, "  {forward} (ebpf), which has no record in {dir}")?;
+            }
+            match forwards.len() {
+                0 => {}
+                1 => what.push_str(" and 1 forward without a record"),
+                number => what.push_str(&format!(" and {number} forwards without a record")),
+            }
+        }
+        // Nobody knows of how many.
+        Err(error) => {
+            writeln!(terminal.questions, "  what eBPF forwards, which cannot be read: {error}")?;
+            what.push_str(" and what eBPF forwards");
+        }
+    }
+    drop(engine);
     if !terminal.interactive {
         return Err(CommandError::Refused(format!(
-            "{} would be removed: nobody is there to confirm it, repeat with --yes",
-            plural(records.len())
+            "{what} would be removed: nobody is there to confirm it, repeat with --yes"
         )));
     }
-    let question = format!("Remove {}? Containers that run lose them.", plural(records.len()));
+    let question = format!("Remove {what}? Containers that run lose them.");
     match terminal.confirm(&question)? {
         true => Ok(()),
         false => Err(CommandError::Refused("nothing was removed".into())),
     }
+}
+
+/// What eBPF forwards for attachments of another state directory, if its programs would go: with the last
+/// attachment of this one they go for all.
+fn unrecorded(
+    engine: &Engine,
+    options: &Options,
+    records: &[Record],
+    others: &[Record],
+) -> EngineResult<BTreeSet<Forward>> {
+    let is_ebpf = |record: &&Record| record.backend == BackendKind::Ebpf;
+    let own: Vec<Record> = records.iter().filter(is_ebpf).cloned().collect();
+    let parts = own.iter().flat_map(Record::parts).collect();
+    let is_last = !others.iter().any(|record| is_ebpf(&record))
+        && engine.store.parts(BackendKind::Ebpf)?.is_subset(&parts);
+    if !is_last || options.network.is_some() && own.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let leftovers = backend::of(BackendKind::Ebpf).leftovers(engine.host, &own)?;
+    Ok(leftovers.into_iter().flat_map(|leftover| leftover.forwards).collect())
 }
 
 fn plural(count: usize) -> String {

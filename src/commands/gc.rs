@@ -6,10 +6,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::flush::describe;
-use super::{CHANGING, CommandError, LOCKING, Terminal, Verdict};
+use super::{CHANGING, CommandError, LOCKING, Terminal, Verdict, failed_json};
 use crate::backend::{self, Leftover};
 use crate::engine::{Collected, Engine, lock_to_look};
-use crate::error::Error;
 use crate::inventory::short_id;
 use crate::model::BackendKind;
 use crate::record::Record;
@@ -189,7 +188,6 @@ pub fn as_json(
             .collect()
     };
     let newer = |Newer { id, format }: &Newer| json!({"record": id, "format": format});
-    let failed = |(what, error): &(String, Error)| json!({"what": what, "error": error.to_string(), "details": error.details()});
     let shown = |record: &Record| {
         json!({
             "attachment": record.attachment,
@@ -212,7 +210,7 @@ pub fn as_json(
             "network": leftover.network,
             "containerID": leftover.container_id,
         })).collect::<Vec<_>>(),
-        "failed": collected.failed.iter().map(failed).collect::<Vec<_>>(),
+        "failed": failed_json(&collected.failed),
         "notes": notes,
     })
 }

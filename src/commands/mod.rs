@@ -15,6 +15,8 @@ pub mod who;
 
 use std::io::{self, BufRead, Write};
 
+use serde_json::{Value, json};
+
 use crate::error::Error;
 use crate::sys::Host;
 
@@ -58,6 +60,22 @@ pub enum Verdict {
     Broken,
 }
 
+/// What could not be done, and why.
+pub type Failed = (String, Error);
+
+/// Fine if nothing has failed.
+fn all_done(what: &'static str, failed: Vec<Failed>) -> Result<Verdict, CommandError> {
+    match failed.is_empty() {
+        true => Ok(Verdict::Fine),
+        false => Err(CommandError::Partly { what, failed }),
+    }
+}
+
+fn failed_json(failed: &[Failed]) -> Vec<Value> {
+    let one = |(what, error): &Failed| json!({"what": what, "error": error.to_string(), "details": error.details()});
+    failed.iter().map(one).collect()
+}
+
 /// Why a command did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
@@ -67,6 +85,9 @@ pub enum CommandError {
     Output(#[from] io::Error),
     #[error("{0}")]
     Refused(String),
+    /// The report says what has been done all the same.
+    #[error("{what}: {} of the steps failed", failed.len())]
+    Partly { what: &'static str, failed: Vec<Failed> },
 }
 
 impl CommandError {
@@ -77,6 +98,13 @@ impl CommandError {
             CommandError::Engine(error) => error.details(),
             CommandError::Output(error) => error.to_string(),
             CommandError::Refused(_) => String::new(),
+            CommandError::Partly { failed, .. } => {
+                let line = |(what, error): &Failed| match error.details() {
+                    details if details.is_empty() => format!("{what}: {error}"),
+                    details => format!("{what}: {error}: {details}"),
+                };
+                failed.iter().map(line).collect::<Vec<_>>().join("\n")
+            }
         };
         match details.is_empty() {
             true => self.to_string(),
@@ -91,4 +119,20 @@ fn notes(host: &Host, terminal: &mut Terminal) -> io::Result<()> {
         writeln!(terminal.output, "note: {note}")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_named_and_the_status_tells() {
+        assert!(matches!(all_done("removing attachments", Vec::new()), Ok(Verdict::Fine)));
+        let error = |what: &str| (what.to_owned(), Error::Drift("no chain".into()));
+        let all = all_done("removing attachments", vec![error("a"), error("b")]);
+        let report = all.map_or_else(|error| error.report(), |_| String::new());
+        assert_eq!(report, "removing attachments: 2 of the steps failed\na: no chain\nb: no chain");
+        let json = failed_json(&[error("a")]);
+        assert_eq!(json, [json!({"what": "a", "error": "no chain", "details": ""})]);
+    }
 }

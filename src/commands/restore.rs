@@ -4,9 +4,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{CommandError, LOCKING, LOOKING, Terminal, Verdict, notes};
+use super::{CommandError, LOCKING, LOOKING, Terminal, Verdict, all_done, failed_json, notes};
 use crate::engine::{Engine, Restored};
-use crate::error::Error;
 use crate::record::Record;
 use crate::sys::Host;
 use crate::sys::progress::Progress;
@@ -17,6 +16,8 @@ pub struct Options<'a> {
     pub json: bool,
     pub state_dir: &'a Path,
 }
+
+const WHAT: &str = "restoring hostPorts";
 
 /// Compares, and repairs where something is wrong.
 pub fn run(
@@ -40,10 +41,11 @@ pub fn run(
             "attachments": attachments,
             "repaired": repaired,
             "dead": dead.iter().map(name).collect::<Vec<_>>(),
+            "failed": failed_json(&failed),
             "notes": host.take_warnings(),
         });
         writeln!(terminal.output, "{report}")?;
-        return verdict(failed);
+        return all_done(WHAT, failed);
     }
     for (record, problems) in &repaired {
         writeln!(terminal.output, "repaired {}:", record.attachment)?;
@@ -61,12 +63,5 @@ pub fn run(
     let noun = if attachments == 1 { "attachment" } else { "attachments" };
     writeln!(terminal.output, "{attachments} {noun}, {} repaired", repaired.len())?;
     notes(host, terminal)?;
-    verdict(failed)
-}
-
-fn verdict(failed: Vec<Error>) -> Result<Verdict, CommandError> {
-    match failed.is_empty() {
-        true => Ok(Verdict::Fine),
-        false => Err(Error::Several { what: "restoring hostPorts".into(), errors: failed }.into()),
-    }
+    all_done(WHAT, failed)
 }

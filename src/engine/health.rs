@@ -22,8 +22,8 @@ pub struct Restored {
     pub repaired: Vec<(Record, Vec<String>)>,
     /// Attachments whose network namespace is gone: nothing was put back for them.
     pub dead: Vec<Record>,
-    /// What could not be looked at, or not be repaired.
-    pub failed: Vec<Error>,
+    /// What could not be looked at, or not be repaired: attachments, and backends.
+    pub failed: Vec<(String, Error)>,
 }
 
 impl Engine<'_> {
@@ -81,7 +81,7 @@ impl Engine<'_> {
                 Ok(problems) => problems,
                 // The other backends' are none the worse for it.
                 Err(error) => {
-                    restored.failed.push(error);
+                    restored.failed.push((kind.to_string(), error));
                     continue;
                 }
             };
@@ -108,15 +108,14 @@ impl Engine<'_> {
                     for (record, problems) in records {
                         match left.remove(&record.id()) {
                             None => restored.repaired.push((record, problems)),
-                            Some(left) => restored.failed.push(Error::Drift(format!(
-                                "{} is not repaired: {}",
-                                record.attachment,
-                                left.join("; ")
-                            ))),
+                            Some(left) => restored.failed.push((
+                                record.attachment.to_string(),
+                                Error::Drift(format!("not repaired: {}", left.join("; "))),
+                            )),
                         }
                     }
                 }
-                Err(error) => restored.failed.push(error),
+                Err(error) => restored.failed.push((kind.to_string(), error)),
             }
         }
         Ok(restored)

@@ -32,6 +32,14 @@ pub use survey::{lock_to_look, survey};
 /// failed half-way, and the kernel may be in any state between.
 const PENDING_NOTE: &str = "pending";
 
+/// What a flush came to.
+#[derive(Debug, Default)]
+pub struct Flushed {
+    pub removed: Vec<Record>,
+    /// What could not be removed.
+    pub failed: Vec<(String, Error)>,
+}
+
 /// The node's state, locked.
 pub struct Engine<'a> {
     pub host: &'a Host,
@@ -224,38 +232,35 @@ impl<'a> Engine<'a> {
     }
 
     /// Removes all attachments, or those of one network, and with the last of them whatever outlives
-    /// it. Carries on after an error and reports them all. Returns what was removed.
-    pub fn flush(&self, network: Option<&str>) -> Result<Vec<Record>> {
+    /// it. Carries on after an error and reports them all.
+    pub fn flush(&self, network: Option<&str>) -> Result<Flushed> {
         let (records, problems) = self.store.all()?;
         for problem in problems {
             self.host.warn(problem);
         }
-        let mut removed = Vec::new();
-        let mut errors = Vec::new();
+        let Flushed { mut removed, mut failed } = Flushed::default();
         for record in records {
             if network.is_some_and(|network| record.attachment.network != network) {
                 continue;
             }
             match self.remove(&record) {
                 Ok(()) => removed.push(record),
-                Err(error) => errors.push(error),
+                Err(error) => failed.push((record.attachment.to_string(), error)),
             }
         }
         // No more than that: eBPF need not work where rules are taken away.
-        errors.extend(self.recall_kernel().err());
+        let outliving = |kind| move |error| (format!("what outlives attachments of {kind}"), error);
+        failed.extend(self.recall_kernel().err().map(outliving(BackendKind::Ebpf)));
         for kind in BackendKind::ALL {
             // A network of which there is nothing here may be of another state directory.
             if network.is_some() && !removed.iter().any(|record| record.backend == kind) {
                 continue;
             }
             if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
-                errors.extend(backend::of(kind).unload(self.host).err());
+                failed.extend(backend::of(kind).unload(self.host).err().map(outliving(kind)));
             }
         }
-        match errors.is_empty() {
-            true => Ok(removed),
-            false => Err(Error::Several { what: "removing attachments".into(), errors }),
-        }
+        Ok(Flushed { removed, failed })
     }
 
     /// Removes what is left of a record that cannot be read: its index entries still say which

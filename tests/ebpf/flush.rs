@@ -106,10 +106,10 @@ fn the_report_can_be_read_by_programs() {
     assert!(flushed.success(), "{}", flushed.stderr);
     let report: Value = serde_json::from_str(&flushed.stdout).unwrap();
     let removed = |pod: usize| json!({"network": "portmap", "containerID": format!("container-{pod}"), "ifname": "eth0"});
-    assert_eq!(report, json!({"removed": [removed(0), removed(1)], "notes": []}));
+    assert_eq!(report, json!({"removed": [removed(0), removed(1)], "failed": [], "notes": []}));
     let flushed = scene.flush_with(&["--all", "--yes", "--json"]);
     let report: Value = serde_json::from_str(&flushed.stdout).unwrap();
-    assert_eq!(report, json!({"removed": [], "notes": []}));
+    assert_eq!(report, json!({"removed": [], "failed": [], "notes": []}));
 }
 
 const HOOK: SocketHook = SocketHook::Connect4;

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::process::Command;
 
 use portmap::demo::plugin;
+use portmap::model::Family;
 use serde_json::{Value, json};
 
 use super::support::{Node, PORTMAP, Scratch, Variant};
-use super::{add, lab};
+use super::{add, lab, run_with};
 
 /// What it writes to stdout and stderr, both of them files, with a terminal of util-linux's script(1) at
 /// stdin.
@@ -50,6 +51,35 @@ fn the_question_is_no_part_of_the_report() {
     assert_eq!(status, 0, "{stderr}");
     let report: Value = serde_json::from_str(&stdout).unwrap();
     let removed = json!({"network": "portmap", "containerID": "container-0", "ifname": "eth0"});
-    assert_eq!(report, json!({"removed": [removed], "notes": []}));
+    assert_eq!(report, json!({"removed": [removed], "failed": [], "notes": []}));
     assert!(stderr.ends_with(asked), "{stderr}");
+}
+
+/// With the last attachment of a state directory eBPF's programs go, for others as well.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_goes_with_ebpf_is_part_of_the_question() {
+    let lab = lab(1);
+    let mut node = Node::new(&lab.node, Variant::Ebpf);
+    let (config, attachment) = add(&node, &lab, 0, 8080);
+    let [own, other] = ["state", "other"].map(|name| node.state_dir.with_file_name(name));
+    let ask = |node: &Node| {
+        let output = run_with(node, Path::new("/nowhere"), &["flush", "--all"]);
+        assert_eq!(output.status, Some(1), "{}", output.stdout);
+        output.stderr
+    };
+    node.state_dir = other;
+    let asked = ask(&node);
+    let forward = format!(
+        "-> {}:80 (ebpf), which has no record in ",
+        lab.pods[0].address(Family::V4).unwrap()
+    );
+    assert!(asked.contains(&forward), "{asked}");
+    let sum = "the hostPorts of 0 attachments and 2 forwards without a record would be removed";
+    assert!(asked.contains(sum), "{asked}");
+    node.state_dir = own;
+    let asked = ask(&node);
+    assert!(asked.contains("the hostPorts of 1 attachment would be removed"), "{asked}");
+    node.ok("DEL", &config, &attachment);
+    node.flush();
 }
