@@ -25,12 +25,14 @@ pub struct PodIdentity {
     pub uid: String,
 }
 
-/// The PID and the mount namespace of the call that a path was given to, by inode: in others it may lead
-/// elsewhere.
+/// What a path has led to, and where it was given: in other PID and mount namespaces it may lead elsewhere,
+/// and a process's number is another's one day. All are inodes of namespaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
     pub pids: u64,
     pub mounts: u64,
+    /// The pod's network namespace; `None` if the path did not lead to one.
+    pub netns: Option<u64>,
 }
 
 /// One attachment with mappings.

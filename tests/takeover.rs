@@ -268,8 +268,22 @@ fn deny_refuses_a_port_whose_owner_lives() {
         free["runtimeConfig"]["portMappings"] = json!([mapping(PORT + 1, 80, "tcp")]);
         node.ok("ADD", &free, &guest);
         node.ok("DEL", &free, &guest);
-        // Its namespace is gone, so it cannot object any more.
+        // Nobody can tell: this one looks from where the owner's path would not have led there.
+        let record = node.state_dir.join("records");
+        let record = std::fs::read_dir(record).unwrap().next().unwrap().unwrap().path();
+        let known = std::fs::read_to_string(&record).unwrap();
+        let mut elsewhere: Value = serde_json::from_str(&known).unwrap();
+        elsewhere["view"]["mounts"] = json!(1);
+        std::fs::write(&record, elsewhere.to_string()).unwrap();
         std::fs::remove_file(&name).unwrap();
+        std::fs::write(&name, "").unwrap();
+        assert_eq!(node.fails("ADD", &deny(&second), &guest).0, 103);
+        std::fs::write(&record, known).unwrap();
+        std::fs::remove_file(&name).unwrap();
+        // Its namespace is gone, so it cannot object any more: nothing has the name, or another one has.
+        if variant == VARIANTS[0] {
+            std::os::unix::fs::symlink(lab.client.path(), &name).unwrap();
+        }
         node.ok("ADD", &deny(&second), &guest);
         node.ok("CHECK", &deny(&second), &guest);
     }

@@ -25,14 +25,6 @@ pub fn is_own(path: &str) -> bool {
     matches!((identity(path), identity("/proc/self/ns/net")), (Ok(theirs), Ok(own)) if theirs == own)
 }
 
-/// Whether `path` is some network namespace that still exists. What remains of `ip netns` after a
-/// crash or a reboot is a plain file; namespaces are files of nsfs, all on the device of our own.
-#[must_use]
-pub fn exists(path: &str) -> bool {
-    !path.is_empty()
-        && matches!((identity(path), identity("/proc/self/ns/net")), (Ok((theirs, _)), Ok((own, _))) if theirs == own)
-}
-
 /// What is known of a network namespace that a runtime has named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
@@ -44,10 +36,17 @@ pub enum Life {
     Unknown,
 }
 
-/// The namespaces of this process; `None` if /proc does not show them.
+/// What the path of a network namespace leads to, as this process sees it; `None` if /proc does not show
+/// its own namespaces.
 #[must_use]
-pub fn view() -> Option<View> {
-    Some(View { pids: inode_of_own("pid")?, mounts: inode_of_own("mnt")? })
+pub fn view(path: &str) -> Option<View> {
+    let (nsfs, _) = identity("/proc/self/ns/net").ok()?;
+    let netns = identity(path).ok().filter(|(device, _)| *device == nsfs);
+    Some(View {
+        pids: inode_of_own("pid")?,
+        mounts: inode_of_own("mnt")?,
+        netns: netns.map(|(_, inode)| inode),
+    })
 }
 
 fn inode_of_own(kind: &str) -> Option<u64> {
@@ -66,23 +65,30 @@ pub fn life_at(path: &str, view: Option<View>) -> Life {
     if path.is_empty() {
         return Life::Lives;
     }
+    let is_below_proc = Path::new(path).starts_with("/proc");
+    // A directory below /proc goes with its process, and other PID namespaces have other numbers. Where
+    // nobody has noted which one is meant, it is the node's.
+    let sees_processes =
+        || inode_of_own("pid") == Some(view.map_or(INITIAL_PIDS, |view| view.pids));
+    // What is mounted over a plain file in one mount namespace need not be in another.
+    let sees_mounts = || view.is_none_or(|view| inode_of_own("mnt") == Some(view.mounts));
+    let gone_if = |in_sight: bool| if in_sight { Life::Gone } else { Life::Unknown };
     match (identity(path), identity("/proc/self/ns/net")) {
-        (Ok((theirs, _)), Ok((own, _))) if theirs == own => Life::Lives,
-        // What is mounted over a plain file in one mount namespace need not be in another.
-        (Ok(_), Ok(_)) => {
-            let is_same = view.is_none_or(|view| inode_of_own("mnt") == Some(view.mounts));
-            if is_same { Life::Gone } else { Life::Unknown }
+        // Namespaces are files of nsfs, all on the device of our own.
+        (Ok((device, inode)), Ok((nsfs, _))) if device == nsfs => {
+            match view.and_then(|view| view.netns) {
+                Some(known) if known != inode => {
+                    gone_if(if is_below_proc { sees_processes() } else { sees_mounts() })
+                }
+                _ => Life::Lives,
+            }
         }
-        (Err(error), _) if is_absent(&error) => {
-            let path = Path::new(path);
-            let in_sight = match path.starts_with("/proc") {
-                // A directory there goes with its process, and other PID namespaces have other numbers.
-                // Where nobody has noted which one is meant, it is the node's.
-                true => inode_of_own("pid") == Some(view.map_or(INITIAL_PIDS, |view| view.pids)),
-                false => path.parent().is_some_and(Path::is_dir),
-            };
-            if in_sight { Life::Gone } else { Life::Unknown }
-        }
+        // What remains of `ip netns` after a crash or a reboot is a plain file.
+        (Ok(_), Ok(_)) => gone_if(sees_mounts()),
+        (Err(error), _) if is_absent(&error) => gone_if(match is_below_proc {
+            true => sees_processes(),
+            false => Path::new(path).parent().is_some_and(Path::is_dir),
+        }),
         _ => Life::Unknown,
     }
 }
@@ -131,6 +137,7 @@ fn in_scratch<T: Send>(action: impl FnOnce() -> Result<T, String> + Send) -> Res
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::*;
 
@@ -148,24 +155,40 @@ mod tests {
             // ENAMETOOLONG stands for whatever else keeps this process from looking.
             (&format!("/etc/{}", "x".repeat(300)), Life::Unknown),
         ] {
-            assert_eq!(life_at(path, view()), known, "{path}");
+            assert_eq!(life_at(path, view(path)), known, "{path}");
         }
     }
 
     #[test]
     fn what_was_named_in_other_namespaces_is_not_looked_for_in_these() {
-        let other = view().map(|view| View { pids: view.pids + 1, mounts: view.mounts + 1 });
+        let other = |path| {
+            let view = view(path).unwrap();
+            Some(View { pids: view.pids + 1, mounts: view.mounts + 1, ..view })
+        };
         for (path, known) in [
             ("/proc/4194305/ns/net", Life::Unknown),
             ("/etc/passwd", Life::Unknown),
             ("/etc/no-such-namespace", Life::Gone),
             ("/proc/self/ns/net", Life::Lives),
         ] {
-            assert_eq!(life_at(path, other), known, "{path}");
+            assert_eq!(life_at(path, other(path)), known, "{path}");
         }
-        // Older versions have noted nothing.
+        // Nobody has noted anything.
         let is_initial = inode_of_own("pid") == Some(INITIAL_PIDS);
         let known = if is_initial { Life::Gone } else { Life::Unknown };
         assert_eq!(life_at("/proc/4194305/ns/net", None), known);
+    }
+
+    /// A process's number is used again, and so is a name.
+    #[test]
+    fn another_namespace_of_the_same_path_is_not_meant() {
+        let path = "/proc/self/ns/net";
+        let known = view(path).unwrap();
+        assert_eq!(known.netns, inode_of_own("net"));
+        assert_eq!(view("/etc/passwd").unwrap().netns, None);
+        let other = View { netns: known.netns.map(|inode| inode + 1), ..known };
+        assert_eq!(life_at(path, Some(other)), Life::Gone);
+        assert_eq!(life_at(path, Some(View { pids: other.pids + 1, ..other })), Life::Unknown);
+        assert_eq!(life_at(path, Some(View { netns: None, ..other })), Life::Lives);
     }
 }

@@ -17,6 +17,7 @@ use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
+use crate::sys::namespace::Life;
 use crate::sys::store::{Found, is_recorded, newer_record, uses_backend};
 use crate::sys::{Host, iptables, namespace, netlink, nft};
 
@@ -102,7 +103,7 @@ fn plan(
     };
     let mut record = Record {
         netns: request.netns.clone(),
-        view: namespace::view(),
+        view: namespace::view(&request.netns),
         pod: request.pod.clone(),
         chain,
         order: host.since_boot(),
@@ -228,8 +229,8 @@ fn compile(host: &Host, request: &Request, family: Family) -> Result<Vec<serde_j
     })
 }
 
-/// Refuses a claim whose owner is alive, if the configuration says so; else the newest wins. An
-/// owner whose network namespace is gone cannot object.
+/// Refuses a claim whose owner is alive, or may be, if the configuration says so; else the newest wins.
+/// An owner whose network namespace is gone cannot object.
 fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Result<()> {
     if request.conf.conflict_policy != ConflictPolicy::Deny {
         return Ok(());
@@ -243,7 +244,7 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
             continue;
         }
         let taken = other.claims().into_iter().find(|claim| claims.contains(claim));
-        if let Some(claim) = taken.filter(|_| namespace::exists(&other.netns)) {
+        if let Some(claim) = taken.filter(|_| namespace::life(&other) != Life::Gone) {
             return Err(Error::PortTaken {
                 claim: claim.to_string(),
                 owner: other.attachment.container_id,
