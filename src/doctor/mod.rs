@@ -23,6 +23,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::conflist::check::Severity as Problem;
+use crate::conflist::files;
 use crate::sys::install::DEFAULT_BIN_DIR;
 use crate::sys::store::DEFAULT_DIR;
 
@@ -167,7 +168,7 @@ pub fn examine(facts: &Facts) -> Vec<Finding> {
     findings.extend(firewall::findings(firewall));
     findings.extend(cilium::findings(cilium));
     for finding in &mut findings {
-        finding.fix = at_home(&finding.fix, &setup.dest, &state.dir);
+        finding.fix = at_home(&finding.fix, &setup.dest, &setup.conf_dir, &state.dir);
     }
     findings.sort_by_key(|finding| finding.area);
     findings
@@ -175,20 +176,29 @@ pub fn examine(facts: &Facts) -> Vec<Finding> {
 
 /// A command with the directories that were looked at, where they are not those that it takes by
 /// itself: what it settles must be what was found.
-fn at_home(fix: &str, dest: &Path, state_dir: &Path) -> String {
-    let mut fix = fix.to_owned();
-    if state_dir != Path::new(DEFAULT_DIR) && !fix.contains("--state-dir") {
-        for command in ["portmap restore", "portmap gc", "portmap flush"] {
-            fix = fix.replace(command, &format!("{command} --state-dir {}", state_dir.display()));
-        }
+fn at_home(fix: &str, dest: &Path, conf_dir: &Path, state_dir: &Path) -> String {
+    let option = |name: &str, dir: &Path, default: &str| {
+        // Those that name a directory themselves have it already.
+        let is_needed = dir != Path::new(default) && !fix.contains(name);
+        if is_needed { format!(" {name} {}", dir.display()) } else { String::new() }
+    };
+    let dest = option("--dest", dest, DEFAULT_BIN_DIR);
+    let state = option("--state-dir", state_dir, DEFAULT_DIR);
+    let conf = option("--conf-dir", conf_dir, files::DEFAULT_DIR);
+    // A list that is named needs no directory.
+    let list = if fix.contains("--conflist auto") { conf.as_str() } else { "" };
+    let mut told = fix.to_owned();
+    for (command, options) in [
+        ("portmap restore", state.clone()),
+        ("portmap gc", state.clone()),
+        ("portmap flush", state.clone()),
+        ("portmap doctor", format!("{state}{dest}{conf}")),
+        ("portmap install", format!("{dest}{list}")),
+        ("portmap uninstall", format!("{dest}{list}{state}")),
+    ] {
+        told = told.replace(command, &format!("{command}{options}"));
     }
-    if dest != Path::new(DEFAULT_BIN_DIR) {
-        // Those with --dest have it already.
-        let command = "portmap install --conflist";
-        let with_dest = format!("portmap install --dest {} --conflist", dest.display());
-        fix = fix.replace(command, &with_dest);
-    }
-    fix
+    told
 }
 
 /// `one` or `3 things`.
@@ -225,16 +235,27 @@ mod tests {
 
     #[test]
     fn commands_act_where_doctor_has_looked() {
-        let [bin, state] = [DEFAULT_BIN_DIR, DEFAULT_DIR].map(Path::new);
-        let fix = "rm x && portmap restore";
-        assert_eq!(at_home(fix, bin, state), fix);
+        let [bin, conf, state] = [DEFAULT_BIN_DIR, files::DEFAULT_DIR, DEFAULT_DIR].map(Path::new);
         let other = Path::new("/o");
-        assert_eq!(at_home(fix, bin, other), "rm x && portmap restore --state-dir /o");
-        assert_eq!(
-            at_home("portmap install --conflist f", other, state),
-            "portmap install --dest /o --conflist f"
-        );
-        assert_eq!(at_home("portmap install --dest /o", other, state), "portmap install --dest /o");
+        for fix in ["rm x && portmap restore", "portmap install --conflist auto", "portmap doctor"]
+        {
+            assert_eq!(at_home(fix, bin, conf, state), fix);
+        }
+        for (fix, told) in [
+            ("rm x && portmap restore", "rm x && portmap restore --state-dir /o"),
+            ("portmap flush --all --state-dir /x", "portmap flush --all --state-dir /x"),
+            ("portmap install --conflist f", "portmap install --dest /o --conflist f"),
+            ("portmap install --dest /o", "portmap install --dest /o"),
+            (
+                "portmap uninstall --conflist auto",
+                "portmap uninstall --dest /o --conf-dir /o --state-dir /o --conflist auto",
+            ),
+            ("sudo portmap doctor", "sudo portmap doctor --state-dir /o --dest /o --conf-dir /o"),
+        ] {
+            assert_eq!(at_home(fix, other, other, other), told);
+        }
+        let told = "portmap install --conf-dir /o --conflist auto";
+        assert_eq!(at_home("portmap install --conflist auto", bin, other, state), told);
     }
 
     #[test]

@@ -99,8 +99,8 @@ fn lists(facts: &Facts) -> Vec<Finding> {
         return vec![AREA.warning(
             CHECK,
             format!("there is no list in {dir}"),
-            "runtimes give pods no network yet; or they look for lists elsewhere",
-            "portmap install --conflist auto once the network is set up, or portmap doctor --conf-dir DIR",
+            "runtimes give pods no network yet; or they look for lists elsewhere, which --conf-dir names",
+            "portmap install --conflist auto, once the network is set up",
         )];
     };
     let path = facts.conf_dir.join(name);
