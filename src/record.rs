@@ -31,6 +31,8 @@ pub struct PodIdentity {
 pub struct View {
     pub pids: u64,
     pub mounts: u64,
+    /// The node's network namespace, in which the rules are.
+    pub node: u64,
     /// The pod's network namespace; `None` if the path did not lead to one.
     pub netns: Option<u64>,
 }

@@ -38,7 +38,7 @@ pub fn run(
     }
     let progress = Progress::begin("portmap flush");
     progress.step(LOCKING);
-    let engine = Engine::lock_to_change(host, options.state_dir)?;
+    let engine = Engine::lock_at_home(host, options.state_dir)?;
     progress.step(CHANGING);
     let Flushed { removed, failed } = engine.flush(options.network)?;
     drop(progress);
@@ -61,6 +61,7 @@ pub fn run(
 
 fn ask(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<(), CommandError> {
     let engine = Engine::lock(host, options.state_dir)?;
+    engine.must_be_at_home(options.state_dir)?;
     let (records, others): (Vec<Record>, Vec<Record>) =
         engine.store.all()?.0.into_iter().partition(|record| {
             options.network.is_none_or(|network| record.attachment.network == network)

@@ -36,7 +36,7 @@ pub fn run(
     let engine = match options.dry_run {
         true => lock_to_look(host, options.state_dir)?,
         false if has_records(options.state_dir)? => {
-            Some(Engine::lock_to_change(host, options.state_dir)?)
+            Some(Engine::lock_at_home(host, options.state_dir)?)
         }
         false => None,
     };

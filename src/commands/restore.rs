@@ -27,7 +27,7 @@ pub fn run(
 ) -> Result<Verdict, CommandError> {
     let progress = Progress::begin("portmap restore");
     progress.step(LOCKING);
-    let engine = Engine::lock_to_change(host, options.state_dir)?;
+    let engine = Engine::lock_at_home(host, options.state_dir)?;
     progress.step(LOOKING);
     let Restored { attachments, repaired, dead, failed } = engine.restore()?;
     drop(progress);

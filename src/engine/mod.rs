@@ -20,8 +20,8 @@ use crate::facts::NodeFacts;
 use crate::flush;
 use crate::model::{BackendKind, Family};
 use crate::record::{Part, Record};
-use crate::sys::Host;
 use crate::sys::store::Store;
+use crate::sys::{Host, namespace};
 pub use effects::localnet_path;
 pub use gc::Collected;
 pub use health::Restored;
@@ -63,19 +63,57 @@ impl<'a> Engine<'a> {
     /// Waits for the node's lock in order to change something, and first finishes what a killed call
     /// has begun.
     pub fn lock_to_change(host: &'a Host, state_dir: &Path) -> Result<Self> {
-        let mut engine = Self::lock(host, state_dir)?;
-        match engine.recover() {
+        Self::lock(host, state_dir)?.ready()
+    }
+
+    /// As [`Engine::lock_to_change`], for commands: who types one may be in a container, where nothing is
+    /// found of what the records say, and where nobody misses it.
+    ///
+    /// # Errors
+    ///
+    /// One that names the network namespace to be in.
+    pub fn lock_at_home(host: &'a Host, state_dir: &Path) -> Result<Self> {
+        let engine = Self::lock(host, state_dir)?;
+        engine.must_be_at_home(state_dir)?;
+        engine.ready()
+    }
+
+    /// Fails as [`Engine::lock_at_home`].
+    pub fn must_be_at_home(&self, state_dir: &Path) -> Result<()> {
+        self.away(state_dir)?.map_or(Ok(()), |reason| Err(Error::Environment(reason)))
+    }
+
+    /// Why nothing of what the records say is to be found from here.
+    fn away(&self, state_dir: &Path) -> Result<Option<String>> {
+        let own = namespace::own();
+        let (records, _) = self.store.all()?;
+        let mut nodes = records.iter().filter_map(|record| record.view).map(|view| view.node);
+        let Some(first) = nodes.next() else {
+            return Ok(None);
+        };
+        // A node may have got another one since, which later calls have seen.
+        let is_away = own.is_some_and(|own| own != first && nodes.all(|node| node != own));
+        Ok(is_away.then(|| {
+            format!(
+                "the hostPorts that {} tells of are in the network namespace net:[{first}], and this process is in another one: repeat it on the node itself, or in a container that has the node's network",
+                state_dir.display()
+            )
+        }))
+    }
+
+    fn ready(mut self) -> Result<Self> {
+        match self.recover() {
             Err(error @ Error::Busy { .. }) => Err(error),
             // The next call tries again; this one may well have to do with another backend.
             Err(error) => {
-                host.warn(format!(
+                self.host.warn(format!(
                     "an interrupted call is not finished yet: {error}: {}",
                     error.details()
                 ));
-                engine.unfinished = engine.pending()?.unwrap_or_default();
-                Ok(engine)
+                self.unfinished = self.pending()?.unwrap_or_default();
+                Ok(self)
             }
-            Ok(()) => Ok(engine),
+            Ok(()) => Ok(self),
         }
     }
 

@@ -17,7 +17,13 @@ use crate::sys::store::has_records;
 
 /// Waits for the lock, if there is anything to be locked. Those who only look make no state directory.
 pub fn lock_to_look<'a>(host: &'a Host, state_dir: &Path) -> Result<Option<Engine<'a>>> {
-    has_records(state_dir)?.then(|| Engine::lock(host, state_dir)).transpose()
+    let engine = has_records(state_dir)?.then(|| Engine::lock(host, state_dir)).transpose()?;
+    if let Some(engine) = &engine
+        && let Some(reason) = engine.away(state_dir)?
+    {
+        host.warn(reason);
+    }
+    Ok(engine)
 }
 
 /// All attachments with their state in the kernel, and what forwards without one. A backend that cannot

@@ -40,13 +40,20 @@ pub enum Life {
 /// its own namespaces.
 #[must_use]
 pub fn view(path: &str) -> Option<View> {
-    let (nsfs, _) = identity("/proc/self/ns/net").ok()?;
+    let (nsfs, node) = identity("/proc/self/ns/net").ok()?;
     let netns = identity(path).ok().filter(|(device, _)| *device == nsfs);
     Some(View {
         pids: inode_of_own("pid")?,
         mounts: inode_of_own("mnt")?,
+        node,
         netns: netns.map(|(_, inode)| inode),
     })
+}
+
+/// The network namespace of this process, by inode.
+#[must_use]
+pub fn own() -> Option<u64> {
+    inode_of_own("net")
 }
 
 fn inode_of_own(kind: &str) -> Option<u64> {

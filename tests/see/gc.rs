@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
+use portmap::demo::plugin;
 use serde_json::{Value, json};
 
 use super::support::{
@@ -172,5 +174,39 @@ fn what_upstream_left_stays_and_is_said() {
         assert!(output.stdout.contains("of container upstream-con alone"), "{}", output.stdout);
         let nat = node.shell("iptables -t nat -S");
         assert!(nat.contains("--dport 7070") && !nat.contains("--dport 8080"), "{nat}");
+    }
+}
+
+/// A container that has the state directory, and a network of its own.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn commands_change_nothing_from_another_network_than_the_node_s() {
+    for variant in VARIANTS {
+        let lab = lab(2);
+        let node = Node::new(&lab.node, variant);
+        let live = add(&node, &lab, 0, 8080);
+        add_dead(&node, &lab, 1, 8081);
+        let away = |arguments: &[&str]| {
+            let mut command = Command::new(PORTMAP);
+            command.env_clear().env("PATH", &node.path).args(arguments);
+            command.arg("--state-dir").arg(&node.state_dir);
+            plugin::run(&mut command, b"", &lab.client).unwrap()
+        };
+        changes_nothing(&node, || {
+            for arguments in [&["gc"][..], &["restore"], &["flush", "--all", "--yes"]] {
+                let output = away(arguments);
+                assert_eq!(output.status, Some(1), "{arguments:?}: {}", output.stdout);
+                assert!(output.stderr.contains("network namespace net:["), "{}", output.stderr);
+            }
+            for arguments in [&["list"][..], &["gc", "--dry-run"]] {
+                let output = away(arguments);
+                let text = output.stdout.clone() + &output.stderr;
+                assert!(text.contains("network namespace net:["), "{arguments:?}: {text}");
+            }
+        });
+        assert_eq!(run(&node, &["gc"]).status, Some(0));
+        node.ok("CHECK", &live.0, &live.1);
+        assert!(!run(&node, &["list"]).stdout.contains("net:["));
+        node.ok("DEL", &live.0, &live.1);
     }
 }
