@@ -48,6 +48,13 @@ pub fn names_plugin(text: &str) -> bool {
     }
 }
 
+/// The type of the plugin whose object a file is, with nothing around it.
+#[must_use]
+pub fn plugin_alone(text: &str) -> Option<String> {
+    let json = Json::parse(text).ok().filter(|json| json.exact("plugins").is_none())?;
+    json.folded("type").and_then(|kind| kind.value.as_str()).map(ToOwned::to_owned)
+}
+
 /// Where the plugin keeps its records if it is run as this file says, besides the usual place.
 #[must_use]
 pub fn state_dirs(text: &str) -> Vec<PathBuf> {

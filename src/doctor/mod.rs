@@ -161,8 +161,9 @@ pub struct Facts {
 #[must_use]
 pub fn examine(facts: &Facts) -> Vec<Finding> {
     let Facts { backends, setup, state, localhost, firewall, cilium } = facts;
-    let mut findings = backends::findings(backends, setup.configured_backend());
-    findings.extend(setup::findings(setup));
+    let configured = setup.configured_backend();
+    let mut findings = backends::findings(backends, configured);
+    findings.extend(setup::findings(setup, configured.or_else(|| backends.chosen())));
     findings.extend(state::findings(state));
     findings.extend(localhost::findings(localhost));
     findings.extend(firewall::findings(firewall));

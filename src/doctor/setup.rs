@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{Area, Finding, Severity, Told};
 use crate::conflist::check::{Analysis, analyse};
-use crate::conflist::files::{first, is_configuration, names_plugin, owner};
+use crate::conflist::files::{first, is_configuration, names_plugin, owner, plugin_alone};
 use crate::conflist::{List, PLUGIN};
 use crate::model::BackendKind;
 use crate::request;
@@ -80,15 +80,16 @@ impl Facts {
     }
 }
 
+/// `chosen` is the backend of new pods, configured or not; `None`: none works, or nobody can tell.
 #[must_use]
-pub fn findings(facts: &Facts) -> Vec<Finding> {
-    let mut findings = lists(facts);
+pub fn findings(facts: &Facts, chosen: Option<BackendKind>) -> Vec<Finding> {
+    let mut findings = lists(facts, chosen);
     findings.extend(other_state(facts));
     findings.push(binary(facts));
     findings
 }
 
-fn lists(facts: &Facts) -> Vec<Finding> {
+fn lists(facts: &Facts, chosen: Option<BackendKind>) -> Vec<Finding> {
     const CHECK: &str = "list";
     let dir = facts.conf_dir.display();
     let files = match &facts.files {
@@ -109,17 +110,23 @@ fn lists(facts: &Facts) -> Vec<Finding> {
         Ok(text) => text,
         Err(reason) => return vec![AREA.unread(CHECK, &path.to_string(), reason)],
     };
-    let analysis = match analyse(text) {
+    let mut analysis = match analyse(text) {
         Ok(analysis) => analysis,
         Err(refusal) => {
-            return vec![AREA.broken(
-                CHECK,
-                format!("runtimes take {path}, which is no list: {refusal}"),
-                "no pod gets a network",
-                format!("portmap check-config {path}"),
-            )];
+            let broken = || {
+                AREA.broken(
+                    CHECK,
+                    format!("runtimes take {path}, which is no list: {refusal}"),
+                    "no pod gets a network",
+                    format!("portmap check-config {path}"),
+                )
+            };
+            return vec![alone(name, &path.to_string(), text).unwrap_or_else(broken)];
         }
     };
+    if let Some(kind) = chosen {
+        analysis.with_backend(kind);
+    }
     let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
     // An edit of Cilium's list needs more than a command.
     let reverted = List::parse(text).ok().and_then(|list| owner(name, &list, &names));
@@ -170,6 +177,32 @@ fn lists(facts: &Facts) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// One plugin's object, of which go-cni and ocicni make a list unless the file is called a list: such as
+/// Multus', which runs lists itself.
+fn alone(name: &str, path: &str, text: &str) -> Option<Finding> {
+    const CHECK: &str = "list";
+    let kind = plugin_alone(text).filter(|_| !name.ends_with(".conflist"))?;
+    Some(match kind.as_str() {
+        PLUGIN => AREA.broken(
+            CHECK,
+            format!("runtimes take {path}, which has no plugin but portmap"),
+            "nothing gives pods the network that hostPorts lead to",
+            format!("remove {path}"),
+        ),
+        _ if names_plugin(text) => {
+            AREA.fine(CHECK, format!("runtimes take {path}: {kind}, which runs portmap"))
+        }
+        _ => AREA.warning(
+            CHECK,
+            format!("runtimes take {path}, which has no plugin but {kind}"),
+            format!(
+                "hostPorts work only if {kind} runs a list with portmap itself, as Multus does"
+            ),
+            format!("portmap install --conflist FILE, with the list that {kind} runs"),
+        ),
+    })
 }
 
 /// Records that nobody looked at because the list says that they are elsewhere.
@@ -268,13 +301,13 @@ mod tests {
 
     #[track_caller]
     fn found(facts: &Facts, check: &str) -> Finding {
-        findings(facts).into_iter().find(|finding| finding.check == check).unwrap()
+        findings(facts, None).into_iter().find(|finding| finding.check == check).unwrap()
     }
 
     #[test]
     fn a_sound_list_and_this_binary_are_fine() {
         let facts = facts(&[("10-x.conflist", LISTED)], Binary::Same);
-        assert!(findings(&facts).iter().all(|finding| finding.severity == Severity::Fine));
+        assert!(findings(&facts, None).iter().all(|finding| finding.severity == Severity::Fine));
         assert!(found(&facts, "list").found.ends_with("10-x.conflist: ptp, then portmap"));
         let nftables =
             LISTED.replace(r#""type":"portmap""#, r#""type":"portmap","backend":"nftables""#);
@@ -309,6 +342,32 @@ mod tests {
     }
 
     #[test]
+    fn a_list_is_judged_by_the_backend_of_new_pods() {
+        let listed = LISTED.replace("]}", r#",{"type":"bandwidth"}]}"#);
+        let facts = facts(&[("10-x.conflist", &listed)], Binary::Same);
+        let worst = |chosen| findings(&facts, chosen).iter().map(|finding| finding.severity).max();
+        assert_eq!(worst(Some(BackendKind::Ebpf)), Some(Severity::Broken));
+        for other in [Some(BackendKind::Nftables), None] {
+            assert_eq!(worst(other), Some(Severity::Fine));
+        }
+    }
+
+    #[test]
+    fn a_plugin_alone_is_what_runtimes_make_a_list_of() {
+        const MULTUS: &str = r#"{"type":"multus","delegates":[{"plugins":[{"type":"X"}]}]}"#;
+        let list = |name, text: &str| found(&facts(&[(name, text)], Binary::Same), "list");
+        let multus = list("00-multus.conf", MULTUS);
+        assert_eq!(multus.severity, Severity::Warning);
+        assert!(multus.why.contains("hostPorts work only if multus"), "{multus:?}");
+        let multus = list("00-multus.conf", &MULTUS.replace('X', "portmap"));
+        assert_eq!(multus.severity, Severity::Fine);
+        for (name, text) in [("00-multus.conflist", MULTUS), ("10-x.conf", r#"{"type":"portmap"}"#)]
+        {
+            assert_eq!(list(name, text).severity, Severity::Broken, "{name}");
+        }
+    }
+
+    #[test]
     fn no_list_no_json_and_what_cannot_be_read() {
         let mut none = facts(&[("README", "")], Binary::Same);
         assert_eq!(found(&none, "list").severity, Severity::Warning);
@@ -316,7 +375,7 @@ mod tests {
         assert_eq!(found(&broken, "list").fix, "portmap check-config /etc/cni/net.d/10-x.conflist");
         none.files = Err("no rights".into());
         none.binary = Err("no rights".into());
-        assert!(findings(&none).iter().all(|finding| finding.severity == Severity::Warning));
+        assert!(findings(&none, None).iter().all(|finding| finding.severity == Severity::Warning));
     }
 
     #[test]
