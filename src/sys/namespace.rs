@@ -19,12 +19,6 @@ fn identity(path: &str) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|meta| (meta.dev(), meta.ino()))
 }
 
-/// Whether `path` is the network namespace of this process. A path that is none of any is not.
-#[must_use]
-pub fn is_own(path: &str) -> bool {
-    matches!((identity(path), identity("/proc/self/ns/net")), (Ok(theirs), Ok(own)) if theirs == own)
-}
-
 /// What is known of a network namespace that a runtime has named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
@@ -48,6 +42,14 @@ pub fn view(path: &str) -> Option<View> {
         node,
         netns: netns.map(|(_, inode)| inode),
     })
+}
+
+impl View {
+    /// Whether the path led to the network namespace of this process.
+    #[must_use]
+    pub fn is_of_node(&self) -> bool {
+        self.netns == Some(self.node)
+    }
 }
 
 /// The network namespace of this process, by inode.

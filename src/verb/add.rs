@@ -22,7 +22,8 @@ use crate::sys::store::{Found, is_recorded, newer_record, uses_backend};
 use crate::sys::{Host, iptables, namespace, netlink, nft};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
-    if !invocation.netns_override && namespace::is_own(&invocation.netns) {
+    let view = namespace::view(&invocation.netns);
+    if !invocation.netns_override && view.is_some_and(|view| view.is_of_node()) {
         return Err(Error::OwnNetns { path: invocation.netns.clone() });
     }
     let request = Request::read(invocation, envelope)?;
@@ -65,7 +66,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let ipv6 = request.addresses.iter().any(IpNetwork::is_ipv6);
     let kind = engine.choose_backend(request.conf.backend, ipv6)?;
     let facts = host.node_facts()?;
-    let record = plan(&engine, &request, kind, old.as_ref(), &facts)?;
+    let record = Record { view, ..plan(&engine, &request, kind, old.as_ref(), &facts)? };
     resolve_conflicts(&engine, &request, &record)?;
     engine.add(&record, old.as_ref(), &facts)?;
     // By now it is known, without looking again, which ports nobody else has.
@@ -103,7 +104,6 @@ fn plan(
     };
     let mut record = Record {
         netns: request.netns.clone(),
-        view: namespace::view(&request.netns),
         pod: request.pod.clone(),
         chain,
         order: host.since_boot(),
