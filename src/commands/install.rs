@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use semver::Version;
 use serde_json::{Value, json};
 
 use super::{CommandError, Terminal, Verdict};
@@ -141,11 +142,11 @@ pub(super) fn ensure_list(
 
 /// The version of a build of this plugin, which it tells if it can be run. Runtimes start what is there
 /// for every pod; upstream's plugin introduces itself on stderr.
-pub(super) fn version_at(path: &Path) -> Option<String> {
+pub(super) fn version_at(path: &Path) -> Option<Version> {
     let mut tools = Tools::new(path.parent().map(Path::as_os_str));
     tools.deadline = PATIENCE;
     let said = tools.run(PLUGIN, &["--version"], "").ok()?;
-    said.lines().next()?.strip_prefix("portmap ").map(str::to_owned)
+    Version::parse(said.lines().next()?.strip_prefix("portmap ")?).ok()
 }
 
 pub(super) fn describe_binary(path: &Path, before: Before) -> String {

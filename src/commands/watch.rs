@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use semver::Version;
+
 use super::CommandError;
 use super::install::{
     self, Options, describe_binary, describe_list, ensure_list, locate, version_at,
@@ -187,8 +189,8 @@ impl Known {
             return None;
         }
         let theirs = version_at(path)?;
-        let own = env!("CARGO_PKG_VERSION");
-        let why = match order(&theirs).cmp(&order(own)) {
+        let own = Version::parse(env!("CARGO_PKG_VERSION")).ok()?;
+        let why = match theirs.cmp_precedence(&own) {
             Ordering::Greater => "a newer one",
             Ordering::Equal if self.looked => "another build",
             _ if is_outdated() => "and the file of this one has been replaced",
@@ -198,25 +200,6 @@ impl Known {
             "it is portmap {theirs}, {why}, and this is {own}: where this runs from, put the same one there and restart it"
         ))
     }
-}
-
-/// Part of a pre-release: numbers are less than words (Semantic Versioning 2.0.0, 11.4).
-type Identifier<'a> = (bool, u64, &'a str);
-
-/// Compares as versions do: numbers, then releases after their pre-releases.
-fn order(version: &str) -> (Vec<u64>, bool, Vec<Identifier<'_>>) {
-    let version = version.split('+').next().unwrap_or_default();
-    let (numbers, words) =
-        version.split_once('-').map_or((version, None), |(numbers, words)| (numbers, Some(words)));
-    let identifier = |word| match str::parse(word) {
-        Ok(number) => (false, number, ""),
-        Err(_) => (true, 0, word),
-    };
-    (
-        numbers.split('.').map(|number| number.parse().unwrap_or(0)).collect(),
-        words.is_none(),
-        words.into_iter().flat_map(|words| words.split('.')).map(identifier).collect(),
-    )
 }
 
 fn keep_list(options: &Options, notes: &mut dyn FnMut(String)) -> Result<Looked, CommandError> {
@@ -244,25 +227,5 @@ fn say(log: &mut dyn Write, text: &str) -> io::Result<()> {
     match writeln!(log, "portmap: {text}") {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_ordered_as_semantic_versioning_says() {
-        let ascending = [
-            "0.9.10",
-            "0.10.0-alpha.1",
-            "0.10.0-alpha.beta",
-            "0.10.0-rc.2",
-            "0.10.0-rc.11",
-            "0.10.0",
-            "1.0.0",
-        ];
-        assert!(ascending.windows(2).all(|pair| order(pair[0]) < order(pair[1])));
-        assert_eq!(order("1.0.0+a"), order("1.0.0+b"));
     }
 }
