@@ -12,6 +12,8 @@ mod raw;
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use portmap::cni::version::SUPPORTED;
 use raw::{ADD, Answer, NewPath, owned, run, run_redirected, with};
@@ -207,10 +209,16 @@ fn the_plugin_s_own_namespace_is_refused_before_all_else() {
 #[test]
 fn del_errors_avoid_the_words_that_go_cni_takes_for_success() {
     let del = with(&ADD, &[("CNI_COMMAND", "DEL")]);
-    let bad_dir = r#","stateDir":"/proc/Not Found/no such file or directory","runtimeConfig":{"portMappings":[{}]}"#;
+    // Others may write to it, so that the records there are not used.
+    let parent = NewPath::new();
+    let dir = parent.0.join("Not Found/no such file or directory");
+    std::fs::create_dir_all(dir.join("records/x.json")).unwrap();
+    std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o777)).unwrap();
+    let bad_dir =
+        format!(r#","stateDir":"{}","runtimeConfig":{{"portMappings":[{{}}]}}"#, dir.display());
     for (changes, stdin) in [
-        (&[][..], config("1.0.0", bad_dir)),
-        (&[("CNI_NETNS", "")], config("1.0.0", bad_dir)),
+        (&[][..], config("1.0.0", &bad_dir)),
+        (&[("CNI_NETNS", "")], config("1.0.0", &bad_dir)),
         (&[], config("not found", "")),
         (&[], r#"{"name":"not found"}"#.to_owned()),
         (&[], r#"{"name":["no such file or directory"]}"#.to_owned()),
@@ -223,6 +231,29 @@ fn del_errors_avoid_the_words_that_go_cni_takes_for_success() {
         for word in ["not found", "no such file or directory"] {
             assert!(!text.contains(word), "{changes:?} {stdin}: {text}");
         }
+    }
+}
+
+/// ADD fails there, and the runtime clears up after it.
+#[test]
+fn del_succeeds_where_no_state_can_be_kept() {
+    let parent = NewPath::new();
+    std::fs::create_dir_all(&parent.0).unwrap();
+    let (shared, file) = (parent.0.join("shared"), parent.0.join("file"));
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::set_permissions(&shared, PermissionsExt::from_mode(0o777)).unwrap();
+    std::fs::write(&file, "").unwrap();
+    for dir in [Path::new("/proc/x/y"), &shared, &file] {
+        let more = format!(
+            r#","stateDir":"{}","runtimeConfig":{{"portMappings":[{{"hostPort":80,"containerPort":80}}]}}"#,
+            dir.display()
+        );
+        let added = format!(r#"{more},"prevResult":{{"ips":[{{"address":"10.0.0.2/32"}}]}}"#);
+        let (code, msg) = run(&ADD, config("1.0.0", &added).as_bytes()).error();
+        assert!([5, 7].contains(&code), "{code} {msg}");
+        let answer = run(&with(&ADD, &[("CNI_COMMAND", "DEL")]), config("1.0.0", &more).as_bytes());
+        assert_eq!(answer.status, Some(0), "{answer:?}");
+        assert!(answer.stderr.contains(dir.to_str().unwrap()), "{answer:?}");
     }
 }
 

@@ -22,8 +22,11 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         return Ok(());
     }
     let engine = match Engine::lock_to_change(host, &dir) {
-        // Nobody has kept anything there, and runtimes repeat a DEL until there is room again.
-        Err(error) if error.is_full() && has_records(&dir).is_ok_and(|has| !has) => {
+        // Nobody has kept anything there: the disk is full, or no ADD could keep anything either. Runtimes
+        // would repeat this until the pod could be removed at last.
+        Err(error)
+            if !matches!(error, Error::Busy { .. }) && has_records(&dir).is_ok_and(|has| !has) =>
+        {
             host.warn(format!("{error}: {}", error.details()));
             return remove_unrecorded(host, &attachment);
         }
