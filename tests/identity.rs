@@ -421,6 +421,25 @@ fn without_mappings_no_lock_is_taken_and_no_process_started() {
     }
 }
 
+/// Where eBPF forwards, a pod's link is hooked also without mappings; a tool that hangs must not keep every
+/// pod of the node waiting for that.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_pod_without_mappings_waits_for_the_lock_no_longer_than_it_is_worth() {
+    let netns = netns();
+    let node = node(&netns, Variant::Ebpf);
+    let without = node.config(json!([]), prev_result(&["198.18.2.11/32"]));
+    node.ok("ADD", &rich(&node, 10), &attachment("one"));
+    assert_eq!(node.ok("ADD", &without, &attachment("two")).stderr, "");
+    let lock = std::fs::File::open(node.state_dir.join("lock")).unwrap();
+    let held = Flock::lock(lock, FlockArg::LockExclusive).unwrap();
+    let output = node.ok("ADD", &without, &attachment("three"));
+    assert!(output.took < Duration::from_secs(20), "{:?}", output.took);
+    assert!(output.stderr.contains("may not reach hostPorts"), "{}", output.stderr);
+    drop(held);
+    node.ok("DEL", &rich(&node, 10), &attachment("one"));
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn the_sysctl_of_a_link_goes_back_with_its_last_user() {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use super::Engine;
 use super::step::Lost;
@@ -14,6 +15,9 @@ use crate::sys::{Host, namespace};
 /// Name of the note with the records of a step that has begun: if it is there, the step was killed or
 /// failed half-way, and the kernel may be in any state between.
 const PENDING_NOTE: &str = "pending";
+
+/// Other calls have the lock for milliseconds.
+const SOON: Duration = Duration::from_secs(1);
 
 impl<'a> Engine<'a> {
     /// Waits for the node's lock.
@@ -31,6 +35,11 @@ impl<'a> Engine<'a> {
     /// has begun.
     pub fn lock_to_change(host: &'a Host, state_dir: &Path) -> Result<Self> {
         Self::lock(host, state_dir)?.ready()
+    }
+
+    /// As [`Engine::lock_to_change`], for what may be left undone rather than keep a pod waiting.
+    pub fn lock_soon(host: &'a Host, state_dir: &Path) -> Result<Self> {
+        Self::on(host, Store::open_within(state_dir, &host.boot_id(), SOON)?).ready()
     }
 
     /// As [`Engine::lock_to_change`], for commands: who types one may be in a container, where nothing is

@@ -78,7 +78,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
 
 /// A pod without mappings is none the worse for not reaching hostPorts: it gets its reply all the same.
 fn welcome(host: &Host, dir: &Path, request: &Request) {
-    let done = Engine::lock_to_change(host, dir)
+    let done = Engine::lock_soon(host, dir)
         .and_then(|engine| engine.welcome(BackendKind::Ebpf, &request.links));
     if let Err(error) = done {
         host.warn(format!(

@@ -13,10 +13,10 @@ use crate::error::{Error, Result};
 
 /// How long a call waits for the node's lock. Below the two minutes after which the kubelet gives
 /// up, so that the runtime gets an answer that says why.
-const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+pub(super) const LOCK_DEADLINE: Duration = Duration::from_secs(60);
 
 /// flock(2) with a deadline. A thread waits in the kernel, where the queue is fair; polling is not.
-pub(super) fn lock(path: &Path) -> Result<Flock<File>> {
+pub(super) fn lock(path: &Path, patience: Duration) -> Result<Flock<File>> {
     // Without O_CLOEXEC: a tool that is still changing the kernel when this process is killed keeps
     // the lock until it is done.
     let flags = OFlag::O_RDWR | OFlag::O_CREAT;
@@ -41,12 +41,12 @@ pub(super) fn lock(path: &Path) -> Result<Flock<File>> {
         // The receiver is gone after its deadline; dropping the result unlocks.
         drop(sender.send(result));
     });
-    match receiver.recv_timeout(LOCK_DEADLINE) {
+    match receiver.recv_timeout(patience) {
         Ok(Ok(lock)) => Ok(lock),
         Ok(Err(error)) => Err(Error::io(format!("lock {}", path.display()), error.into())),
         Err(_) => Err(Error::Busy {
             path: path.to_owned(),
-            seconds: LOCK_DEADLINE.as_secs(),
+            seconds: patience.as_secs(),
             holder: holder(path),
         }),
     }

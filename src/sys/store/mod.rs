@@ -26,6 +26,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::Flock;
 use serde::Deserialize;
@@ -34,7 +35,7 @@ use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::{FORMAT, IndexKey, Record, View};
 use file::{entries, ignore_absent, write_atomically, write_durably};
-use lock::lock;
+use lock::{LOCK_DEADLINE, lock};
 pub use look::Looked;
 
 /// Where state lives unless `stateDir` says otherwise.
@@ -137,8 +138,13 @@ impl Store {
     /// earlier boot is discarded: the rules it describes are gone. `boot_id` is empty where it is not
     /// known, and then nothing is.
     pub fn open(dir: &Path, boot_id: &str) -> Result<Self> {
+        Self::open_within(dir, boot_id, LOCK_DEADLINE)
+    }
+
+    /// As [`Store::open`], with another time to wait.
+    pub fn open_within(dir: &Path, boot_id: &str, patience: Duration) -> Result<Self> {
         create_state_dir(dir)?;
-        let held = Some(lock(&dir.join("lock"))?);
+        let held = Some(lock(&dir.join("lock"), patience)?);
         let store = Store {
             dir: dir.to_owned(),
             looked_up: RefCell::default(),
