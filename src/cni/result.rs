@@ -55,7 +55,8 @@ pub fn pass_through(prev_result: &RawValue, version: Version) -> Result<RawObjec
         let text: String = serde_json::from_str(raw.get()).map_err(|_| {
             Error::Config(format!("prevResult.cniVersion is {}: it must be a string", raw.get()))
         })?;
-        let own = if text.is_empty() { version } else { Version::parse(&text)? };
+        let own = if text.is_empty() { Ok(version) } else { Version::parse(&text) };
+        let own = own.map_err(|error| Error::Config(format!("prevResult: {error}")))?;
         if own.form() != version.form() {
             return Err(Error::Config(format!(
                 "prevResult has cniVersion {text}, whose form differs from the configuration's {}",
@@ -145,8 +146,15 @@ fn parse_network(text: &str) -> Result<IpNetwork> {
     };
     let (ip, prefix) = text.split_once('/').ok_or_else(wrong)?;
     let ip: IpAddr = ip.parse().map_err(|_| wrong())?;
-    let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
-    IpNetwork::new(ip, prefix).map_err(|_| wrong())
+    // Rust's integers may have a sign.
+    let prefix = Some(prefix).filter(|prefix| prefix.bytes().all(|byte| byte.is_ascii_digit()));
+    let mut prefix: u8 = prefix.ok_or_else(wrong)?.parse().map_err(|_| wrong())?;
+    let canonical = ip.to_canonical();
+    if canonical != ip {
+        // An IPv4-mapped address is an IPv4 one to Go, too, which the kernel's routes are made by.
+        prefix = prefix.checked_sub(96).ok_or_else(wrong)?;
+    }
+    IpNetwork::new(canonical, prefix).map_err(|_| wrong())
 }
 
 #[cfg(test)]
@@ -175,6 +183,7 @@ mod tests {
                 vec!["10.0.0.2/24"],
             ),
             (r#"[{"address":"10.0.0.9/24","interface":2}]"#, vec![]),
+            (r#"[{"address":"::ffff:10.0.0.2/120"}]"#, vec!["10.0.0.2/24"]),
             (r#"[{"address":"10.0.0.2/24"}]"#, vec!["10.0.0.2/24"]),
             (r#"[{"address":"10.0.0.2/24","interface":7}]"#, vec!["10.0.0.2/24"]),
             (r#"[{"address":"10.0.0.2/24","interface":-1}]"#, vec!["10.0.0.2/24"]),
@@ -212,7 +221,14 @@ mod tests {
 
     #[test]
     fn addresses_need_a_mask() {
-        for wrong in ["10.0.0.2", "10.0.0.2/33", "x/24", "10.0.0.2/255.255.255.0"] {
+        for wrong in [
+            "10.0.0.2",
+            "10.0.0.2/33",
+            "x/24",
+            "10.0.0.2/255.255.255.0",
+            "10.0.0.2/+24",
+            "::ffff:10.0.0.2/95",
+        ] {
             let text = format!(r#"{{"ips":[{{"address":"{wrong}"}}]}}"#);
             let error =
                 pod_addresses(&raw(&text), Version::parse("1.0.0").unwrap(), "eth0").unwrap_err();

@@ -267,7 +267,7 @@ fn results() -> Vec<(&'static str, Value, u64, Vec<&'static str>)> {
             vec!["prevResult", "cniVersion", "0.4.0", "1.0.0"],
         ),
         ("/prevResult/cniVersion", json!(1.0), 7, vec!["prevResult.cniVersion", "1.0", "string"]),
-        ("/prevResult/cniVersion", json!("9.9.9"), 1, vec!["9.9.9"]),
+        ("/prevResult/cniVersion", json!("9.9.9"), 7, vec!["prevResult", "9.9.9"]),
     ]
 }
 
