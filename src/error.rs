@@ -44,7 +44,9 @@ pub enum Error {
     NoBackend { reasons: String },
     #[error("the {backend} backend does not work on this node: {reason}")]
     BackendUnusable { backend: String, reason: String },
-    #[error("{claim} belongs to container {owner}, which is alive, and conflictPolicy is \"deny\"")]
+    #[error(
+        "{claim} belongs to container {owner}, which is alive or may be, and conflictPolicy is \"deny\""
+    )]
     PortTaken { claim: String, owner: String },
     #[error("{what} ({tool} failed)")]
     Tool { what: String, tool: String, details: String },
@@ -110,13 +112,6 @@ impl Error {
     #[must_use]
     pub fn is_newer(&self) -> bool {
         self.code() == 104
-    }
-
-    /// Whether a file system has no room, or takes no more of this user.
-    #[must_use]
-    pub fn is_full(&self) -> bool {
-        use io::ErrorKind::{QuotaExceeded, StorageFull};
-        matches!(self, Error::Io { source, .. } if [StorageFull, QuotaExceeded].contains(&source.kind()))
     }
 
     /// The cause: what tools printed, and what the system answered. Empty if `msg` says all.

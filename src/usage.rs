@@ -190,7 +190,7 @@ pub enum Command {
     ///
     /// One line for each claim: protocol, address and port of the node, pod, where it leads, and the state:
     /// active; shadowed by a newer claim; missing in the kernel; dead, because the pod's network namespace
-    /// is gone; no record, as upstream's portmap leaves it. PACKETS and BYTES are those to the pod and back,
+    /// is gone; no record, as upstream's portmap leaves it; unknown, because the kernel could not be read. PACKETS and BYTES are those to the pod and back,
     /// where the backend counts them (ebpf). On a narrow terminal columns are left out; into a pipe none.
     /// Changes nothing. Exits 0 if all is well, 1 if something is missing, dead or could not be read.
     List {
