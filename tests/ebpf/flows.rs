@@ -1,6 +1,7 @@
 //! What programs remember of connections: too many of them, ports that are used again, and connections
 //! of the node itself.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::process::Command;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
-use portmap::backend::ebpf::layout::{Addr, Config, config_flags};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, Config, Traffic, config_flags};
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Lab;
 use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
@@ -25,8 +26,22 @@ use super::{Scene, TIMEOUT, lab};
 const ROOM: u32 = 2048;
 
 impl Scene<'_> {
-    fn flows(&self) -> usize {
-        self.lab.node.run(|| ebpf::map("pm_flows").entries().unwrap().len()).unwrap()
+    fn flows(&self) -> BTreeSet<Vec<u8>> {
+        let keys = || ebpf::map("pm_flows").entries().unwrap().into_iter().map(|(key, _)| key);
+        self.lab.node.run(|| keys().collect()).unwrap()
+    }
+
+    /// Connections to hostPort 8080 that programs have seen begin.
+    fn begun(&self) -> u64 {
+        let read = || {
+            let entries = ebpf::map("pm_traffic").entries().unwrap();
+            let of_port = entries.iter().filter(|(key, _)| {
+                ClaimKey::read_from_bytes(key).unwrap().port() == Scene::port(0)
+            });
+            let per_cpu = of_port.flat_map(|(_, values)| values.chunks_exact(size_of::<Traffic>()));
+            per_cpu.map(|value| Traffic::read_from_bytes(value).unwrap().connections).sum()
+        };
+        self.lab.node.run(read).unwrap()
     }
 }
 
@@ -36,8 +51,9 @@ fn udp_from(lab: &Lab, port: u16) -> UdpSocket {
     lab.client.run(|| UdpSocket::bind(local).unwrap()).unwrap()
 }
 
-/// A flood of flows evicts those that nobody uses; a connection that is used goes on, and one that was
-/// forgotten goes on when its client speaks.
+/// A flood of flows evicts those that nobody uses, which are its own at first: the kernel prefers what has
+/// been used again since it was made. A connection that is used is not forgotten, and one that was goes on
+/// when its client speaks.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn a_flood_of_flows_does_not_break_connections() {
@@ -51,7 +67,10 @@ fn a_flood_of_flows_does_not_break_connections() {
     // It takes everything and reads nothing.
     let _sink = lab.pods[1].netns.run(|| UdpSocket::bind("0.0.0.0:9").unwrap()).unwrap();
     let mut active = Talks::open(&lab);
+    let used = scene.flows();
+    assert!(used.len() > 10, "{}", used.len());
     let mut idle = Talks::open(&lab);
+    let begun = scene.begun();
     let target = lab.node_socket(Family::V4, 9000);
     for port in 1024..32_768 {
         udp_from(&lab, port).send_to(b"flood", target).unwrap();
@@ -59,8 +78,12 @@ fn a_flood_of_flows_does_not_break_connections() {
             active.go_on();
         }
     }
-    assert!(scene.flows() <= ROOM as usize, "{}", scene.flows());
-    assert!(scene.flows() > ROOM as usize / 2, "{}: the flood was none", scene.flows());
+    let left = scene.flows();
+    assert!(left.len() <= ROOM as usize, "{}", left.len());
+    assert!(left.len() > ROOM as usize / 2, "{}: the flood was none", left.len());
+    assert!(used.is_subset(&left), "{} are forgotten", used.difference(&left).count());
+    // None of those that are used was forgotten meanwhile, and begun anew by its client.
+    assert_eq!(scene.begun(), begun);
     active.go_on();
     idle.go_on();
 }
@@ -186,14 +209,18 @@ pub struct Ends {
 
 impl Ends {
     pub fn open(lab: &Lab, port: u16) -> Self {
-        let any = SocketAddr::new(lab.client_address(Family::V4), 0);
+        Self::open_by(lab, Family::V4, port)
+    }
+
+    fn open_by(lab: &Lab, family: Family, port: u16) -> Self {
+        let any = SocketAddr::new(lab.client_address(family), 0);
         let listener = lab.client.run(|| TcpListener::bind(any).unwrap()).unwrap();
         let outer = lab.client.run(|| UdpSocket::bind(any).unwrap()).unwrap();
-        let local = SocketAddr::new(lab.node_address(Family::V4), port);
+        let local = SocketAddr::new(lab.node_address(family), port);
         let open = |kind, to| open_from(&lab.node, kind, local, to).unwrap();
         let tcp = TcpStream::from(open(SockType::Stream, listener.local_addr().unwrap()));
         let udp = UdpSocket::from(open(SockType::Datagram, outer.local_addr().unwrap()));
-        outer.connect(SocketAddr::new(lab.node_address(Family::V4), port)).unwrap();
+        outer.connect(local).unwrap();
         let ends = Ends { tcp: (tcp, listener.accept().unwrap().0), udp: (udp, outer) };
         for stream in [&ends.tcp.0, &ends.tcp.1] {
             stream.set_read_timeout(Some(TIMEOUT)).unwrap();
@@ -233,25 +260,81 @@ fn connections_of_the_node_from_a_hostport_s_number_stay_its_own() {
     let scene = Scene::new(&lab);
     // A port that sockets get by themselves: such connections may be open already.
     const PORT: u16 = 40_000;
-    let mut before = Ends::open(&lab, PORT);
-    before.node_speaks();
-    scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
-    before.client_speaks();
-    let mut after = Ends::open(&lab, PORT);
-    after.node_speaks();
-    after.client_speaks();
-    for transport in [Transport::Tcp, Transport::Udp] {
-        let call = Call::new(transport, lab.node_socket(Family::V4, PORT), TIMEOUT);
-        assert_eq!(reach(&lab.client, call).unwrap().server, "pod-a");
+    for family in Family::ALL {
+        let mut before = Ends::open_by(&lab, family, PORT);
+        before.node_speaks();
+        scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
+        before.client_speaks();
+        let mut after = Ends::open_by(&lab, family, PORT);
+        after.node_speaks();
+        after.client_speaks();
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let call = Call::new(transport, lab.node_socket(family, PORT), TIMEOUT);
+            assert_eq!(reach(&lab.client, call).unwrap().server, "pod-a");
+        }
+        before.client_speaks();
+        after.client_speaks();
+        // Also when the claim is put there anew, and when it goes.
+        scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
+        before.client_speaks();
+        scene.node.ok("DEL", &scene.config_with(0, PORT), &scene.key(0));
+        before.client_speaks();
+        after.client_speaks();
     }
-    before.client_speaks();
-    after.client_speaks();
-    // Also when the claim is put there anew, and when it goes.
-    scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
-    before.client_speaks();
-    scene.node.ok("DEL", &scene.config_with(0, PORT), &scene.key(0));
-    before.client_speaks();
-    after.client_speaks();
+}
+
+/// A pod's connection gets the node's address from netfilter and keeps its port, which is another pod's
+/// hostPort (cilium#34041).
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn masqueraded_connections_from_a_hostport_s_number_go_on() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.node.shell(
+        "nft -f - <<'END'
+        table inet foreign {
+            chain out {
+                type nat hook postrouting priority srcnat
+                oifname eth0 masquerade
+            }
+        }
+END",
+    );
+    scene.ok("ADD", 0);
+    let port = Scene::port(0);
+    for family in Family::ALL {
+        let seen = SocketAddr::new(lab.node_address(family), port);
+        let local = SocketAddr::new(lab.pods[1].address(family).unwrap(), port);
+        let any = SocketAddr::new(lab.client_address(family), 0);
+        let listener = lab.client.run(|| TcpListener::bind(any).unwrap()).unwrap();
+        let outer = lab.client.run(|| UdpSocket::bind(any).unwrap()).unwrap();
+        outer.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let open = |kind, to| open_from(&lab.pods[1].netns, kind, local, to).unwrap();
+        let mut stream = TcpStream::from(open(SockType::Stream, listener.local_addr().unwrap()));
+        let socket = UdpSocket::from(open(SockType::Datagram, outer.local_addr().unwrap()));
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let (mut server, from) = listener.accept().unwrap();
+        assert_eq!(from, seen, "by TCP");
+        let mut buffer = [0; 5];
+        for _ in 0..2 {
+            stream.write_all(b"hello").unwrap();
+            server.read_exact(&mut buffer).unwrap();
+            server.write_all(b"world").unwrap();
+            stream.read_exact(&mut buffer).expect("an answer by TCP");
+            socket.send(b"hello").unwrap();
+            let (_, from) = outer.recv_from(&mut buffer).unwrap();
+            assert_eq!(from, seen, "by UDP");
+            outer.send_to(b"world", from).unwrap();
+            socket.recv(&mut buffer).expect("an answer by UDP");
+            // Others are forwarded all the same.
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let call = Call::new(transport, lab.node_socket(family, port), TIMEOUT);
+                assert_eq!(reach(&lab.client, call).unwrap().server, "pod-a");
+            }
+        }
+    }
+    scene.ok("DEL", 0);
 }
 
 fn loopback(port: u16) -> SocketAddr {

@@ -12,7 +12,7 @@ use portmap::sys::bpf::features::Features;
 use serde_json::json;
 
 use super::group::Group;
-use super::support::{PORTMAP, ebpf};
+use super::support::{PORTMAP, ebpf, strace};
 use super::talks::Talks;
 use super::{Scene, TIMEOUT, lab};
 
@@ -155,8 +155,27 @@ fn without_so_netns_cookie() {
 fn without_batches() {
     let lab = lab(3);
     let scene = Scene::new(&lab);
+    // How many calls an ADD and a DEL of one more pod make, and how many of them are batches.
+    let calls = || {
+        let mut log = String::new();
+        for verb in ["ADD", "DEL"] {
+            let command = scene.command(&[], verb, 2);
+            let input = scene.config(2).to_string();
+            let (output, traced) = strace::traced(&lab.node, &command, &input, "bpf");
+            assert!(output.success(), "{verb}: {}", output.reason());
+            log.push_str(&traced);
+        }
+        (log.matches("bpf(BPF_MAP_").count(), log.matches("_BATCH,").count())
+    };
+    scene.ok("ADD", 0);
+    let (all, batches) = calls();
+    assert!(all > batches && batches > 0, "{batches} of {all}");
+    scene.ok("DEL", 0);
+    assert!(scene.node.flush().success());
     scene.pretend(|kernel| kernel.batches = false);
     scene.come();
+    let (all, batches) = calls();
+    assert!(all > 0 && batches == 0, "{batches} of {all}");
     scene.go(Talks::open(&lab));
 }
 

@@ -27,6 +27,11 @@ pub const CHANGES: [&str; 15] = [
     "?rmdir",
 ];
 
+/// Runs a command, and returns what strace says of its `calls`.
+pub fn traced(inside: &Netns, command: &Command, input: &str, calls: &str) -> (Output, String) {
+    run(inside, command, input, calls, &[])
+}
+
 /// Runs a command with `calls` (names, separated by commas) tampered with as strace's option `inject`
 /// has it: `error=EPERM`, `signal=SIGKILL:when=3`. Threads count for themselves.
 ///
@@ -38,11 +43,23 @@ pub fn tampered(
     calls: &str,
     how: &str,
 ) -> (Output, bool) {
+    let inject = format!("inject={calls}:{how}");
+    let (output, log) = run(inside, command, input, calls, &["-e", &inject]);
+    (output, log.contains("(INJECTED)"))
+}
+
+fn run(
+    inside: &Netns,
+    command: &Command,
+    input: &str,
+    calls: &str,
+    options: &[&str],
+) -> (Output, String) {
     let scratch = Scratch::new();
     let log = scratch.0.join("strace");
     let mut traced = Command::new("strace");
     traced.args(["-f", "-qq", "-e", &format!("trace={calls}"), "-o"]).arg(&log);
-    traced.args(["-e", &format!("inject={calls}:{how}")]).env_clear();
+    traced.args(options).env_clear();
     for (name, value) in command.get_envs() {
         let value = value.unwrap_or_default();
         match name == "PATH" {
@@ -55,6 +72,5 @@ pub fn tampered(
     traced.env("PATH", plugin::search_path());
     // It ends as its command ends, also by a signal.
     let output = plugin::run(&mut traced, input.as_bytes(), inside).unwrap();
-    let log = std::fs::read_to_string(&log).expect("strace has not traced");
-    (output, log.contains("(INJECTED)"))
+    (output, std::fs::read_to_string(&log).expect("strace has not traced"))
 }
