@@ -3,11 +3,17 @@
 
 use std::net::IpAddr;
 
+use portmap::backend::ebpf::entries;
+use portmap::backend::ebpf::layout::{ClaimKey, REASONS};
+use portmap::backend::ebpf::loaded::Maps;
 use portmap::demo::matrix::{Place, Source};
+use portmap::demo::netns::Netns;
 use portmap::demo::topology::{Shape, UPLINK};
-use portmap::model::Family;
+use portmap::model::{Claim, Family, Protocol};
 
 use crate::rig::{Container, INSIDE, PORT, Stage, assert_calls, mapped, reaches, refused, shell};
+use crate::support::ebpf::map;
+use crate::support::entries::maps;
 use crate::support::{Node, Variant};
 
 const ADDRESSES: [[&str; 2]; 2] =
@@ -15,6 +21,21 @@ const ADDRESSES: [[&str; 2]; 2] =
 
 fn ip(text: &str) -> IpAddr {
     text.split_once('/').unwrap().0.parse().unwrap()
+}
+
+/// Datagrams to the claim and from it.
+fn datagrams(maps: &Maps, family: Family) -> [u64; 2] {
+    let claim = Claim { family, protocol: Protocol::Udp, address: None, port: PORT };
+    let traffic = entries::traffic(maps, &ClaimKey::of(&claim)).unwrap().unwrap();
+    [traffic.packets_in, traffic.packets_out]
+}
+
+/// How many flows have got another port than their peer's.
+fn remapped(node: &Netns) -> u64 {
+    let index = REASONS.iter().position(|reason| *reason == "remapped").unwrap() as u32;
+    let values =
+        node.run(|| map("pm_reasons").get(&index.to_ne_bytes())).unwrap().unwrap().unwrap();
+    values.chunks_exact(8).map(|value| u64::from_ne_bytes(value.try_into().unwrap())).sum()
 }
 
 #[test]
@@ -49,6 +70,12 @@ fn host_ports_are_reached_by_a_vlan() {
         cases.extend(reaches(Place::Client, untagged, PORT, "pod-a", source));
     }
     assert_calls("by a VLAN and without", lab, cases);
+    // Two of each caller that is not the node itself.
+    let (maps, _) = maps(&lab.node).unwrap();
+    for family in Family::ALL {
+        assert_eq!(datagrams(&maps, family), [6, 6], "{family}");
+    }
+    assert_eq!(remapped(&lab.node), 0);
     container.del();
     let near = ADDRESSES[0].map(ip)[0];
     assert_calls("after DEL", lab, refused(Place::Client, near, PORT));
