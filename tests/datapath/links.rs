@@ -45,6 +45,8 @@ fn frames_for_a_macvlan_pod_have_its_address() {
     });
 }
 
+/// These are tags behind the first, which the kernel has taken out of the frame before programs see it. A
+/// test run has none of that kind: its context's `vlan_tci` must be 0. coexist::capture sends some.
 #[test]
 #[ignore = "privileged: loads BPF programs"]
 fn frames_of_vlans_and_other_protocols_pass() {

@@ -1,11 +1,11 @@
 //! Random packets: nothing is dropped, and nothing changed, but what has a claim or a flow.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use portmap::backend::ebpf::layout::{Addr, ClaimKey, Config, claim_flags};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, Config, claim_flags};
 use portmap::model::{Family, Protocol};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::packet::{Kind, Packet, error, error_kinds};
 use crate::rig::{At, LEAST, NEXT, REDIRECT, Rig, SHOT, hex, on_both_nodes, on_node};
@@ -129,29 +129,63 @@ fn packet(rig: &Rig, random: &mut Random) -> Vec<u8> {
     frame
 }
 
-fn has_claim(rig: &Rig, to: SocketAddr, protocol: Protocol) -> bool {
-    [Addr::from(to.ip()), Addr::any(Family::of(&to.ip()))].into_iter().any(|addr| {
-        let key = ClaimKey::new(addr, protocol, to.port());
-        rig.maps["pm_claims"].get(key.as_bytes()).unwrap().is_some()
-    })
+/// The last address of the uplink's subnet by IPv4, for broadcasts; by IPv6 the first, which is that of
+/// every router in it (RFC 4291, section 2.6.1).
+fn of_subnet(rig: &Rig) -> IpAddr {
+    match rig.node(0).ip() {
+        IpAddr::V4(ip) => Ipv4Addr::from_bits(ip.to_bits() | 0xff).into(),
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
+    }
 }
 
-/// Whether there is a claim, a flow or a first fragment that the packet could belong to.
-fn may_be_touched(rig: &Rig, at: At, seen: &Seen) -> bool {
+/// Sources of IPv6 of which `bpf_fib_lookup` says "not forwarded", as of packets to the node, whatever
+/// they call (`rt6_need_strict`). The stack drops them before they get to a pod.
+fn is_bound_to_link(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(ip) => ip.is_multicast() || ip.is_unicast_link_local() || ip.is_loopback(),
+    }
+}
+
+/// Where the claim leads that has this destination. One of any address has those of the node alone.
+fn claimed(
+    rig: &Rig,
+    at: At,
+    [from, to]: [SocketAddr; 2],
+    protocol: Protocol,
+) -> Option<SocketAddr> {
+    let is_own = [rig.node(0), rig.second(0), rig.gateway(0)].iter().any(|own| own.ip() == to.ip())
+        || at == At::UplinkIn
+            && (!rig.is_v4() && to.ip() == of_subnet(rig) || is_bound_to_link(from.ip()));
+    let any = is_own.then(|| Addr::any(Family::of(&to.ip())));
+    let value = [Some(Addr::from(to.ip())), any].into_iter().flatten().find_map(|addr| {
+        let key = ClaimKey::new(addr, protocol, to.port());
+        rig.maps["pm_claims"].get(key.as_bytes()).unwrap()
+    })?;
+    Some(ClaimValue::read_from_bytes(&value).unwrap().target())
+}
+
+/// Where the packet may be sent if it is touched; `None` if it must not be.
+fn leads_to(rig: &Rig, at: At, seen: &Seen) -> Option<Vec<SocketAddr>> {
     let Some((source, destination)) = seen.ends else {
         let key = seen.fragment_key(at == At::Out);
-        return rig.maps["pm_fragments"].get(&key).unwrap().is_some();
+        // Where the first fragment went, which was looked at.
+        return rig.maps["pm_fragments"].get(&key).unwrap().map(|_| Vec::new());
     };
     let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
     let protocol = protocols.into_iter().find(|known| known.number() == seen.protocol).unwrap();
-    let is_answer = rig.flow_of(seen.protocol, source, destination).is_some();
-    match at {
-        // Back to an address that stands for the peer's, or to a claim.
-        At::PodIn => is_answer || has_claim(rig, destination, protocol),
-        At::UplinkIn => has_claim(rig, destination, protocol),
-        // Answers; and what is masqueraded, which has a flow the other way round.
-        _ => is_answer || rig.flow_of(seen.protocol, destination, source).is_some(),
-    }
+    let answered = rig.flow_of(seen.protocol, source, destination).map(|flow| flow.peer);
+    let called = match at {
+        At::UplinkIn | At::PodIn => claimed(rig, at, [source, destination], protocol),
+        // What is masqueraded is on its way to the pod, and has a flow the other way round.
+        _ => rig.flow_of(seen.protocol, destination, source).map(|_| destination),
+    };
+    let to: Vec<_> = match at {
+        At::UplinkIn => called.into_iter().collect(),
+        // From a pod, an answer may be one to an address that stands for the peer's.
+        _ => answered.into_iter().chain(called).collect(),
+    };
+    (!to.is_empty()).then_some(to)
 }
 
 fn seed() -> u64 {
@@ -176,13 +210,16 @@ fn only_what_has_a_claim_or_a_flow_is_touched() {
             claim.source = source.into();
         });
         rig.claim_any(40000, rig.pod(40001));
+        if rig.is_v4() {
+            rig.list_address(of_subnet(rig), 0);
+        }
         let mut random = Random(seed);
         let (mut passed, mut changed, mut bounced) = (0, 0, 0);
         for number in 0..PACKETS {
             let frame = packet(rig, &mut random);
             let at = random.one_of(&[At::UplinkIn, At::PodIn, At::Out]);
             let seen = Seen::read(&frame);
-            let may_be_touched = seen.as_ref().is_some_and(|seen| may_be_touched(rig, at, seen));
+            let leads_to = seen.as_ref().and_then(|seen| leads_to(rig, at, seen));
             let no_port = rig.count("dropNoPort");
             let trial = rig.trial(at, &frame);
             let context = || format!("packet {number} at {at:?}: {} of {seen:?}", hex(&frame));
@@ -195,10 +232,13 @@ fn only_what_has_a_claim_or_a_flow_is_touched() {
                 passed += 1;
                 continue;
             }
-            assert!(may_be_touched, "{}", context());
+            let leads_to = leads_to.unwrap_or_else(|| panic!("touched: {}", context()));
             changed += 1;
-            if let Some(seen) = &seen {
-                seen.check(&frame, &trial.packet);
+            let Some(seen) = &seen else { continue };
+            seen.check(&frame, &trial.packet);
+            if trial.packet != frame && seen.ends.is_some() {
+                let (_, to) = Seen::read(&trial.packet).unwrap().ends.unwrap();
+                assert!(leads_to.contains(&to), "{to} of {leads_to:?}: {}", context());
             }
         }
         println!("{passed} passed, {changed} changed, {bounced} of them bounced");
