@@ -38,13 +38,14 @@ fn one_family(variant: Variant, shape: Shape, family: Family) {
     whole_life(variant, &stage);
 }
 
-/// Frames of a bridge meet iptables where br_netfilter is loaded and this is on. Kernels without the
-/// module have one behaviour only, that of 0.
-fn bridge_calls_iptables(stage: &Stage, value: &str) {
+/// Whether frames of a bridge meet iptables. Kernels without br_netfilter have one behaviour only, that
+/// of no.
+fn bridge_calls_iptables(stage: &Stage, calls: bool) {
     for tool in ["iptables", "ip6tables"] {
         let key = format!("bridge/bridge-nf-call-{tool}");
-        if stage.lab.node.sysctl(&key).is_ok() {
-            stage.lab.node.set_sysctl(&key, value).unwrap();
+        if calls || stage.lab.node.sysctl(&key).is_ok() {
+            let value = if calls { "1" } else { "0" };
+            stage.lab.node.set_sysctl(&key, value).expect("modprobe br_netfilter");
         }
     }
 }
@@ -72,13 +73,13 @@ on_each_variant! {
 
     fn bridge(variant: Variant) {
         let stage = Stage::new(Shape::Bridge);
-        bridge_calls_iptables(&stage, "0");
+        bridge_calls_iptables(&stage, false);
         whole_life(variant, &stage);
     }
 
     fn bridge_with_br_netfilter(variant: Variant) {
         let stage = Stage::new(Shape::Bridge);
-        bridge_calls_iptables(&stage, "1");
+        bridge_calls_iptables(&stage, true);
         hairpin(&stage);
         whole_life(variant, &stage);
     }
@@ -88,7 +89,7 @@ on_each_variant! {
         let mut options = Options::new(Shape::Mixed);
         options.pods = 4;
         let stage = Stage::with(options);
-        bridge_calls_iptables(&stage, "0");
+        bridge_calls_iptables(&stage, false);
         whole_life(variant, &stage);
     }
 
@@ -139,10 +140,17 @@ fn every_pod_calls_every_address() {
 /// The tools differ in families no more than shown above: here it is the wiring that differs.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
-fn one_family_on_the_other_shapes() {
+fn rules_for_one_family_on_the_other_shapes() {
     for family in Family::ALL {
         one_family(Variant::IptablesNft, Shape::Ptp, family);
         one_family(Variant::Nftables, Shape::Bridge, family);
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ebpf_for_one_family_on_the_other_shapes() {
+    for family in Family::ALL {
         one_family(Variant::Ebpf, Shape::Ptp, family);
         one_family(Variant::Ebpf, Shape::Bridge, family);
     }
