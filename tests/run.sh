@@ -196,8 +196,13 @@ export CARGO_MANIFEST_DIR
 # the whole machine's, would stay and act.
 cgroup=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
 [ -n "$cgroup" ] || fail 'cgroup v2 is mounted nowhere'
-programs() { bpftool cgroup show "$cgroup" | awk '$NF ~ /^pm_/' | sort; }
+programs() {
+    shown=$(bpftool cgroup show "$cgroup") || fail "bpftool cannot show the programs at $cgroup"
+    printf '%s\n' "$shown" | awk '$NF ~ /^pm_/' | sort
+}
 programs_before=$(programs)
+# Loaded, it puts the frames of this machine's own bridges through its rules as well.
+[ -e /proc/sys/net/bridge ] || fail 'some tests need br_netfilter: modprobe br_netfilter'
 matrix=
 kernels=
 netlink=
