@@ -49,7 +49,7 @@ impl Scene<'_> {
         if matches!(stage, Stage::Del | Stage::DelBeside | Stage::Flush) {
             self.ok("ADD", 0);
         }
-        let before = (ebpf::state(&self.lab.node), self.records());
+        let before = (ebpf::state(&self.lab.node), self.node.records());
         let (command, input) = match stage {
             Stage::Flush => (self.node.flush_command(), String::new()),
             Stage::Del | Stage::DelBeside => {
@@ -65,7 +65,7 @@ impl Scene<'_> {
                 assert_eq!(self.reaches(8080).as_deref(), Some("pod-a"), "{what}");
             }
             Stage::Add | Stage::AddBeside | Stage::Again => {
-                let now = (ebpf::state(&self.lab.node), self.records());
+                let now = (ebpf::state(&self.lab.node), self.node.records());
                 assert_eq!(now, before, "{what}: {}", output.reason());
             }
             Stage::Del | Stage::DelBeside | Stage::Flush => {}
@@ -79,17 +79,11 @@ impl Scene<'_> {
         if beside {
             self.ok("DEL", 1);
         }
-        assert_eq!(self.records(), Vec::<String>::new(), "{what}");
+        assert_eq!(self.node.records(), Vec::<String>::new(), "{what}");
         let flushed = self.node.flush();
         assert!(flushed.success(), "{what}: {}", flushed.stderr);
         assert_eq!(ebpf::state(&self.lab.node), Vec::<String>::new(), "{what}");
         met
-    }
-
-    fn records(&self) -> Vec<String> {
-        let names = std::fs::read_dir(self.node.state_dir.join("records"));
-        let names = names.into_iter().flatten().map(|entry| entry.unwrap().file_name());
-        names.map(|name| name.to_string_lossy().into_owned()).collect()
     }
 }
 

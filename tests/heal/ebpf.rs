@@ -8,7 +8,7 @@ use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, Config, port_bi
 use portmap::demo::netns::Netns;
 use portmap::demo::snapshot::pins;
 use portmap::demo::topology::{Lab, Options, Shape, UPLINK};
-use portmap::demo::traffic::{Call, Session, Transport, reach};
+use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
 use portmap::model::{Family, Protocol};
 use portmap::sys::bpf::features::Features;
 use portmap::sys::bpf::program::{Program, SocketHook};
@@ -17,6 +17,7 @@ use zerocopy::IntoBytes;
 
 use super::support::Variant;
 use super::support::ebpf::{self, PINS};
+use super::support::entries::{Entries, entries, maps};
 use super::support::programs;
 use super::{By, Scene, TIMEOUT};
 
@@ -38,13 +39,16 @@ struct Damage {
     by: By,
     /// Takes away what is foreign, and not ours to remove.
     after: fn(&Place),
+    /// A port that stays counted, without any claim, until the first pod comes: a DEL takes off the count
+    /// what it takes off the claims.
+    counted: Option<u16>,
 }
 
 const fn damage(by: By, name: &'static str, act: fn(&Place), named: &'static str) -> Damage {
-    Damage { name, act, named, by, after: |_| {} }
+    Damage { name, act, named, by, after: |_| {}, counted: None }
 }
 
-const DAMAGES: [Damage; 30] = [
+const DAMAGES: [Damage; 31] = [
     damage(By::Any, "the map of claims unpinned", |_| unpin("pm_claims"), "pm_claims is missing"),
     damage(By::Any, "the ports unpinned", |_| unpin("pm_ports"), "pm_ports is missing"),
     damage(By::Any, "the uses unpinned", |_| unpin("pm_port_uses"), "pm_port_uses is missing"),
@@ -60,6 +64,7 @@ const DAMAGES: [Damage; 30] = [
     ),
     damage(By::Any, "the fragments unpinned", |_| unpin("pm_fragments"), "pm_fragments is missing"),
     damage(By::Any, "the sockets unpinned", |_| unpin("pm_sockets"), "pm_sockets is missing"),
+    damage(By::Any, "the streams unpinned", |_| unpin("pm_streams"), "pm_streams is missing"),
     damage(By::Any, "the reasons unpinned", |_| unpin("pm_reasons"), "pm_reasons is missing"),
     damage(By::Any, "a program unpinned", |_| unpin("pm_out"), "program pm_out is missing"),
     damage(
@@ -71,12 +76,15 @@ const DAMAGES: [Damage; 30] = [
     damage(By::Any, "all maps unpinned", |_| remove("m"), "there are no eBPF maps"),
     damage(By::Any, "all programs unpinned", |_| remove("p-"), "program pm_out is missing"),
     damage(By::Any, "everything unpinned", |_| remove(""), "there are no eBPF maps"),
-    damage(
-        By::Own,
-        "a claim removed",
-        |_| assert!(ebpf::map("pm_claims").remove(any_claim().as_bytes()).unwrap()),
-        "tcp 0.0.0.0:8080 expected to lead to POD:80, found nothing",
-    ),
+    Damage {
+        counted: Some(8080),
+        ..damage(
+            By::Own,
+            "a claim removed",
+            |_| assert!(ebpf::map("pm_claims").remove(any_claim().as_bytes()).unwrap()),
+            "tcp 0.0.0.0:8080 expected to lead to POD:80, found nothing",
+        )
+    },
     damage(
         By::Own,
         "a claim changed",
@@ -95,15 +103,18 @@ const DAMAGES: [Damage; 30] = [
         },
         "tcp 0.0.0.0:8080 has another owner",
     ),
-    damage(
-        By::Own,
-        "the pod behind a claim removed",
-        |place| {
-            let key = ClaimKey::new(place.pod.into(), Protocol::Tcp, 80);
-            assert!(ebpf::map("pm_claims").remove(key.as_bytes()).unwrap());
-        },
-        "tcp POD:80 expected to lead to POD:80, found nothing",
-    ),
+    Damage {
+        counted: Some(80),
+        ..damage(
+            By::Own,
+            "the pod behind a claim removed",
+            |place| {
+                let key = ClaimKey::new(place.pod.into(), Protocol::Tcp, 80);
+                assert!(ebpf::map("pm_claims").remove(key.as_bytes()).unwrap());
+            },
+            "tcp POD:80 expected to lead to POD:80, found nothing",
+        )
+    },
     damage(By::Own, "a port's bit cleared", |_| clear_bit(8080), "programs skip port 8080"),
     damage(
         By::Own,
@@ -276,6 +287,37 @@ impl Scene<'_> {
     }
 }
 
+impl Scene<'_> {
+    /// No entry and no record tells of pod-a, beside so many pods. Where the maps are gone, so are the
+    /// programs that would go on with them out of everybody's reach.
+    fn assert_gone(&self, beside: usize, damage: &Damage) {
+        let (what, port) = (damage.name, 8080);
+        let mut found = entries(&self.lab.node);
+        if let Some(counted) = damage.counted {
+            assert!(found.port_uses.remove(&counted).is_some(), "{what}: {counted} is not counted");
+            found.ports.retain(|port| *port != counted);
+        }
+        let of_pod = |ip: IpAddr| self.lab.pods[0].addresses.iter().any(|own| own.ip() == ip);
+        let tells = |(key, value): &(&ClaimKey, &ClaimValue)| {
+            key.port() == port || of_pod(key.addr.ip()) || of_pod(value.target().ip())
+        };
+        let left: Vec<_> = found.claims.iter().filter(tells).collect();
+        assert!(left.is_empty(), "{what}: {left:?}");
+        assert_eq!(found.port_uses.get(&port), None, "{what}");
+        assert!(!found.ports.contains(&port), "{what}");
+        assert!(!found.traffic.iter().any(|key| key.port() == port), "{what}");
+        if beside == 0 {
+            assert_eq!(found, Entries::default(), "{what}");
+        }
+        assert_eq!(self.node.records().len(), beside, "{what}");
+        if maps(&self.lab.node).is_none() {
+            assert_eq!(ebpf::hooks(&self.lab.node), Vec::<String>::new(), "{what}");
+        }
+        let call = Call::new(Transport::Tcp, self.lab.node_socket(Family::V4, port), TIMEOUT);
+        assert_eq!(reach(&self.lab.client, call), Err(Failure::Refused), "{what}");
+    }
+}
+
 fn lab() -> Lab {
     let mut options = Options::new(Shape::Cilium);
     options.pods = 3;
@@ -315,13 +357,18 @@ fn del_works_on_every_damage_and_nothing_is_left() {
         scene.ok("ADD", 0);
         scene.inflict(damage.act);
         scene.ok("DEL", 0);
-        assert!(!answers(&lab, 8080), "{what}");
+        scene.assert_gone(0, damage);
+        if damage.counted.is_some() {
+            scene.ok("ADD", 1);
+            scene.ok("DEL", 1);
+            assert_eq!(entries(&lab.node), Entries::default(), "{what}");
+        }
         scene.ok("ADD", 0);
         scene.ok("ADD", 1);
         scene.inflict(damage.after);
         scene.inflict(damage.act);
         scene.ok("DEL", 0);
-        assert!(!answers(&lab, 8080), "{what}");
+        scene.assert_gone(1, damage);
         scene.ok("ADD", 1);
         scene.ok("CHECK", 1);
         assert!(answers(&lab, 8081), "{what}");

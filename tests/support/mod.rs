@@ -16,6 +16,7 @@ pub mod foreign;
 pub mod golden;
 pub mod programs;
 pub mod strace;
+pub mod versions;
 
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
@@ -235,6 +236,15 @@ impl<'a> Node<'a> {
             Variant::Nftables => "nft flush ruleset",
             Variant::Ebpf => "rm -r /sys/fs/bpf/portmap",
         });
+    }
+
+    /// Names of the records that there are.
+    pub fn records(&self) -> Vec<String> {
+        let names = std::fs::read_dir(self.state_dir.join("records")).into_iter().flatten();
+        let mut names: Vec<String> =
+            names.map(|name| name.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
     }
 
     /// Rules, sysctls and records, to be compared before and after.
