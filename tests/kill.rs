@@ -6,7 +6,7 @@
 //! so that the next call waits for it.
 //!
 //! eBPF is also killed before every system call that changes something, one after the other
-//! (`kill/boundaries.rs`).
+//! (`kill/boundaries.rs`), also of an upgrade (`kill/upgrade.rs`).
 //!
 //! Run as root: `cargo test --test kill -- --ignored`. `PORTMAP_KILL_SEED` repeats a sequence.
 #![allow(
@@ -22,6 +22,8 @@ mod boundaries;
 #[path = "support/raw.rs"]
 mod raw;
 mod support;
+#[path = "kill/upgrade.rs"]
+mod upgrade;
 
 use std::io::Write;
 use std::path::Path;
@@ -32,7 +34,7 @@ use portmap::demo::listing;
 use portmap::demo::plugin::{self, Attachment};
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Options, Shape};
-use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::demo::traffic::{Call, Failure, Transport, reach};
 use serde_json::{Value, json};
 use support::{Node, PORTMAP, VARIANTS, Variant, attachment, ebpf, prev_result};
 
@@ -137,7 +139,8 @@ impl<'a> Trial<'a> {
     fn assert_closed(&self, port: u16) {
         for family in &self.lab.options.families {
             let call = Call::new(Transport::Tcp, self.lab.node_socket(*family, port), TIMEOUT);
-            assert!(reach(&self.lab.client, call).is_err(), "{family} port {port} answers");
+            let reply = reach(&self.lab.client, call);
+            assert_eq!(reply, Err(Failure::Refused), "{family} port {port}");
         }
     }
 

@@ -3,30 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use portmap::backend::ebpf::devices::{self, Mode, Scope};
-use portmap::backend::ebpf::loaded::{Build, Loaded, OWN};
-use portmap::backend::ebpf::{entries, objects, sockets};
-use portmap::sys::Host;
+use portmap::backend::ebpf::loaded::{Build, OWN};
 use portmap::sys::bpf::map::Map;
-use portmap::sys::bpf::object::{self, Aligned};
-use portmap::sys::bpf::pins::Pins;
+use portmap::sys::bpf::pins::{Contents, Pins};
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cgroup, tcx};
-use portmap::sys::store::Store;
 
 use super::flows::Ends;
 use super::support::ebpf::{self, PINS};
-use super::support::programs;
+use super::support::{entries, programs, versions};
 use super::talks::Talks;
 use super::{Scene, lab};
-
-static OLDER: &Aligned<[u8]> = &Aligned(*include_bytes!("../../testdata/bpf/older.bpf.o"));
-static NEWER: &Aligned<[u8]> = &Aligned(*include_bytes!("../../testdata/bpf/newer.bpf.o"));
-
-fn build(object: &'static [u8], layout: u32, revision: u32) -> Build {
-    let digest = Box::leak(object::revision(object).into_boxed_str());
-    Build { object, digest, layout, revision }
-}
 
 /// The plugin's own object as another revision: the same programs in a file with another digest.
 fn other_revision(revision: u32) -> Build {
@@ -41,39 +28,16 @@ fn other_revision(revision: u32) -> Build {
         *word = u64::from_ne_bytes(bytes);
     }
     let words: &'static [u64] = Vec::leak(aligned);
-    build(zerocopy::IntoBytes::as_bytes(words), OWN.layout, revision)
+    versions::build(zerocopy::IntoBytes::as_bytes(words), OWN.layout, revision)
 }
 
 impl Scene<'_> {
-    /// Makes the node one that another version has loaded and that the same pods have come to.
     fn loaded_by(&self, build: &Build) {
-        let work = || {
-            Pins::open().unwrap().remove_all().unwrap();
-            let host = Host::new(None);
-            let records =
-                Store::open(&self.node.state_dir, &host.boot_id()).unwrap().all().unwrap().0;
-            let loaded = Loaded::ensure(build, true).unwrap();
-            let facts = host.node_facts().unwrap();
-            let wanted = objects::claims(&records.iter().collect::<Vec<_>>());
-            entries::restore(&loaded.maps, &wanted).unwrap();
-            entries::addresses(&loaded.maps, &objects::addresses(&facts)).unwrap();
-            let links = host.links().unwrap();
-            let done =
-                devices::sync(&host, &loaded, &links, &facts, Scope::All, Mode::Restore).unwrap();
-            assert!(done && sockets::sync(&host, &loaded, Mode::Restore).unwrap());
-            loaded.claim_revision().unwrap();
-        };
-        self.lab.node.run(work).unwrap();
-        assert_eq!(self.digests(), [build.digest]);
+        versions::load(&self.node, build);
     }
 
-    /// Whose programs are pinned.
-    fn digests(&self) -> Vec<String> {
-        self.lab.node.run(|| Pins::open().unwrap().list().unwrap().revisions).unwrap()
-    }
-
-    fn layouts(&self) -> Vec<u32> {
-        self.lab.node.run(|| Pins::open().unwrap().list().unwrap().layouts).unwrap()
+    fn pinned(&self) -> Contents {
+        versions::pinned(&self.lab.node)
     }
 
     /// Numbers of everything that is pinned, by name: maps and programs.
@@ -173,7 +137,7 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     scene.ok("ADD", 0);
     scene.ok("ADD", 1);
     foreign.attach_another();
-    let older = build(&OLDER.0, 0, 0);
+    let older = versions::older();
     // A connection of the node from a hostPort's number is remembered, too.
     scene.node.ok("ADD", &scene.config_with(2, 40_000), &scene.key(2));
     scene.loaded_by(&older);
@@ -189,7 +153,7 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
 
     talks.during_a_change_of_maps(|| drop(scene.ok("ADD", 1)));
 
-    assert_eq!((scene.digests(), scene.layouts()), (vec![OWN.digest.to_owned()], vec![OWN.layout]));
+    assert_eq!(scene.pinned(), versions::only(&OWN));
     assert_gone(&maps, &programs);
     assert_eq!(ebpf::hooks(&lab.node), places);
     let (_, programs) = scene.ids();
@@ -213,18 +177,21 @@ fn an_older_layout_is_upgraded_by_del_as_well() {
     let scene = Scene::new(&lab);
     scene.ok("ADD", 0);
     scene.ok("ADD", 1);
-    scene.loaded_by(&build(&OLDER.0, 0, 0));
+    scene.loaded_by(&versions::older());
     let (maps, programs) = scene.ids();
     let mut talks = Talks::open(&lab);
     talks.during_a_change_of_maps(|| drop(scene.ok("DEL", 1)));
-    assert_eq!((scene.digests(), scene.layouts()), (vec![OWN.digest.to_owned()], vec![OWN.layout]));
+    assert_eq!(scene.pinned(), versions::only(&OWN));
     assert_gone(&maps, &programs);
     scene.ok("CHECK", 0);
+    // Its counters have not come along with the last connections.
+    let traffic = entries::entries(&lab.node).traffic;
+    assert!(traffic.iter().all(|key| key.port() != Scene::port(1)), "{traffic:?}");
     // The last one takes everything of another version with it.
-    scene.loaded_by(&build(&OLDER.0, 0, 0));
+    scene.loaded_by(&versions::older());
     let (maps, programs) = scene.ids();
     scene.ok("DEL", 0);
-    assert_eq!(scene.layouts(), Vec::<u32>::new());
+    assert_eq!(scene.pinned(), Contents::default());
     assert_eq!(ebpf::hooks(&lab.node), Vec::<String>::new());
     assert_gone(&maps, &programs);
 }
@@ -241,7 +208,7 @@ fn another_object_of_the_same_layout_is_replaced_on_the_same_maps() {
     let (maps, programs) = scene.ids();
     let places = ebpf::hooks(&lab.node);
     talks.during(|| drop(scene.ok("ADD", 0)));
-    assert_eq!(scene.digests(), [OWN.digest]);
+    assert_eq!(scene.pinned(), versions::only(&OWN));
     assert_eq!(scene.ids().0, maps);
     assert_eq!(ebpf::hooks(&lab.node), places);
     assert_gone(&BTreeMap::new(), &programs);
@@ -261,7 +228,7 @@ fn newer_programs_of_the_same_layout_are_left_in_place() {
     let mut talks = Talks::open(&lab);
     talks.during(|| drop(scene.ok("ADD", 1)));
     (0..2).for_each(|pod| drop(scene.ok("CHECK", pod)));
-    assert_eq!((scene.digests(), scene.ids()), (vec![newer.digest.to_owned()], ids.clone()));
+    assert_eq!((scene.pinned(), scene.ids()), (versions::only(&newer), ids.clone()));
     scene.ok("DEL", 0);
     scene.ok("ADD", 0);
     // What the newer one has not loaded comes from the own object, and nothing of it is renamed.
@@ -273,7 +240,7 @@ fn newer_programs_of_the_same_layout_are_left_in_place() {
     (0..2).for_each(|pod| drop(scene.ok("CHECK", pod)));
     let mut digests = vec![newer.digest.to_owned(), OWN.digest.to_owned()];
     digests.sort();
-    assert_eq!(scene.digests(), digests);
+    assert_eq!(scene.pinned().revisions, digests);
     let (maps, mut programs) = scene.ids();
     assert_ne!(programs.insert("pm_out".into(), ids.1["pm_out"]), Some(ids.1["pm_out"]));
     assert_eq!((maps, programs), ids);
@@ -291,7 +258,7 @@ fn a_newer_layout_is_not_touched() {
     let scene = Scene::new(&lab);
     scene.ok("ADD", 0);
     scene.ok("ADD", 1);
-    scene.loaded_by(&build(&NEWER.0, 2, 2));
+    scene.loaded_by(&versions::newer());
     let mut talks = Talks::open(&lab);
     let state = || {
         let records = super::support::files_of(&scene.node.state_dir);

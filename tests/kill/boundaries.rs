@@ -12,7 +12,7 @@ use super::support::{Node, PORTMAP, Variant, strace};
 use super::{FIRST, LIVING, Random, Stage, Trial, VICTIM, seed};
 
 /// Runs a command and kills it before its `number`th call; false if it made fewer.
-fn killed_before(
+pub fn killed_before(
     node: &Node,
     mut command: Command,
     input: &str,
@@ -33,8 +33,14 @@ enum Start {
     Loaded,
 }
 
-fn step() -> usize {
-    std::env::var("PORTMAP_KILL_STEP").ok().and_then(|text| text.parse().ok()).unwrap_or(8)
+/// One in how many calls is tried.
+pub fn step(usual: usize) -> usize {
+    std::env::var("PORTMAP_KILL_STEP").ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
+/// Where a walk with such steps begins.
+pub fn first_number(trial: &mut Trial, step: usize) -> usize {
+    1 + usize::try_from(trial.random.below(64)).unwrap() % step
 }
 
 /// One stage from one start, killed before its first call of a kind, its second one, and so on.
@@ -49,9 +55,8 @@ fn walk(trial: &mut Trial, start: Start, stage: Stage, calls: &str) -> usize {
         node.ok("DEL", &first, &key);
     }
     let baseline = trial.state();
-    let step = if calls == "bpf" { step() } else { 1 };
-    let first_number = 1 + usize::try_from(trial.random.below(64)).unwrap() % step;
-    for number in (first_number..).step_by(step) {
+    let step = if calls == "bpf" { step(8) } else { 1 };
+    for number in (first_number(trial, step)..).step_by(step) {
         if stage != Stage::Add {
             node.ok("ADD", &first, &key);
         }

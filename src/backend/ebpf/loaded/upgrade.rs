@@ -14,6 +14,8 @@ use crate::sys::monotonic;
 
 /// Maps whose entries an upgrade takes along: connections, and what was counted.
 const CARRIED: [&str; 5] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams", "pm_traffic"];
+/// Those that programs make entries in. Of claims that are gone there would be counters again.
+const CONNECTIONS: [&str; 4] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams"];
 
 impl Loaded {
     /// Before another version's programs are replaced: takes along the connections that came about
@@ -40,7 +42,7 @@ impl Loaded {
             let mut older = self.pins.list()?.layouts;
             older.retain(|old| *old < layout);
             for old in &older {
-                if let Some(maps) = self.pins.maps(layout, CARRIED)? {
+                if let Some(maps) = self.pins.maps(layout, CONNECTIONS)? {
                     carry(&self.pins, *old, &maps)?;
                 }
             }
