@@ -12,14 +12,13 @@
 
 mod support;
 
-use std::net::SocketAddr;
 use std::sync::Barrier;
 use std::time::Duration;
 
 use portmap::demo::plugin::{Attachment, Output};
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Options, Shape};
-use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::demo::traffic::{Call, Failure, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
 use support::{Node, PORTMAP, VARIANTS, Variant, attachment, ebpf, prev_result};
@@ -28,13 +27,18 @@ const PODS: usize = 50;
 const FIRST_PORT: u16 = 20_000;
 /// The pods that are called.
 const SAMPLE: [usize; 12] = [0, 1, 5, 10, 15, 24, 25, 30, 35, 40, 45, 49];
-/// Long enough for a busy machine; a refused connection comes back at once.
+/// Long enough for a busy machine; a refusal comes back at once.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-fn lab() -> Lab {
-    let mut options = Options::new(Shape::Cilium);
-    options.pods = PODS;
-    Lab::build(options).unwrap()
+fn lab(pods: usize) -> Lab {
+    let lab = Lab::build(Options { pods, ..Options::new(Shape::Cilium) }).unwrap();
+    // Every closed UDP port is refused, not some of them in a second.
+    let unlimited = || {
+        std::fs::write("/proc/sys/net/ipv4/icmp_ratemask", "0").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/icmp/ratelimit", "0").unwrap();
+    };
+    lab.node.run(unlimited).unwrap();
+    lab
 }
 
 fn port(pod: usize) -> u16 {
@@ -103,15 +107,19 @@ fn assert_forwards(lab: &Lab, node: &Node, pod: usize) {
 }
 
 fn assert_closed(lab: &Lab, node: &Node, pod: usize) {
-    let target: SocketAddr = lab.node_socket(Family::V4, port(pod));
-    let reply = reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT));
-    assert!(reply.is_err(), "{:?}: {target} still answers", node.variant);
+    for family in &lab.options.families {
+        let target = lab.node_socket(*family, port(pod));
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let reply = reach(&lab.client, Call::new(transport, target, TIMEOUT));
+            assert_eq!(reply, Err(Failure::Refused), "{:?}: {transport} {target}", node.variant);
+        }
+    }
 }
 
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn fifty_adds_then_fifty_dels_leave_nothing() {
-    let lab = lab();
+    let lab = lab(PODS);
     let servers = serve(&lab, SAMPLE);
     for variant in VARIANTS {
         let node = Node::new(&lab.node, variant);
@@ -211,9 +219,7 @@ fn other_network(lab: &Lab, node: &Node, pod: usize, number: usize) -> (Value, A
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn the_networks_of_one_container_may_be_called_at_once() {
-    let mut options = Options::new(Shape::Cilium);
-    options.pods = 3;
-    let lab = Lab::build(options).unwrap();
+    let lab = lab(3);
     let servers = serve(&lab, 0..3);
     for variant in VARIANTS {
         let node = Node::new(&lab.node, variant);
@@ -246,9 +252,7 @@ fn the_networks_of_one_container_may_be_called_at_once() {
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn many_that_want_the_same_port_end_with_exactly_one() {
-    let mut options = Options::new(Shape::Cilium);
-    options.pods = 10;
-    let lab = Lab::build(options).unwrap();
+    let lab = lab(10);
     let servers = serve(&lab, 0..10);
     for variant in VARIANTS {
         let node = Node::new(&lab.node, variant);
