@@ -94,6 +94,7 @@ bpftool bpftool
 unshare util-linux
 setpriv util-linux
 sysctl procps
+modprobe kmod
 strace strace
 git git
 cc gcc
