@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -25,6 +26,17 @@ fn add_addresses() {
     for address in ADDRESSES {
         let options = if address.contains(':') { "/128 nodad" } else { "/32" };
         run(&format!("ip addr add {address}{options} dev lo"));
+    }
+    // An IPv6 address gets its route from a work queue (addrconf_dad_work), even without a search for others
+    // that have it.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    for address in ADDRESSES {
+        while let Err(error) =
+            UdpSocket::bind((address, 0)).and_then(|socket| socket.connect((address, 9)))
+        {
+            assert!(Instant::now() < deadline, "{address}: {error}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
