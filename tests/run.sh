@@ -94,7 +94,6 @@ bpftool bpftool
 unshare util-linux
 setpriv util-linux
 sysctl procps
-modprobe kmod
 strace strace
 git git
 cc gcc
@@ -206,6 +205,7 @@ programs_before=$(programs)
 # machine's own bridges through the machine's rules, which is none of the tests' business.
 bridge=/proc/sys/net/bridge
 if [ ! -e "$bridge" ]; then
+    # A kernel with modules comes with kmod, by its package's dependencies.
     modprobe br_netfilter || fail 'some tests need br_netfilter, which modprobe cannot load'
     for calls in iptables ip6tables arptables; do
         printf '0\n' >"$bridge/bridge-nf-call-$calls"
