@@ -138,9 +138,25 @@ fn a_namespace_is_separate_and_vanishes() {
         });
         assert_eq!(foreign.unwrap(), 0, "the private bpffs starts empty");
     }
+    // The path is no witness: other tests of this process open descriptors, and get the number that
+    // is free. A link goes with its namespace (in a work queue of the kernel), and takes its peer.
+    let remains = Netns::new("remains").unwrap();
     let path = netns.path();
+    let mut link = std::process::Command::new("ip");
+    link.args(["link", "add", "pm-here", "type", "veth", "peer", "name", "pm-there", "netns"]);
+    let made = plugin::run(link.arg(path), b"", &remains).unwrap();
+    assert!(made.success(), "{made:?}");
+    let is_there = || {
+        let devices = remains.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap();
+        devices.unwrap().contains("pm-here")
+    };
+    assert!(is_there());
     drop(netns);
-    assert!(!path.exists());
+    let started = std::time::Instant::now();
+    while is_there() {
+        assert!(started.elapsed() < Duration::from_secs(10), "the namespace did not vanish");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 type FromNeighbourAndOutside = [Result<Reply, Failure>; 2];
