@@ -13,6 +13,7 @@
 //! after it), so a reader checks what it finds. What a kill in between leaves does no harm, and the
 //! attachment's next call clears it away.
 
+mod directory;
 mod file;
 mod holder;
 mod index;
@@ -22,9 +23,8 @@ mod notes;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,8 +32,9 @@ use nix::fcntl::Flock;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
-use crate::model::BackendKind;
 use crate::record::{FORMAT, IndexKey, Record, View};
+use directory::create_state_dir;
+pub use directory::{check_usable, has_records, is_recorded, refusal, uses_backend};
 use file::{entries, ignore_absent, write_atomically, write_durably};
 use lock::{LOCK_DEADLINE, lock};
 pub use look::Looked;
@@ -78,27 +79,6 @@ impl Found {
     }
 }
 
-/// Whether there is anything of a record, without a lock: for the calls that have nothing to do.
-#[must_use]
-pub fn is_recorded(dir: &Path, id: &str) -> bool {
-    record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
-}
-
-/// Whether there is any record, without a lock: for those who only look, where opening would make the
-/// directory.
-pub fn has_records(dir: &Path) -> Result<bool> {
-    let path = dir.join("records");
-    match fs::read_dir(&path).map(|mut entries| entries.next().transpose()) {
-        Ok(Ok(first)) => Ok(first.is_some()),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-            Ok(false)
-        }
-        Ok(Err(error)) | Err(error) => {
-            Err(Error::io(format!("look for records in {}", path.display()), error))
-        }
-    }
-}
-
 /// A record that cannot be read as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damaged {
@@ -115,22 +95,6 @@ pub struct Damaged {
 pub struct Newer {
     pub id: String,
     pub format: u32,
-}
-
-/// Whether some record has this backend, without a lock: for the calls that have nothing to do.
-#[must_use]
-pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
-    let (directory, name) = IndexKey::Backend(kind).path();
-    fs::read_dir(dir.join("index").join(directory).join(name))
-        .is_ok_and(|mut entries| entries.next().is_some())
-}
-
-/// Whether records can be kept in `dir`, which is made if it is missing.
-pub fn check_usable(dir: &Path) -> Result<()> {
-    create_state_dir(dir)?;
-    nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).map_err(|error| {
-        Error::io(format!("write to the state directory {}", dir.display()), error.into())
-    })
 }
 
 impl Store {
@@ -346,39 +310,6 @@ impl Store {
     }
 }
 
-/// Root's alone, whatever the runtime's umask: records become rules. One that others may write to is
-/// refused.
-fn create_state_dir(dir: &Path) -> Result<()> {
-    let create = || {
-        let parent = dir.parent().unwrap_or(dir);
-        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
-        match DirBuilder::new().mode(0o700).create(dir) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-            other => other,
-        }?;
-        fs::metadata(dir)
-    };
-    let meta = fs::metadata(dir).or_else(|_| create()).map_err(|error| {
-        Error::io(format!("create the state directory {}", dir.display()), error)
-    })?;
-    refusal(dir, &meta).map_or(Ok(()), |reason| Err(Error::Config(reason)))
-}
-
-/// Why a directory is not used for records, by its owner and mode.
-#[must_use]
-pub fn refusal(dir: &Path, meta: &fs::Metadata) -> Option<String> {
-    let wrong = meta.mode() & 0o022 != 0 || meta.uid() != nix::unistd::geteuid().as_raw();
-    wrong.then(|| {
-        format!(
-            "the state directory {} has owner {} and mode {:03o}: nobody but the owner, who must be user {}, may write to it",
-            dir.display(),
-            meta.uid(),
-            meta.mode() & 0o777,
-            nix::unistd::geteuid()
-        )
-    })
-}
-
 fn remove(path: &Path) -> Result<()> {
     ignore_absent(fs::remove_file(path))
         .map_err(|error| Error::io(format!("remove {}", path.display()), error))
@@ -423,6 +354,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::model::BackendKind;
     use crate::record::Part;
     use crate::record::samples::record;
 

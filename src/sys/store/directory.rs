@@ -1,0 +1,81 @@
+//! The directory as such: whether it can hold state, and what can be told of that without a lock.
+
+use std::fs::{self, DirBuilder};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::Path;
+
+use super::{MOVING, moving_path, record_path};
+use crate::error::{Error, Result};
+use crate::model::BackendKind;
+use crate::record::IndexKey;
+
+/// Whether there is anything of a record, without a lock: for the calls that have nothing to do.
+#[must_use]
+pub fn is_recorded(dir: &Path, id: &str) -> bool {
+    record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
+}
+
+/// Whether there is any record, without a lock: for those who only look, where opening would make the
+/// directory.
+pub fn has_records(dir: &Path) -> Result<bool> {
+    let path = dir.join("records");
+    match fs::read_dir(&path).map(|mut entries| entries.next().transpose()) {
+        Ok(Ok(first)) => Ok(first.is_some()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(false)
+        }
+        Ok(Err(error)) | Err(error) => {
+            Err(Error::io(format!("look for records in {}", path.display()), error))
+        }
+    }
+}
+
+/// Whether some record has this backend, without a lock: for the calls that have nothing to do.
+#[must_use]
+pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
+    let (directory, name) = IndexKey::Backend(kind).path();
+    fs::read_dir(dir.join("index").join(directory).join(name))
+        .is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Whether records can be kept in `dir`, which is made if it is missing.
+pub fn check_usable(dir: &Path) -> Result<()> {
+    create_state_dir(dir)?;
+    nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).map_err(|error| {
+        Error::io(format!("write to the state directory {}", dir.display()), error.into())
+    })
+}
+
+/// Root's alone, whatever the runtime's umask: records become rules. One that others may write to is
+/// refused.
+pub fn create_state_dir(dir: &Path) -> Result<()> {
+    let create = || {
+        let parent = dir.parent().unwrap_or(dir);
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+        match DirBuilder::new().mode(0o700).create(dir) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        }?;
+        fs::metadata(dir)
+    };
+    let meta = fs::metadata(dir).or_else(|_| create()).map_err(|error| {
+        Error::io(format!("create the state directory {}", dir.display()), error)
+    })?;
+    refusal(dir, &meta).map_or(Ok(()), |reason| Err(Error::Config(reason)))
+}
+
+/// Why a directory is not used for records, by its owner and mode.
+#[must_use]
+pub fn refusal(dir: &Path, meta: &fs::Metadata) -> Option<String> {
+    let wrong = meta.mode() & 0o022 != 0 || meta.uid() != nix::unistd::geteuid().as_raw();
+    wrong.then(|| {
+        format!(
+            "the state directory {} has owner {} and mode {:03o}: nobody but the owner, who must be user {}, may write to it",
+            dir.display(),
+            meta.uid(),
+            meta.mode() & 0o777,
+            nix::unistd::geteuid()
+        )
+    })
+}
