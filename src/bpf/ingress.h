@@ -26,7 +26,12 @@ static __always_inline int is_node_flow(const struct packet *p)
 		bpf_map_delete_elem(&pm_flows, &key);
 		return 0;
 	}
-	touch(flow, p, 1);
+	/*
+	 * Datagrams have no end that could be seen: what a peer sends without end would keep the entry of
+	 * somebody who has long gone. Those of the node itself keep it.
+	 */
+	if (p->protocol != IPPROTO_UDP || !(flow->flags & FLOW_GOES_ON))
+		touch(flow, p, 1);
 	return 1;
 }
 

@@ -146,6 +146,9 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
         // A limit: the node's own sockets go by the list of the last call.
         let stale = reaches(Place::Node, ip, PORT, "pod-a", Source::Any);
         assert_calls("until the next call", lab, stale);
+        let (_, reason) = node.fails("CHECK", &container.config, &container.attachment);
+        let expected = format!("{ip} is known as an address of the node, and is none");
+        assert!(reason.contains(&expected), "{reason}");
         container.add();
         let now = reaches(Place::Node, ip, PORT, "client", Source::Node);
         assert_calls("after the next call", lab, now);

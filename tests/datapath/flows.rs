@@ -100,6 +100,36 @@ fn a_new_call_follows_a_connection_of_the_nodes_own() {
     });
 }
 
+/// An agent of the node that has become a pod with its port, and whose peers go on sending.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_peer_alone_does_not_keep_a_connection_of_the_nodes_own() {
+    on_node(|rig| {
+        rig.claim_any(8301, rig.pod(8301));
+        // The node's process, or another pod that it masquerades.
+        for out in [At::Own, At::Out] {
+            rig.clear("pm_flows");
+            let own = Packet::new(Kind::Udp, rig.node(8301), rig.client(8301));
+            let probe = own.turned();
+            let later = |seconds| {
+                rig.age_flow(Protocol::Udp, rig.node(8301), rig.client(8301), seconds);
+            };
+            rig.stays(out, &own);
+            rig.stays(At::UplinkIn, &probe);
+            // While its owner sends now and then, it is the owner's.
+            for _ in 0..3 {
+                later(200);
+                rig.stays(At::UplinkIn, &probe);
+                rig.stays(out, &own);
+            }
+            later(200);
+            rig.stays(At::UplinkIn, &probe);
+            later(101);
+            rig.becomes(At::UplinkIn, &probe, &probe.to(rig.pod(8301)));
+        }
+    });
+}
+
 /// As when the node refused a connection before the port was claimed.
 #[test]
 #[ignore = "privileged: loads BPF programs"]

@@ -6,6 +6,9 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
@@ -86,6 +89,38 @@ fn a_flood_of_flows_does_not_break_connections() {
     assert_eq!(scene.begun(), begun);
     active.go_on();
     idle.go_on();
+}
+
+/// Resolvers ask with a new socket each time. What the node's sockets called is forgotten of those that
+/// have not been used for long.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_flood_of_sockets_does_not_break_exchanges() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    scene.with_room("pm_sockets", ROOM);
+    scene.ok("ADD", 0);
+    for family in Family::ALL {
+        let target = lab.node_socket(family, Scene::port(0));
+        let open = |transport| Session::open(&lab.node, Call::new(transport, target, TIMEOUT));
+        let mut active =
+            [Transport::Udp, Transport::UdpUnconnected].map(|transport| open(transport).unwrap());
+        let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        for number in 0..8 * ROOM {
+            let socket = lab.node.run(|| UdpSocket::bind(any).unwrap()).unwrap();
+            socket.send_to(b"flood", target).unwrap();
+            if number % 128 == 0 {
+                for session in &mut active {
+                    assert_eq!(session.ask().unwrap().server, "pod-a");
+                }
+            }
+        }
+        let mut newest = open(Transport::UdpUnconnected).unwrap();
+        assert_eq!(newest.ask().unwrap().server, "pod-a");
+        let known = || ebpf::map("pm_sockets").entries().unwrap().len();
+        let known = lab.node.run(known).unwrap();
+        assert!((ROOM / 2..=ROOM).contains(&u32::try_from(known).unwrap()), "{known}");
+    }
 }
 
 /// Calls from one and the same port of the client's.
@@ -242,6 +277,54 @@ impl Ends {
         assert_eq!(&buffer, b"world");
     }
 
+    /// The client's end speaks without a pause, before, during and after, and the node's hears all of it.
+    fn client_speaks_during(&mut self, action: impl FnOnce()) {
+        let begun = Barrier::new(2);
+        let over = AtomicBool::new(false);
+        let Ends { tcp: (stream, sender), udp: (socket, outer) } = self;
+        // Who hears may not run for a while.
+        setsockopt(socket, sockopt::RcvBufForce, &(8 << 20)).unwrap();
+        std::thread::scope(|scope| {
+            let heard = scope.spawn(|| {
+                let mut buffer = [0; 4];
+                let mut next = || {
+                    stream.read_exact(&mut buffer).expect("by TCP");
+                    let by_tcp = u32::from_ne_bytes(buffer);
+                    socket.recv(&mut buffer).expect("by UDP");
+                    (by_tcp, u32::from_ne_bytes(buffer))
+                };
+                for number in 0.. {
+                    match next() {
+                        (u32::MAX, by_udp) => return assert_eq!(by_udp, u32::MAX),
+                        both => assert_eq!(both, (number, number)),
+                    }
+                }
+            });
+            let speaking = scope.spawn(|| {
+                let mut say = |number: u32| {
+                    sender.write_all(&number.to_ne_bytes()).unwrap();
+                    outer.send(&number.to_ne_bytes()).unwrap();
+                    std::thread::sleep(Duration::from_micros(100));
+                };
+                for number in 0.. {
+                    if number == 10 {
+                        begun.wait();
+                    }
+                    if over.load(Ordering::Relaxed) && number > 10 {
+                        break;
+                    }
+                    say(number);
+                }
+                say(u32::MAX);
+            });
+            begun.wait();
+            action();
+            over.store(true, Ordering::Relaxed);
+            speaking.join().unwrap();
+            heard.join().unwrap();
+        });
+    }
+
     pub fn node_speaks(&mut self) {
         let mut buffer = [0; 5];
         self.tcp.0.write_all(b"hello").unwrap();
@@ -263,7 +346,10 @@ fn connections_of_the_node_from_a_hostport_s_number_stay_its_own() {
     for family in Family::ALL {
         let mut before = Ends::open_by(&lab, family, PORT);
         before.node_speaks();
-        scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
+        // The first one of all makes maps and attaches programs.
+        before.client_speaks_during(|| {
+            scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
+        });
         before.client_speaks();
         let mut after = Ends::open_by(&lab, family, PORT);
         after.node_speaks();
@@ -274,9 +360,12 @@ fn connections_of_the_node_from_a_hostport_s_number_stay_its_own() {
         }
         before.client_speaks();
         after.client_speaks();
-        // Also when the claim is put there anew, and when it goes.
+        // Also when the claim is put there anew, by itself or with all there is, and when it goes.
         scene.node.ok("ADD", &scene.config_with(0, PORT), &scene.key(0));
         before.client_speaks();
+        scene.node.damage();
+        before.client_speaks_during(|| drop(scene.node.restore(false)));
+        after.client_speaks();
         scene.node.ok("DEL", &scene.config_with(0, PORT), &scene.key(0));
         before.client_speaks();
         after.client_speaks();

@@ -48,7 +48,7 @@ const fn damage(by: By, name: &'static str, act: fn(&Place), named: &'static str
     Damage { name, act, named, by, after: |_| {}, counted: None }
 }
 
-const DAMAGES: [Damage; 31] = [
+const DAMAGES: [Damage; 32] = [
     damage(By::Any, "the map of claims unpinned", |_| unpin("pm_claims"), "pm_claims is missing"),
     damage(By::Any, "the ports unpinned", |_| unpin("pm_ports"), "pm_ports is missing"),
     damage(By::Any, "the uses unpinned", |_| unpin("pm_port_uses"), "pm_port_uses is missing"),
@@ -130,6 +130,15 @@ const DAMAGES: [Damage; 31] = [
             assert!(ebpf::map("pm_addresses").remove(addr.as_bytes()).unwrap());
         },
         "NODE is not known as an address of the node",
+    ),
+    damage(
+        By::Any,
+        "an address that is not the node's added",
+        |_| {
+            let addr = Addr::from(IpAddr::from(Ipv4Addr::new(192, 0, 2, 99)));
+            ebpf::map("pm_addresses").put(addr.as_bytes(), 1_u32.as_bytes()).unwrap();
+        },
+        "192.0.2.99 is known as an address of the node, and is none",
     ),
     damage(
         By::Any,

@@ -208,20 +208,14 @@ pub struct Addresses {
 /// Brings the map of addresses to what is wanted, as far as it has room for them.
 pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<Addresses> {
     let map = &maps.addresses;
-    let mut done = Addresses { room: map.definition().max_entries, ..Addresses::default() };
-    let mut present = BTreeMap::new();
-    for (addr, value) in map.entries()? {
-        if let Ok(addr) = Addr::read_from_bytes(&addr) {
-            present.insert(addr, u32::read_from_bytes(&value).unwrap_or_default());
-        }
-    }
-    for (addr, value) in &present {
-        if *value != 0 && wanted.get(addr).is_none_or(|wanted| *wanted == 0) {
-            done.gone.insert(*addr);
-        }
-        if !wanted.contains_key(addr) {
-            map.remove(addr.as_bytes())?;
-        }
+    let present = listed(maps)?;
+    let mut done = Addresses {
+        gone: gone(&present, wanted),
+        room: map.definition().max_entries,
+        ..Addresses::default()
+    };
+    for addr in present.keys().filter(|addr| !wanted.contains_key(*addr)) {
+        map.remove(addr.as_bytes())?;
     }
     for (addr, value) in wanted.iter().filter(|(addr, value)| present.get(addr) != Some(value)) {
         match map.put(addr.as_bytes(), value.as_bytes()) {
@@ -232,15 +226,33 @@ pub fn addresses(maps: &Maps, wanted: &BTreeMap<Addr, u32>) -> io::Result<Addres
     Ok(done)
 }
 
-/// What the map of addresses does not have as it should.
-pub fn missing_addresses(maps: &Maps, expected: &BTreeMap<Addr, u32>) -> io::Result<Vec<Addr>> {
-    let mut missing = Vec::new();
-    for (addr, value) in expected {
-        if maps.addresses.get(addr.as_bytes())?.as_deref() != Some(value.as_bytes()) {
-            missing.push(*addr);
-        }
-    }
-    Ok(missing)
+fn listed(maps: &Maps) -> io::Result<BTreeMap<Addr, u32>> {
+    let entry = |(addr, value): (Vec<u8>, Vec<u8>)| {
+        let addr = Addr::read_from_bytes(&addr).ok()?;
+        Some((addr, u32::read_from_bytes(&value).unwrap_or_default()))
+    };
+    Ok(maps.addresses.entries()?.into_iter().filter_map(entry).collect())
+}
+
+/// Addresses that are listed as the node's and should not be.
+fn gone(present: &BTreeMap<Addr, u32>, wanted: &BTreeMap<Addr, u32>) -> BTreeSet<Addr> {
+    let is_gone = |addr: &Addr| wanted.get(addr).is_none_or(|wanted| *wanted == 0);
+    let listed = present.iter().filter(|(_, value)| **value != 0).map(|(addr, _)| *addr);
+    listed.filter(is_gone).collect()
+}
+
+/// Where the map of addresses differs from what it should have, in words.
+pub fn address_problems(maps: &Maps, expected: &BTreeMap<Addr, u32>) -> io::Result<Vec<String>> {
+    let present = listed(maps)?;
+    let gone = gone(&present, expected);
+    let is_unknown = |addr: &&Addr| present.get(addr) != expected.get(addr) && !gone.contains(addr);
+    let unknown = expected.keys().filter(is_unknown);
+    let unknown =
+        unknown.map(|addr| format!("{} is not known as an address of the node", addr.ip()));
+    let gone = gone
+        .iter()
+        .map(|addr| format!("{} is known as an address of the node, and is none", addr.ip()));
+    Ok(unknown.chain(gone).collect())
 }
 
 /// Packets of a claim so far, of all CPUs together.

@@ -199,6 +199,7 @@ impl Apply for Ebpf {
         let write = || -> io::Result<(Vec<Former>, Addresses)> {
             let described = loaded.describe(host.ephemeral_ports(), facts, &after);
             described.map_err(io::Error::other)?;
+            seed(host, &loaded, change.added);
             let former = entries::change(&loaded.maps, &keys, &after)?;
             Ok((former, entries::addresses(&loaded.maps, &objects::addresses(facts))?))
         };
@@ -208,7 +209,6 @@ impl Apply for Ebpf {
                     forget(host, &loaded, Suspects::Former(&former))?;
                 }
                 leave(host, &loaded, &addresses);
-                seed(host, &loaded, change.added);
                 let gone: Vec<&Record> = change.removed.into_iter().collect();
                 if !Config::usual().expects(&objects::claims(&gone)) {
                     rule_out(host, &loaded);
@@ -231,6 +231,8 @@ impl Apply for Ebpf {
             Found::Missing(_) => Loaded::ensure(&OWN, host.kernel()?.batches)?,
         };
         loaded.describe(host.ephemeral_ports(), desired.facts, &wanted)?;
+        // Also for claims of long ago: maps that were lost knew the connections.
+        seed(host, &loaded, records.iter().copied());
         let addresses = entries::restore(&loaded.maps, &wanted)
             .and_then(|()| entries::addresses(&loaded.maps, &objects::addresses(desired.facts)))
             .map_err(failed("write the eBPF maps"))?;
@@ -244,7 +246,6 @@ impl Apply for Ebpf {
         }
         forget(host, &loaded, Suspects::All)?;
         leave(host, &loaded, &addresses);
-        seed(host, &loaded, desired.added);
         rule_out(host, &loaded);
         Ok(())
     }
@@ -364,11 +365,12 @@ fn rule_out(host: &Host, loaded: &Loaded) {
     }
 }
 
-/// Connections that the node has open from the record's hostPorts go on. Only ports that sockets get by
-/// themselves are looked for: a listing costs milliseconds on a node with many connections.
-fn seed(host: &Host, loaded: &Loaded, added: Option<&Record>) {
+/// Connections that the node has open from the records' hostPorts go on. Before the claims are there: a
+/// packet in between would begin a flow to the pod, whose RST ends the connection. Only ports that sockets
+/// get by themselves are looked for: a listing costs milliseconds on a node with many connections.
+fn seed<'a>(host: &Host, loaded: &Loaded, records: impl IntoIterator<Item = &'a Record>) {
     let mut ports: BTreeMap<Protocol, BTreeSet<u16>> = BTreeMap::new();
-    for mapping in added.into_iter().flat_map(|record| &record.mappings) {
+    for mapping in records.into_iter().flat_map(|record| &record.mappings) {
         if mapping.protocol != Protocol::Sctp && host.ephemeral_ports().contains(&mapping.host_port)
         {
             ports.entry(mapping.protocol).or_default().insert(mapping.host_port);

@@ -28,12 +28,8 @@ pub fn of_entries(loaded: &Loaded, record: &Record, related: &[Record]) -> Resul
 pub fn of_node(host: &Host, loaded: &Loaded, of: Option<&Record>) -> Result<Vec<String>> {
     // As they are now: pods and the node's own sockets reach no others.
     let now = host.node_facts()?;
-    let mut problems = Vec::new();
-    for addr in entries::missing_addresses(&loaded.maps, &objects::addresses(&now))
-        .map_err(failed("read the eBPF maps"))?
-    {
-        problems.push(format!("{} is not known as an address of the node", addr.ip()));
-    }
+    let mut problems = entries::address_problems(&loaded.maps, &objects::addresses(&now))
+        .map_err(failed("read the eBPF maps"))?;
     let links = host.links()?;
     let matter = match of {
         Some(record) => Matter::Of(devices_of(host, record, &links)?),

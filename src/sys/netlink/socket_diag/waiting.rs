@@ -89,8 +89,9 @@ fn has_receiver(
         Family::V4 => IpAddr::from(Ipv4Addr::LOCALHOST),
         Family::V6 => Ipv6Addr::LOCALHOST.into(),
     };
-    let addresses: Vec<IpAddr> = match claim.address.filter(|ip| !ip.is_unspecified()) {
-        Some(ip) => vec![ip],
+    let addresses: BTreeSet<IpAddr> = match claim.address.filter(|ip| !ip.is_unspecified()) {
+        Some(ip) => BTreeSet::from([ip]),
+        // `lo` has addresses of the node, too.
         None => {
             let own = own.iter().copied().filter(|ip| Family::of(ip) == claim.family);
             std::iter::once(loopback).chain(own).collect()
