@@ -169,7 +169,7 @@ put() {
 listed() {
     if [ "$conflist" = auto ]; then
         set -- "${conf_dir:-/etc/cni/net.d}"
-        set -- "$1"/*.conf "$1"/*.conflist "$1"/*.json
+        set -- "$1"/*.conf "$1"/*.conflist "$1"/*.json "$1"/*/*.conf
     else
         set -- "$conflist"
     fi

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{CommandError, Terminal, Verdict};
 use crate::backend::{self, Unusable};
 use crate::conf::{ConflictPolicy, NetConf};
+use crate::conflist::BEFORE_DROP_INS;
 use crate::conflist::check::{Analysis, Finding, Severity, analyse};
 use crate::engine::probe;
 use crate::error::Error;
@@ -37,23 +38,23 @@ pub fn run(
     options: &Options,
     terminal: &mut Terminal,
 ) -> Result<Verdict, CommandError> {
-    let (shown, text) = match options.file.to_str() {
+    let (shown, text, drop_ins) = match options.file.to_str() {
         Some("-") => {
             let mut text = String::new();
             terminal
                 .input
                 .read_to_string(&mut text)
                 .map_err(|error| Error::io("read standard input", error))?;
-            ("standard input".to_owned(), text)
+            ("standard input".to_owned(), text, Vec::new())
         }
         _ => {
             let shown = options.file.display().to_string();
             let file = ListFile::read(options.file)?
                 .ok_or_else(|| CommandError::Refused(format!("{shown} does not exist")))?;
-            (shown, file.text)
+            (shown, file.text, file.drop_ins)
         }
     };
-    let mut analysis = analyse(&text).unwrap_or_else(Analysis::refused);
+    let mut analysis = analyse(&text, &drop_ins).unwrap_or_else(Analysis::refused);
     let progress = Progress::begin("portmap check-config");
     progress.step("trying the backends out");
     let chosen = analysis.conf.as_ref().map(|conf| choose(host, conf));
@@ -134,7 +135,7 @@ fn finding(chosen: &Chosen) -> Option<Finding> {
             "install nft or iptables, or name a backend that works here",
         ),
     };
-    Some(Finding { severity, position: None, problem, fix: fix.into() })
+    Some(Finding { severity, place: None, problem, fix: fix.into() })
 }
 
 /// Every option as it will be, with its default where nothing is said.
@@ -171,6 +172,7 @@ fn as_json(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> Value {
         "name": analysis.name,
         "cniVersion": analysis.cni_version,
         "plugins": analysis.plugins,
+        "dropIns": analysis.drop_ins.iter().map(|(path, plugin)| json!({ "path": path, "plugin": plugin })).collect::<Vec<_>>(),
         "configuredBackend": analysis.conf.as_ref().map(|conf| conf.backend.map_or("auto", BackendKind::name)),
         "backend": chosen.and_then(Chosen::kind).map(BackendKind::name),
         "options": options,
@@ -196,6 +198,9 @@ fn as_text(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> String 
         );
     }
     text.push('\n');
+    for (path, plugin) in &analysis.drop_ins {
+        let _ = writeln!(text, "  {plugin} is from {}: {BEFORE_DROP_INS}", path.display());
+    }
     if let (Some(conf), Some(chosen)) = (&analysis.conf, chosen) {
         let backend = match (conf.backend, chosen) {
             (_, Chosen::Nothing(_)) => "none works here".to_owned(),
@@ -215,7 +220,7 @@ fn as_text(shown: &str, analysis: &Analysis, chosen: Option<&Chosen>) -> String 
             Severity::Warning => "warning",
             Severity::Broken => "broken",
         };
-        let place = finding.position.map(|place| format!("{place}: ")).unwrap_or_default();
+        let place = finding.place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default();
         let _ = writeln!(text, "{place}{severity}: {}\n  to do: {}", finding.problem, finding.fix);
     }
     if analysis.findings.is_empty() {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{CommandError, Terminal, Verdict};
 use crate::conflist::edit::{Change, insert};
 use crate::conflist::files::{Choice, backup_name, first, owner};
-use crate::conflist::{List, PLUGIN};
+use crate::conflist::{BEFORE_DROP_INS, List, PLUGIN};
 use crate::sys::command::Tools;
 use crate::sys::install::{Before, ListFile, install_binary, names};
 use crate::usage::NAME_AND_VERSION;
@@ -35,8 +35,16 @@ pub(super) struct ListReport {
     pub path: PathBuf,
     pub change: Change,
     pub backup: Option<PathBuf>,
+    /// The drop-in that names the plugin in the list's stead.
+    pub drop_in: Option<PathBuf>,
     /// Who may undo it.
     pub owner: Option<String>,
+}
+
+impl ListReport {
+    pub fn of(path: &Path, change: Change) -> Self {
+        ListReport { path: path.to_owned(), change, backup: None, drop_in: None, owner: None }
+    }
 }
 
 /// What was done.
@@ -123,17 +131,23 @@ pub(super) fn ensure_list(
 ) -> Result<ListReport, CommandError> {
     let file = ListFile::read(path)?
         .ok_or_else(|| CommandError::Refused(format!("{} does not exist", path.display())))?;
-    let edited = insert(&file.text)
+    let edited = insert(&file.text, &file.drop_ins)
         .map_err(|refusal| CommandError::Refused(format!("{}: {refusal}", path.display())))?;
-    let mut report =
-        ListReport { path: path.to_owned(), change: edited.change, backup: None, owner: None };
+    let mut report = ListReport::of(path, edited.change);
     if report.change == Change::None {
+        let list = List::parse(&file.text, &file.drop_ins).ok();
+        report.drop_in = list.and_then(|list| Some(list.find(PLUGIN)?.file?.to_owned()));
+        if let Some(drop_in) = &report.drop_in {
+            warn(format!("{} counts, and {BEFORE_DROP_INS}", drop_in.display()));
+        }
         return Ok(report);
     }
     let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     report.backup = Some(file.put_beside(&backup_name(&name), &file.text, warn)?);
     file.replace(&edited.text, warn)?;
-    if let Ok(list) = List::parse(&edited.text) {
+    // Runtimes repeat no ADD for what a list gains.
+    warn("pods that were made without it have no hostPorts until they are made anew".to_owned());
+    if let Ok(list) = List::parse(&edited.text, &file.drop_ins) {
         let around = names(file.path.parent().unwrap_or(path)).unwrap_or_default();
         report.owner = owner(&name, &list, &around);
     }
@@ -171,7 +185,12 @@ pub(super) fn describe_list(report: &ListReport) -> String {
     let backup = report.backup.as_ref().map(|backup| format!("; as it was: {}", backup.display()));
     let backup = backup.unwrap_or_default();
     match &report.change {
-        Change::None => format!("{path} names {PLUGIN} already"),
+        Change::None => match &report.drop_in {
+            None => format!("{path} names {PLUGIN} already"),
+            Some(drop_in) => {
+                format!("{path} has {PLUGIN} already, from {}", drop_in.display())
+            }
+        },
         Change::Inserted { after } => format!("{path}: put {PLUGIN} behind {after}{backup}"),
         Change::CapabilityAdded => {
             format!("{path}: gave {PLUGIN} the capability portMappings{backup}")

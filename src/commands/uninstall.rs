@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::flush::describe;
-use super::install::{ListReport, describe_list, list_json, locate, nothing_there, version_at};
+use super::install::{ListReport, describe_list, list_json, locate, version_at};
 use super::{CommandError, Terminal, Verdict};
 use crate::conflist::PLUGIN;
 use crate::conflist::edit::{Change, insert, remove};
@@ -69,7 +69,12 @@ pub fn run(
         return done.map(|()| Verdict::Fine);
     }
     if let Some(list) = &report.list {
-        writeln!(terminal.output, "{}", describe_list(list))?;
+        match list.change {
+            Change::None => {
+                writeln!(terminal.output, "{} has no entry of {PLUGIN}", list.path.display())?
+            }
+            _ => writeln!(terminal.output, "{}", describe_list(list))?,
+        }
     }
     let path = path.display();
     match report.removed {
@@ -90,26 +95,29 @@ fn uninstall(
     report: &mut Report,
 ) -> Result<(), CommandError> {
     let list = match &options.list {
-        Some(choice) => Some(
-            locate(choice, &options.conf_dir)?
-                .ok_or_else(|| nothing_there(choice, &options.conf_dir))?,
-        ),
+        Some(choice) => locate(choice, &options.conf_dir)?,
         None => None,
     };
+    if options.list == Some(Choice::Auto) && list.is_none() {
+        report.notes.push(format!(
+            "there is no list in {}, and so nothing to take {PLUGIN} out of",
+            options.conf_dir.display()
+        ));
+    }
     // While the list still says it.
     let mut state_dirs = BTreeSet::from([options.state_dir.clone()]);
     if !options.force {
         state_dirs.extend(configured_state_dirs(&options.conf_dir, list.as_deref())?);
     }
     if let Some(list) = list {
-        report.list = Some(leave_list(&list, &mut |note| report.notes.push(note))?);
+        report.list = leave_list(&list, &mut |note| report.notes.push(note))?;
     }
     if !options.force {
         let mut reasons = Vec::new();
         if is_strange(path)? {
             reasons.push("it is not a portmap of this project".to_owned());
         } else {
-            reasons.extend(lists_that_name_it(&options.conf_dir)?);
+            reasons.extend(lists_that_name_it(&options.conf_dir, report.list.as_ref())?);
             for dir in &state_dirs {
                 reasons.extend(records_that_need_it(host, dir)?);
             }
@@ -141,23 +149,31 @@ fn configured_state_dirs(
     }
     let mut dirs = Vec::new();
     for path in paths {
-        dirs.extend(ListFile::read(&path)?.iter().flat_map(|file| state_dirs(&file.text)));
+        if let Some(file) = ListFile::read(&path)? {
+            dirs.extend(state_dirs(&file.text));
+            dirs.extend(file.drop_ins.iter().flat_map(|drop_in| state_dirs(&drop_in.text)));
+        }
     }
     Ok(dirs)
 }
 
 /// The inverse of what installing does to a list. An entry that installing would not put there, with
-/// options or in another place, is kept beside the list.
-fn leave_list(path: &Path, warn: &mut dyn FnMut(String)) -> Result<ListReport, CommandError> {
-    let file = ListFile::read(path)?
-        .ok_or_else(|| CommandError::Refused(format!("{} does not exist", path.display())))?;
-    let edited = remove(&file.text)
+/// options or in another place, is kept beside the list. One that is gone, as when the network was removed
+/// first, needs nothing.
+fn leave_list(
+    path: &Path,
+    warn: &mut dyn FnMut(String),
+) -> Result<Option<ListReport>, CommandError> {
+    let Some(file) = ListFile::read(path)? else {
+        warn(format!("{} does not exist, and so names {PLUGIN} no more", path.display()));
+        return Ok(None);
+    };
+    let edited = remove(&file.text, &file.drop_ins)
         .map_err(|refusal| CommandError::Refused(format!("{}: {refusal}", path.display())))?;
     let name = file.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut report =
-        ListReport { path: path.to_owned(), change: edited.change, backup: None, owner: None };
+    let mut report = ListReport::of(path, edited.change);
     if report.change == Change::Removed {
-        if insert(&edited.text).map_or(true, |again| again.text != file.text) {
+        if insert(&edited.text, &file.drop_ins).map_or(true, |again| again.text != file.text) {
             report.backup = Some(file.put_beside(&backup_name(&name), &file.text, warn)?);
         }
         file.replace(&edited.text, warn)?;
@@ -170,7 +186,7 @@ fn leave_list(path: &Path, warn: &mut dyn FnMut(String)) -> Result<ListReport, C
     {
         warn(error.to_string());
     }
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// Whether something else has our name: upstream's plugin does, and pods may depend on it.
@@ -181,23 +197,37 @@ fn is_strange(path: &Path) -> Result<bool, CommandError> {
     }
 }
 
-fn lists_that_name_it(conf_dir: &Path) -> Result<Vec<String>, CommandError> {
-    let mut reasons = Vec::new();
-    for name in install::names(conf_dir)?.iter().filter(|name| is_configuration(name)) {
-        let path = conf_dir.join(name);
-        if let Some(file) = ListFile::read(&path)?.filter(|file| names_plugin(&file.text)) {
+/// Those of the directory, and the one that was to be left: it may be elsewhere, and have drop-ins.
+fn lists_that_name_it(
+    conf_dir: &Path,
+    left: Option<&ListReport>,
+) -> Result<Vec<String>, CommandError> {
+    let names = install::names(conf_dir)?;
+    let names = names.iter().filter(|name| is_configuration(name));
+    let mut paths: BTreeSet<PathBuf> = names.map(|name| conf_dir.join(name)).collect();
+    paths.extend(left.map(|left| left.path.clone()));
+    let mut reasons = BTreeSet::new();
+    for path in paths {
+        let Some(file) = ListFile::read(&path)? else { continue };
+        if names_plugin(&file.text) {
             let path = path.display();
-            let way = match remove(&file.text) {
+            let way = match remove(&file.text, &file.drop_ins) {
                 Ok(edited) if !names_plugin(&edited.text) => {
                     format!("portmap uninstall --conflist {path} takes it out")
                 }
                 _ => "which has to be edited by hand".to_owned(),
             };
-            reasons.push(format!("{path} names it ({way})"));
+            reasons.insert(format!("{path} names it ({way})"));
+        }
+        for drop_in in file.drop_ins.iter().filter(|drop_in| names_plugin(&drop_in.text)) {
+            reasons.insert(format!(
+                "{} names it (a drop-in of {}, which has to be removed by hand)",
+                drop_in.path.display(),
+                path.display()
+            ));
         }
     }
-    reasons.sort();
-    Ok(reasons)
+    Ok(reasons.into_iter().collect())
 }
 
 fn records_that_need_it(host: &Host, state_dir: &Path) -> Result<Vec<String>, CommandError> {

@@ -1,10 +1,13 @@
 //! What is wrong with a configuration, and where.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::spans::{Json, Kind, Position, Refusal};
-use super::{List, PLUGIN, Plugin, SHAPER};
+use super::files::only_inlined;
+use super::spans::{Json, Kind, Place, Position, Refusal};
+use super::{DropIn, List, PLUGIN, Plugin, SHAPER};
 use crate::cni::envelope::Envelope;
 use crate::cni::version::Version;
 use crate::conf::{self, NetConf};
@@ -37,7 +40,7 @@ pub enum Severity {
 pub struct Finding {
     pub severity: Severity,
     #[serde(flatten)]
-    pub position: Option<Position>,
+    pub place: Option<Place>,
     pub problem: String,
     /// What to do about it.
     pub fix: String,
@@ -50,20 +53,22 @@ pub struct Analysis {
     pub name: String,
     /// The types of all plugins, in order; of a plugin object its own.
     pub plugins: Vec<String>,
+    /// Those of them that are drop-ins, by file.
+    pub drop_ins: Vec<(PathBuf, String)>,
     pub cni_version: String,
     /// What our plugin is told, as far as it can be read.
     pub conf: Option<NetConf>,
     pub findings: Vec<Finding>,
     /// Plugins that eBPF keeps from making their ingress qdisc.
-    shapers_behind: Vec<Position>,
+    shapers_behind: Vec<Place>,
 }
 
-/// Looks at a list, or at the object of our plugin.
+/// Looks at a list with its drop-ins, or at the object of our plugin.
 ///
 /// # Errors
 ///
 /// What is neither.
-pub fn analyse(text: &str) -> Result<Analysis, Refusal> {
+pub fn analyse(text: &str, drop_ins: &[DropIn]) -> Result<Analysis, Refusal> {
     let json = Json::parse(text)?;
     let own = json.folded("type").and_then(|member| member.value.as_str()) == Some(PLUGIN);
     if own && json.exact("plugins").is_none() {
@@ -73,21 +78,23 @@ pub fn analyse(text: &str) -> Result<Analysis, Refusal> {
             cni_version: string(&json, "cniVersion"),
             ..Analysis::default()
         };
-        let plugin = Plugin { name: PLUGIN.into(), json: json.clone() };
+        let plugin = Plugin { name: PLUGIN.into(), json: json.clone(), text, file: None };
         let name = if analysis.name.is_empty() { PLUGIN } else { &analysis.name }.to_owned();
         let version = json.folded("cniVersion").map(|member| raw(text, &member.value));
-        analysis.plugin(text, &plugin, &name, version);
+        analysis.plugin(None, &plugin, &name, version);
         return Ok(analysis);
     }
-    let list = List::parse(text)?;
+    let list = List::parse(text, drop_ins)?;
+    let dropped = |plugin: &Plugin| Some((plugin.file?.to_owned(), plugin.name.clone()));
     let mut analysis = Analysis {
         name: string(&list.json, "name"),
         plugins: list.plugins.iter().map(|plugin| plugin.name.clone()).collect(),
+        drop_ins: list.plugins.iter().filter_map(dropped).collect(),
         cni_version: string(&list.json, "cniVersion"),
         ..Analysis::default()
     };
     analysis.list(&list);
-    analysis.findings.sort_by_key(|finding| finding.position);
+    analysis.sort();
     Ok(analysis)
 }
 
@@ -106,7 +113,7 @@ impl Analysis {
         let mut analysis = Analysis::default();
         analysis.find(
             Severity::Broken,
-            refusal.position,
+            refusal.place,
             refusal.reason,
             "a list is {\"cniVersion\": …, \"name\": …, \"plugins\": [ the main plugin, portmap, … ]}",
         );
@@ -116,25 +123,30 @@ impl Analysis {
     fn find(
         &mut self,
         severity: Severity,
-        position: Position,
+        place: Place,
         problem: impl Into<String>,
         fix: impl Into<String>,
     ) {
         let (problem, fix) = (problem.into(), fix.into());
-        self.findings.push(Finding { severity, position: Some(position), problem, fix });
+        self.findings.push(Finding { severity, place: Some(place), problem, fix });
+    }
+
+    /// As they stand in the files, those of the list first.
+    fn sort(&mut self) {
+        self.findings.sort_by(|one, other| one.place.cmp(&other.place));
     }
 
     fn list(&mut self, list: &List) {
-        let top = list.position(&list.json);
         let version = self.version(list);
+        self.inlined(list);
         for plugin in &list.plugins {
-            self.capabilities(list, plugin);
+            self.capabilities(plugin);
         }
         let (first, rest) = list.plugins.split_at(1);
         for plugin in first.iter().filter(|plugin| plugin.name == PLUGIN) {
             self.find(
                 Severity::Broken,
-                list.position(&plugin.json),
+                plugin.place(&plugin.json),
                 "portmap stands first, so that it is never told the pod's address",
                 "move it behind the plugin that makes the pod's interface",
             );
@@ -143,15 +155,18 @@ impl Analysis {
         let Some(plugin) = own.next() else {
             return self.find(
                 Severity::Broken,
-                top,
+                list.place(&list.json),
                 "portmap is not in this list, so that hostPorts do nothing",
-                "portmap install --conflist FILE",
+                match list.own() {
+                    [] => "a drop-in with {\"type\": \"portmap\", \"capabilities\": {\"portMappings\": true}}",
+                    _ => "portmap install --conflist FILE",
+                },
             );
         };
         for second in own {
             self.find(
                 Severity::Warning,
-                list.position(&second.json),
+                second.place(&second.json),
                 "portmap is in this list more than once, and each call does everything",
                 "keep one of them",
             );
@@ -163,7 +178,7 @@ impl Analysis {
         let after = list.plugins.iter().skip_while(|plugin| plugin.name != PLUGIN);
         self.shapers_behind = after
             .filter(|plugin| plugin.name == SHAPER)
-            .map(|plugin| list.position(&plugin.json))
+            .map(|plugin| plugin.place(&plugin.json))
             .collect();
         if let Some(kind) = self.conf.as_ref().and_then(|conf| conf.backend) {
             self.with_backend(kind);
@@ -184,7 +199,7 @@ impl Analysis {
             };
             self.find(
                 Severity::Warning,
-                list.position(&list.json),
+                list.place(&list.json),
                 format!("cniVersion is absent{meaning}"),
                 "say \"cniVersion\": \"1.0.0\", or the newest that every plugin of the list knows",
             );
@@ -194,7 +209,7 @@ impl Analysis {
         else {
             self.find(
                 Severity::Broken,
-                list.position(several),
+                list.place(several),
                 "cniVersions must be a list of strings: runtimes refuse the whole list",
                 "\"cniVersions\": [\"1.0.0\", \"1.1.0\"], or no such key",
             );
@@ -210,32 +225,47 @@ impl Analysis {
         }
     }
 
+    /// Since 1.3 libcni refuses other values, and before it does not know the key.
+    fn inlined(&mut self, list: &List) {
+        if let Some(member) = list.json.exact("loadOnlyInlinedPlugins")
+            && only_inlined(&list.json).is_none()
+        {
+            let said = raw(list.text, &member.value);
+            self.find(
+                Severity::Broken,
+                list.place(&member.value),
+                format!("loadOnlyInlinedPlugins is {said}: runtimes refuse the whole list"),
+                "true or false",
+            );
+        }
+    }
+
     /// What is wrong with the list if the plugin uses this backend.
     pub fn with_backend(&mut self, kind: BackendKind) {
         if kind != BackendKind::Ebpf {
             return;
         }
-        for position in std::mem::take(&mut self.shapers_behind) {
+        for place in std::mem::take(&mut self.shapers_behind) {
             self.find(
                 Severity::Broken,
-                position,
+                place,
                 "bandwidth stands behind portmap with eBPF, which has the place of its qdisc by then: pods whose traffic is limited do not start",
                 "move it before portmap",
             );
         }
-        self.findings.sort_by_key(|finding| finding.position);
+        self.sort();
     }
 
     /// A list without a usable name is refused by runtimes as a whole.
     fn named(&mut self, list: &List, plugin: &Plugin, name: Option<Value>, version: Option<Value>) {
         match name {
-            Some(Value::String(name)) => self.plugin(list.text, plugin, &name, version),
+            Some(Value::String(name)) => self.plugin(Some(list), plugin, &name, version),
             other => {
                 let at = list.json.exact("name").map_or(&list.json, |member| &member.value);
                 let found = other.map_or("absent".to_owned(), |value| value.to_string());
                 self.find(
                     Severity::Broken,
-                    list.position(at),
+                    list.place(at),
                     format!("name is {found}: a list needs a name that is a string"),
                     "give it a name that no other list of the node has",
                 );
@@ -244,7 +274,7 @@ impl Analysis {
     }
 
     /// libcni reads `capabilities` as a map of booleans and refuses the list if it is anything else.
-    fn capabilities(&mut self, list: &List, plugin: &Plugin) {
+    fn capabilities(&mut self, plugin: &Plugin) {
         let Some(member) = plugin.json.folded("capabilities") else { return };
         let wrong = match member.value.members() {
             None => Some(&member.value),
@@ -256,23 +286,26 @@ impl Analysis {
         if let Some(wrong) = wrong {
             self.find(
                 Severity::Broken,
-                list.position(wrong),
+                plugin.place(wrong),
                 format!("the capabilities of {} must be an object of true and false: runtimes refuse the whole list", plugin.name),
                 "for portmap: \"capabilities\": {\"portMappings\": true}",
             );
         }
     }
 
-    fn plugin(&mut self, text: &str, plugin: &Plugin, name: &str, version: Option<Value>) {
-        let position = |json: &Json| Position::of(text, json.span.start);
+    /// Name and version are the list's, if it is in one.
+    fn plugin(&mut self, list: Option<&List>, plugin: &Plugin, name: &str, version: Option<Value>) {
         if !plugin.gets_mappings() {
             let at =
                 plugin.json.folded("capabilities").map_or(&plugin.json, |member| &member.value);
             self.find(
                 Severity::Broken,
-                position(at),
+                plugin.place(at),
                 "the capability portMappings is missing, so that the runtime never hands hostPorts to portmap",
-                "\"capabilities\": {\"portMappings\": true}, or portmap install --conflist FILE",
+                match plugin.file {
+                    None => "\"capabilities\": {\"portMappings\": true}, or portmap install --conflist FILE",
+                    Some(_) => "\"capabilities\": {\"portMappings\": true}",
+                },
             );
         }
         let known = |key: &str| {
@@ -285,7 +318,10 @@ impl Analysis {
             if known(&member.key).is_none() {
                 self.find(
                     Severity::Warning,
-                    Position::of(text, member.key_span.start),
+                    Place {
+                        position: Position::of(plugin.text, member.key_span.start),
+                        ..plugin.place(&plugin.json)
+                    },
                     format!(
                         "portmap does not know the key {:?} and does not look at it",
                         member.key
@@ -294,7 +330,7 @@ impl Analysis {
                 );
             }
         }
-        let Value::Object(mut config) = raw(text, &plugin.json) else { return };
+        let Value::Object(mut config) = raw(plugin.text, &plugin.json) else { return };
         config.retain(|key, _| {
             !["name", "cniVersion"].iter().any(|own| own.eq_ignore_ascii_case(key))
         });
@@ -304,25 +340,18 @@ impl Analysis {
             Ok(conf) => self.conf = Some(conf),
             Err(error) => {
                 // Every message about a key begins with it.
-                let culprit = plugin.json.members().into_iter().flatten().find(|member| {
+                let of_list = ["name", "cniVersion"].into_iter().find(|key| error.starts_with(key));
+                let of_list = list
+                    .zip(of_list)
+                    .and_then(|(list, key)| Some(list.place(&list.json.exact(key)?.value)));
+                let own = plugin.json.members().into_iter().flatten().find(|member| {
                     error
                         .get(..member.key.len())
                         .is_some_and(|start| start.eq_ignore_ascii_case(&member.key))
                 });
-                let top = Json::parse(text).ok();
-                let of_list =
-                    ["name", "cniVersion"].into_iter().filter(|key| error.starts_with(key));
-                let of_list = top
-                    .iter()
-                    .flat_map(|json| of_list.clone().filter_map(|key| json.exact(key)))
-                    .next();
-                let at = culprit.or(of_list).map_or(&plugin.json, |member| &member.value);
-                self.find(
-                    Severity::Broken,
-                    position(at),
-                    error,
-                    "every ADD fails until this is mended",
-                );
+                let own = own.map_or(&plugin.json, |member| &member.value);
+                let place = of_list.unwrap_or_else(|| plugin.place(own));
+                self.find(Severity::Broken, place, error, "every ADD fails until this is mended");
             }
         }
     }
@@ -344,9 +373,9 @@ mod tests {
     #[track_caller]
     fn finds(text: &str, severity: Severity, words: &str) {
         let column = text.find('^').unwrap() + 1;
-        let all = analyse(&text.replace('^', "")).unwrap().findings;
+        let all = analyse(&text.replace('^', ""), &[]).unwrap().findings;
         let found = all.iter().any(|finding| {
-            let place = finding.position.unwrap();
+            let place = finding.place.as_ref().unwrap().position;
             (finding.severity, place.line, place.column) == (severity, 1, column)
                 && finding.problem.contains(words)
         });
@@ -359,11 +388,11 @@ mod tests {
         let list =
             format!(r#"{{"cniVersion":"0.3.1","name":"n","plugins":[{{"type":"ptp"}},{plugin}]}}"#);
         for text in [plugin, &list] {
-            let analysis = analyse(text).unwrap();
+            let analysis = analyse(text, &[]).unwrap();
             assert_eq!(analysis.findings, [], "{text}");
             assert!(analysis.conf.unwrap().options.no_snat);
         }
-        assert_eq!(analyse(&list).unwrap().plugins, ["ptp", "portmap"]);
+        assert_eq!(analyse(&list, &[]).unwrap().plugins, ["ptp", "portmap"]);
     }
 
     #[test]
@@ -391,7 +420,7 @@ mod tests {
         let shaped = after(&format!(r#"{EBPF},^{{"type":"bandwidth"}}"#));
         finds(&shaped, Broken, "bandwidth stands behind portmap");
         let auto = shaped.replace('^', "").replace(r#","backend":"ebpf""#, "");
-        let mut auto = analyse(&auto).unwrap();
+        let mut auto = analyse(&auto, &[]).unwrap();
         auto.with_backend(BackendKind::Nftables);
         assert_eq!(auto.findings, []);
         auto.with_backend(BackendKind::Ebpf);
@@ -405,16 +434,50 @@ mod tests {
         let several = r#""name":"n","cniVersions":["0.3.1","1.0.0","9.0.0"],"#;
         finds(&format!("^{}", of(several)), Warning, "libcni before 1.2");
         let both = format!("{several}\"cniVersion\":\"0.4.0\",");
-        let both = analyse(&of(&both)).unwrap();
+        let both = analyse(&of(&both), &[]).unwrap();
         assert_eq!((both.cni_version.as_str(), both.findings.as_slice()), ("1.0.0", &[][..]));
         finds(&of(r#""name":"n","cniVersion":"1.0.0","cniVersions":^"1.1.0","#), Broken, "refuse");
         finds(&of(r#""name":"n","cniVersion":^"9.9.9","#), Broken, "9.9.9");
+        let inlined = r#""cniVersion":"1.0.0","name":"n","loadOnlyInlinedPlugins":^1,"#;
+        finds(&of(inlined), Broken, "refuse");
+    }
+
+    #[test]
+    fn drop_ins_count_and_have_places_of_their_own() {
+        const LIST: &str = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"ptp"}]}"#;
+        let check = |list: &str, text: &str| {
+            let drop_ins = [DropIn { path: "/n/50.conf".into(), text: text.into() }];
+            analyse(list, &drop_ins).unwrap()
+        };
+        const SOUND: &str =
+            r#"{"type":"portmap","stateDir":"/a","capabilities":{"portMappings":true}}"#;
+        let sound = check(LIST, SOUND);
+        assert_eq!((sound.plugins.len(), sound.findings.as_slice()), (2, &[][..]));
+        assert_eq!(sound.drop_ins, [("/n/50.conf".into(), "portmap".into())]);
+        assert_eq!(sound.conf.unwrap().state_dir, Some("/a".into()));
+        let [alone] =
+            check(r#"{"cniVersion":"1.0.0","name":"n"}"#, SOUND).findings.try_into().unwrap();
+        assert!(alone.problem.contains("stands first") && alone.place.unwrap().file.is_some());
+        for (text, place) in [
+            (r#"{"type":"portmap"}"#, "/n/50.conf, line 1, column 1"),
+            (
+                r#"{"type":"portmap","snat":1,"capabilities":{"portMappings":true}}"#,
+                "/n/50.conf, line 1, column 26",
+            ),
+            (r#"{"type":"bridge"}"#, "line 1, column 1"),
+        ] {
+            let [finding] = check(LIST, text).findings.try_into().unwrap();
+            assert_eq!(finding.place.unwrap().to_string(), place, "{text}");
+        }
+        let list = LIST.replace("1.0.0", "9.9.9");
+        let [finding] = check(&list, SOUND).findings.try_into().unwrap();
+        assert_eq!(finding.place.unwrap().to_string(), "line 1, column 15");
     }
 
     #[test]
     fn other_things_are_refused() {
         for text in ["{}", "[", r#"{"type":"ptp"}"#] {
-            assert!(analyse(text).is_err(), "{text}");
+            assert!(analyse(text, &[]).is_err(), "{text}");
         }
     }
 }

@@ -2,7 +2,7 @@
 //! the plugin's stays.
 
 use super::spans::{Json, Kind, Member, Refusal};
-use super::{List, PLUGIN, Plugin, SHAPER};
+use super::{DropIn, List, PLUGIN, Plugin, SHAPER};
 
 /// What became of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,32 +39,40 @@ const ELSEWHERE: [(&str, &str); 3] = [
 /// Puts the plugin into a list, after Cilium's plugin where that makes the pod's interface, otherwise
 /// after the plugin that does. Where Cilium's is chained to another main plugin, Cilium documents the
 /// place between the two. The bandwidth plugin goes before it: its ingress qdisc cannot be added beside
-/// the clsact qdisc of eBPF, and to the other backends the order is all one.
+/// the clsact qdisc of eBPF, and to the other backends the order is all one. A drop-in that names the
+/// plugin is as good as an entry.
 ///
 /// # Errors
 ///
 /// What is not a list, or one in which the plugin could not work.
-pub fn insert(text: &str) -> Result<Edited, Refusal> {
-    let list = List::parse(text)?;
+pub fn insert(text: &str, drop_ins: &[DropIn]) -> Result<Edited, Refusal> {
+    let list = List::parse(text, drop_ins)?;
     let Some((main, rest)) = list.plugins.split_first() else {
         return Err(list.refuse(&list.json, "there is no main plugin"));
     };
     if main.name == PLUGIN {
-        return Err(list.refuse(
+        return Err(main.refuse(
             &main.json,
             "portmap stands first: it must come after the plugin that makes the pod's interface",
         ));
     }
     if let Some((_, instead)) = ELSEWHERE.iter().find(|(name, _)| *name == main.name) {
-        return Err(list.refuse(&main.json, *instead));
+        return Err(main.refuse(&main.json, *instead));
     }
     let mut present = rest.iter().filter(|plugin| plugin.name == PLUGIN);
     if present.clone().any(Plugin::gets_mappings) {
         return Ok(Edited { text: text.to_owned(), change: Change::None });
     }
     if let Some(plugin) = present.next() {
-        return add_capability(&list, plugin);
+        return add_capability(plugin);
     }
+    let Some((main, rest)) = list.own().split_first() else {
+        return Err(list.refuse(
+            &list.json,
+            "there is no \"plugins\" to put portmap into: add a drop-in behind the others with \
+             {\"type\": \"portmap\", \"capabilities\": {\"portMappings\": true}}",
+        ));
+    };
     let shaper = rest.iter().rfind(|plugin| plugin.name == SHAPER);
     let predecessor = shaper.unwrap_or(main);
     let style = Style::of(text, &predecessor.json);
@@ -78,31 +86,30 @@ pub fn insert(text: &str) -> Result<Edited, Refusal> {
     Ok(Edited { text: edited, change: Change::Inserted { after: predecessor.name.clone() } })
 }
 
-/// Takes every entry of the plugin out of a list.
+/// Takes every entry of the plugin out of a list; drop-ins stay.
 ///
 /// # Errors
 ///
-/// What is not a list, or one that would be empty without the plugin.
-pub fn remove(text: &str) -> Result<Edited, Refusal> {
-    let list = List::parse(text)?;
-    if list.plugins.iter().all(|plugin| plugin.name == PLUGIN) {
+/// What is not a list, or one whose `plugins` would be empty without the plugin.
+pub fn remove(text: &str, drop_ins: &[DropIn]) -> Result<Edited, Refusal> {
+    let list = List::parse(text, drop_ins)?;
+    let plugins = list.own();
+    if !plugins.is_empty() && plugins.iter().all(|plugin| plugin.name == PLUGIN) {
         return Err(list
             .refuse(&list.json, "portmap is the only plugin: without it the list would be empty"));
     }
     let mut edited = text.to_owned();
     // From behind, so that what is still to come keeps its place.
-    for (i, plugin) in list.plugins.iter().enumerate().rev() {
+    for (i, plugin) in plugins.iter().enumerate().rev() {
         if plugin.name != PLUGIN {
             continue;
         }
         let span = &plugin.json.span;
         // With it goes the comma before; the first has one after it, if anything else is left.
-        let others_before = list.plugins.iter().take(i).rev().find(|other| other.name != PLUGIN);
-        let (from, to) = match (i.checked_sub(1).and_then(|i| list.plugins.get(i)), others_before) {
+        let others_before = plugins.iter().take(i).rev().find(|other| other.name != PLUGIN);
+        let (from, to) = match (i.checked_sub(1).and_then(|i| plugins.get(i)), others_before) {
             (Some(before), Some(_)) => (before.json.span.end, span.end),
-            _ => {
-                (span.start, list.plugins.get(i + 1).map_or(span.end, |next| next.json.span.start))
-            }
+            _ => (span.start, plugins.get(i + 1).map_or(span.end, |next| next.json.span.start)),
         };
         edited = splice(&edited, from, to, "");
     }
@@ -110,15 +117,21 @@ pub fn remove(text: &str) -> Result<Edited, Refusal> {
     Ok(Edited { text: edited, change })
 }
 
-fn add_capability(list: &List, plugin: &Plugin) -> Result<Edited, Refusal> {
-    let text = list.text;
+fn add_capability(plugin: &Plugin) -> Result<Edited, Refusal> {
+    if plugin.file.is_some() {
+        return Err(plugin.refuse(
+            &plugin.json,
+            "portmap has no \"capabilities\": {\"portMappings\": true} here, and drop-ins are not edited: add it",
+        ));
+    }
+    let text = plugin.text;
     let style = Style::of(text, &plugin.json);
     let edited = match plugin.json.folded("capabilities") {
         None => {
             // Also where it is `null`: the last of several counts.
             let last = plugin.json.members().and_then(<[Member]>::last);
             let Some(last) = last else {
-                return Err(list.refuse(&plugin.json, "this plugin is empty"));
+                return Err(plugin.refuse(&plugin.json, "this plugin is empty"));
             };
             let member =
                 format!("{}\"capabilities\"{}{}", style.comma, style.colon, style.capabilities());
@@ -141,7 +154,7 @@ fn add_capability(list: &List, plugin: &Plugin) -> Result<Edited, Refusal> {
                 }
                 _ => {
                     return Err(
-                        list.refuse(&capabilities.value, "\"capabilities\" must be an object")
+                        plugin.refuse(&capabilities.value, "\"capabilities\" must be an object")
                     );
                 }
             }
@@ -214,7 +227,7 @@ mod tests {
     use serde_json::{Value, json};
 
     fn inserted(text: &str) -> String {
-        let edited = insert(text).unwrap();
+        let edited = insert(text, &[]).unwrap();
         assert!(matches!(edited.change, Change::Inserted { .. }), "{edited:?}");
         edited.text
     }
@@ -276,13 +289,13 @@ mod tests {
                 r#"{"type":"portmap","capabilities":null,"capabilities":{"portMappings":true}}"#,
             ),
         ] {
-            let edited = insert(&list(before)).unwrap();
+            let edited = insert(&list(before), &[]).unwrap();
             assert_eq!(edited, Edited { text: list(after), change: Change::CapabilityAdded });
-            assert_eq!(insert(&edited.text).unwrap().change, Change::None);
+            assert_eq!(insert(&edited.text, &[]).unwrap().change, Change::None);
         }
         let text = list(r#"{"type":"portmap","capabilities":[]}"#);
-        let refusal = insert(&text).unwrap_err();
-        assert_eq!(refusal.position.column, text.find("[]").unwrap() + 1, "{refusal}");
+        let refusal = insert(&text, &[]).unwrap_err();
+        assert_eq!(refusal.place.position.column, text.find("[]").unwrap() + 1, "{refusal}");
     }
 
     #[test]
@@ -301,12 +314,39 @@ mod tests {
             (r#"{"plugins":[{"type":"loopback"}]}"#, 13, "pod network"),
             (r#"{"plugins":[{"type":"ptp"},]}"#, 28, "not JSON"),
         ] {
-            let refusal = insert(text).unwrap_err();
-            assert_eq!((refusal.position.line, refusal.position.column), (1, column), "{refusal}");
+            let refusal = insert(text, &[]).unwrap_err();
+            assert_eq!(
+                (refusal.place.position.line, refusal.place.position.column),
+                (1, column),
+                "{refusal}"
+            );
             assert!(refusal.reason.contains(words), "{refusal}");
         }
-        let only = remove(r#"{"plugins":[{"type":"portmap"}]}"#).unwrap_err();
+        let only = remove(r#"{"plugins":[{"type":"portmap"}]}"#, &[]).unwrap_err();
         assert!(only.reason.contains("only plugin"), "{only}");
+    }
+
+    #[test]
+    fn a_drop_in_is_as_good_as_an_entry() {
+        const OWN: &str = r#"{"name":"n","plugins":[{"type":"ptp"}]}"#;
+        let drop_in = |text: &str| [DropIn { path: "/n/50.conf".into(), text: text.into() }];
+        let named = drop_in(r#"{"type":"portmap","capabilities":{"portMappings":true}}"#);
+        let unchanged = |text: &str| Edited { text: text.to_owned(), change: Change::None };
+        assert_eq!(insert(OWN, &named).unwrap(), unchanged(OWN));
+        let without = drop_in(r#"{"type":"portmap"}"#);
+        let refusal = insert(OWN, &without).unwrap_err();
+        assert!(refusal.to_string().starts_with("/n/50.conf, line 1, column 1: "), "{refusal}");
+        // Others do not matter, but there must be something to put it behind.
+        let other = drop_in(r#"{"type":"tuning"}"#);
+        assert_eq!(insert(OWN, &other).unwrap(), insert(OWN, &[]).unwrap());
+        let refusal = insert(r#"{"name":"n"}"#, &other).unwrap_err();
+        assert!(refusal.reason.contains("add a drop-in"), "{refusal}");
+
+        for text in [OWN, r#"{"name":"n"}"#] {
+            assert_eq!(remove(text, &named).unwrap(), unchanged(text));
+        }
+        let only = r#"{"name":"n","plugins":[{"type":"portmap"}]}"#;
+        assert!(remove(only, &other).unwrap_err().reason.contains("only plugin"));
     }
 
     #[test]
@@ -321,9 +361,9 @@ mod tests {
                 r#"[{"type":"a"}, {"type":"b"}]"#,
             ),
         ] {
-            let edited = remove(&format!(r#"{{"plugins":{before}}}"#)).unwrap();
+            let edited = remove(&format!(r#"{{"plugins":{before}}}"#), &[]).unwrap();
             assert_eq!(edited.text, format!(r#"{{"plugins":{after}}}"#));
-            assert_eq!(remove(&edited.text).unwrap().change, Change::None);
+            assert_eq!(remove(&edited.text, &[]).unwrap().change, Change::None);
         }
     }
 
@@ -410,15 +450,15 @@ mod tests {
             list.insert("plugins".into(), expected.into());
             prop_assert_eq!(serde_json::from_str::<Value>(&edited).unwrap(), Value::Object(list));
 
-            let again = insert(&edited).unwrap();
+            let again = insert(&edited, &[]).unwrap();
             prop_assert_eq!(again, Edited { text: edited.clone(), change: Change::None });
-            prop_assert_eq!(remove(&edited).unwrap().text, text);
+            prop_assert_eq!(remove(&edited, &[]).unwrap().text, text);
         }
 
         #[test]
         fn no_text_makes_it_panic(text in "[\\[\\]{}\",:a-e0-9 \\\\\n\u{e4}-]{0,60}") {
-            drop(insert(&text));
-            drop(remove(&text));
+            drop(insert(&text, &[]));
+            drop(remove(&text, &[]));
         }
     }
 }

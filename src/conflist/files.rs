@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use super::spans::{Json, Kind};
 use super::{CILIUM, List, PLUGIN};
+use crate::cni::invocation::is_identifier;
 
 /// Where runtimes look for configurations.
 pub const DEFAULT_DIR: &str = "/etc/cni/net.d";
@@ -68,6 +69,35 @@ pub fn state_dirs(text: &str) -> Vec<PathBuf> {
 #[must_use]
 pub fn is_configuration(name: &str) -> bool {
     name.rsplit_once('.').is_some_and(|(_, ending)| ["conf", "conflist", "json"].contains(&ending))
+}
+
+/// The directory, beside a list's file, of the list's drop-ins: libcni reads it since 1.3, unless the list
+/// has `loadOnlyInlinedPlugins`. A single plugin's object has none.
+#[must_use]
+pub fn drop_in_directory(text: &str) -> Option<String> {
+    let json = Json::parse(text).ok()?;
+    let is_list = json.exact("plugins").is_some() || json.folded("type").is_none();
+    if !is_list || only_inlined(&json) == Some(true) {
+        return None;
+    }
+    // The plugin refuses calls with other names.
+    let name = json.exact("name").and_then(|name| name.value.as_str())?;
+    is_identifier(name).then(|| name.to_owned())
+}
+
+/// What `loadOnlyInlinedPlugins` says, in libcni's spelling; `None` if libcni refuses it.
+pub(super) fn only_inlined(json: &Json) -> Option<bool> {
+    match json.exact("loadOnlyInlinedPlugins").map(|member| &member.value.kind) {
+        None => Some(false),
+        Some(Kind::Bool(only)) => Some(*only),
+        Some(Kind::String(text)) => text.to_ascii_lowercase().parse().ok(),
+        Some(_) => None,
+    }
+}
+
+#[must_use]
+pub fn is_drop_in(name: &str) -> bool {
+    name.ends_with(".conf")
 }
 
 /// The file that a runtime takes: the first by name, byte by byte.
@@ -160,9 +190,28 @@ mod tests {
     }
 
     #[test]
+    fn a_list_has_drop_ins_unless_it_says_otherwise() {
+        let plugins = r#""plugins":[{"type":"ptp"}]"#;
+        for (text, name) in [
+            (format!(r#"{{"name":"n",{plugins}}}"#), Some("n")),
+            (r#"{"name":"n.1_a-b"}"#.into(), Some("n.1_a-b")),
+            (format!(r#"{{"name":"n","loadOnlyInlinedPlugins":false,{plugins}}}"#), Some("n")),
+            (format!(r#"{{"name":"n","LoadOnlyInlinedPlugins":true,{plugins}}}"#), Some("n")),
+            (format!(r#"{{"name":"n","loadOnlyInlinedPlugins":true,{plugins}}}"#), None),
+            (format!(r#"{{"name":"n","loadOnlyInlinedPlugins":"TRUE",{plugins}}}"#), None),
+            (r#"{"name":"n","type":"bridge"}"#.into(), None),
+            (format!(r#"{{{plugins}}}"#), None),
+            (format!(r#"{{"name":"..",{plugins}}}"#), None),
+            ("{".into(), None),
+        ] {
+            assert_eq!(drop_in_directory(&text).as_deref(), name, "{text}");
+        }
+    }
+
+    #[test]
     fn ciliums_files_are_told_from_others() {
-        let cilium = List::parse(r#"{"plugins":[{"type":"cilium-cni"}]}"#).unwrap();
-        let ptp = List::parse(r#"{"plugins":[{"type":"ptp"}]}"#).unwrap();
+        let cilium = List::parse(r#"{"plugins":[{"type":"cilium-cni"}]}"#, &[]).unwrap();
+        let ptp = List::parse(r#"{"plugins":[{"type":"ptp"}]}"#, &[]).unwrap();
         let bak = [String::from("10-x.conflist.cilium_bak")];
         assert!(
             owner("05-cilium.conflist", &cilium, &[]).unwrap().contains("cni.chainingMode=portmap")

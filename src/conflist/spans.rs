@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -32,12 +33,52 @@ impl fmt::Display for Position {
     }
 }
 
+/// Where something stands: in another file than the one that is looked at, if that has a name here.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Place {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    #[serde(flatten)]
+    pub position: Position,
+}
+
+impl Place {
+    #[must_use]
+    pub fn of(text: &str, json: &Json) -> Self {
+        Position::of(text, json.span.start).into()
+    }
+}
+
+impl From<Position> for Place {
+    fn from(position: Position) -> Self {
+        Place { file: None, position }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.file {
+            write!(f, "{}, ", file.display())?;
+        }
+        self.position.fmt(f)
+    }
+}
+
 /// Why a text cannot be used, and where.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{position}: {reason}")]
+#[error("{place}: {reason}")]
 pub struct Refusal {
-    pub position: Position,
+    pub place: Place,
     pub reason: String,
+}
+
+impl Refusal {
+    /// Of what stands in another file.
+    #[must_use]
+    pub fn in_file(mut self, path: &Path) -> Self {
+        self.place.file = Some(path.to_owned());
+        self
+    }
 }
 
 /// A value and where it stands, in bytes.
@@ -76,17 +117,22 @@ impl Json {
             // Its own text repeats the place.
             let reason = error.to_string();
             let reason = reason.split(" at line ").next().unwrap_or_default();
-            return Err(Refusal {
-                position: Position { line: error.line().max(1), column: error.column().max(1) },
-                reason: format!("this is not JSON: {reason}"),
-            });
+            let position = Position { line: error.line().max(1), column: error.column().max(1) };
+            let reason = format!("this is not JSON: {reason}");
+            return Err(Refusal { place: position.into(), reason });
         }
         let mut reader = Reader { text, at: 0 };
         reader.skip_space();
         reader.value().ok_or_else(|| Refusal {
-            position: Position::of(text, reader.at),
+            place: Position::of(text, reader.at).into(),
             reason: "this is not JSON".into(),
         })
+    }
+
+    /// Of `text`, in which this stands.
+    #[must_use]
+    pub fn refusal(&self, text: &str, reason: impl Into<String>) -> Refusal {
+        Refusal { place: Place::of(text, self), reason: reason.into() }
     }
 
     #[must_use]
@@ -238,7 +284,7 @@ mod tests {
             [("", 1, 1), ("{\n  \"a\": 1,\n}", 3, 1), ("{} x", 1, 4), ("[1,]", 1, 4)]
         {
             let refusal = Json::parse(text).unwrap_err();
-            assert_eq!(refusal.position, Position { line, column }, "{text:?}: {refusal}");
+            assert_eq!(refusal.place.position, Position { line, column }, "{text:?}: {refusal}");
         }
         assert!(Json::parse(&"[".repeat(200)).is_err());
     }

@@ -116,7 +116,9 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     }
     if findings.is_empty() {
         let text = match live.len() {
-            0 => "no attachment has hostPorts, and no rule is left of any".to_owned(),
+            0 => "no attachment has hostPorts, and no rule is left of any; pods that were made before portmap was \
+                  listed have none until they are made anew"
+                .to_owned(),
             1 => "the one attachment is in the kernel as recorded".to_owned(),
             number => format!("all {number} attachments are in the kernel as recorded"),
         };

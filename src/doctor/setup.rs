@@ -1,11 +1,12 @@
 //! The installation: the list that runtimes take, and the binary that they run for it.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use super::{Area, Finding, Severity, Told};
 use crate::conflist::check::{Analysis, analyse};
 use crate::conflist::files::{first, is_configuration, names_plugin, owner, plugin_alone};
-use crate::conflist::{List, PLUGIN};
+use crate::conflist::{BEFORE_DROP_INS, DropIn, List, PLUGIN};
 use crate::model::BackendKind;
 use crate::request;
 
@@ -28,6 +29,26 @@ pub enum Binary {
     Unknown,
 }
 
+/// One name among the lists.
+#[derive(Debug, Clone)]
+pub struct File {
+    pub name: String,
+    /// Of what runtimes read.
+    pub text: Told<String>,
+    pub drop_ins: Vec<DropIn>,
+}
+
+impl File {
+    fn analysis(&self) -> Option<Analysis> {
+        analyse(self.text.as_ref().ok()?, &self.drop_ins).ok()
+    }
+
+    fn names_plugin(&self) -> bool {
+        let mut texts = self.text.iter().chain(self.drop_ins.iter().map(|drop_in| &drop_in.text));
+        texts.any(|text| names_plugin(text))
+    }
+}
+
 /// What the directories hold.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -35,8 +56,7 @@ pub struct Facts {
     pub version: String,
     /// Where runtimes look for lists.
     pub conf_dir: PathBuf,
-    /// All names there, with the text of those that runtimes read.
-    pub files: Told<Vec<(String, Told<String>)>>,
+    pub files: Told<Vec<File>>,
     /// Where runtimes look for plugins.
     pub dest: PathBuf,
     pub binary: Told<Binary>,
@@ -48,14 +68,14 @@ const AREA: Area = Area::Installation;
 
 impl Facts {
     /// The file that runtimes take, if there is one that could be read.
-    fn taken(&self) -> Option<(&str, &Told<String>)> {
+    fn taken(&self) -> Option<&File> {
         let files = self.files.as_ref().ok()?;
-        let name = first(files.iter().map(|(name, _)| name.as_str()))?;
-        files.iter().find(|(file, _)| file == name).map(|(name, text)| (name.as_str(), text))
+        let name = first(files.iter().map(|file| file.name.as_str()))?;
+        files.iter().find(|file| file.name == name)
     }
 
     fn analysis(&self) -> Option<Analysis> {
-        analyse(self.taken()?.1.as_ref().ok()?).ok()
+        self.taken()?.analysis()
     }
 
     /// What the list says of the backend; `None` if nothing or `auto`.
@@ -68,10 +88,9 @@ impl Facts {
     /// and which.
     #[must_use]
     pub fn elsewhere(&self) -> Option<(PathBuf, PathBuf)> {
-        self.files.iter().flatten().find_map(|(name, text)| {
-            let conf = analyse(text.as_ref().ok()?).ok()?.conf?;
-            let dir = request::state_dir(conf.state_dir);
-            (dir != self.state_dir).then(|| (self.conf_dir.join(name), dir))
+        self.files.iter().flatten().find_map(|file| {
+            let dir = request::state_dir(file.analysis()?.conf?.state_dir);
+            (dir != self.state_dir).then(|| (self.conf_dir.join(&file.name), dir))
         })
     }
 
@@ -96,7 +115,7 @@ fn lists(facts: &Facts, chosen: Option<BackendKind>) -> Vec<Finding> {
         Ok(files) => files,
         Err(reason) => return vec![AREA.unread(CHECK, &format!("the lists in {dir}"), reason)],
     };
-    let Some((name, text)) = facts.taken() else {
+    let Some(taken @ File { name, text, drop_ins }) = facts.taken() else {
         return vec![AREA.warning(
             CHECK,
             format!("there is no list in {dir}"),
@@ -110,7 +129,7 @@ fn lists(facts: &Facts, chosen: Option<BackendKind>) -> Vec<Finding> {
         Ok(text) => text,
         Err(reason) => return vec![AREA.unread(CHECK, &path.to_string(), reason)],
     };
-    let mut analysis = match analyse(text) {
+    let mut analysis = match analyse(text, drop_ins) {
         Ok(analysis) => analysis,
         Err(refusal) => {
             let broken = || {
@@ -127,14 +146,15 @@ fn lists(facts: &Facts, chosen: Option<BackendKind>) -> Vec<Finding> {
     if let Some(kind) = chosen {
         analysis.with_backend(kind);
     }
-    let names: Vec<String> = files.iter().map(|(name, _)| name.clone()).collect();
+    let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
     // An edit of Cilium's list needs more than a command.
-    let reverted = List::parse(text).ok().and_then(|list| owner(name, &list, &names));
+    let reverted = List::parse(text, drop_ins).ok().and_then(|list| owner(name, &list, &names));
     let mut findings: Vec<Finding> = analysis
         .findings
         .iter()
         .map(|problem| {
-            let place = problem.position.map(|place| format!(", {place}")).unwrap_or_default();
+            let place =
+                problem.place.as_ref().map(|place| format!(", {place}")).unwrap_or_default();
             let found = format!("{path}{place}: {}", problem.problem);
             let severity = Severity::from(problem.severity);
             let mut why = match severity {
@@ -152,20 +172,20 @@ fn lists(facts: &Facts, chosen: Option<BackendKind>) -> Vec<Finding> {
         })
         .collect();
     if findings.is_empty() {
-        findings.push(
-            AREA.fine(CHECK, format!("runtimes take {path}: {}", analysis.plugins.join(", then "))),
-        );
+        let mut found = format!("runtimes take {path}: {}", analysis.plugins.join(", then "));
+        for (path, plugin) in &analysis.drop_ins {
+            let _ = write!(found, "; {plugin} is from {}: {BEFORE_DROP_INS}", path.display());
+        }
+        findings.push(AREA.fine(CHECK, found));
     }
     if !facts.is_listed() {
         // It may have been put into a file that nobody reads.
         let ignored: Vec<&str> = files
             .iter()
-            .filter(|(other, text)| {
-                other != name
-                    && is_configuration(other)
-                    && text.as_ref().is_ok_and(|text| names_plugin(text))
+            .filter(|other| {
+                other.name != taken.name && is_configuration(&other.name) && other.names_plugin()
             })
-            .map(|(other, _)| other.as_str())
+            .map(|other| other.name.as_str())
             .collect();
         if !ignored.is_empty() {
             findings.push(AREA.warning(
@@ -288,7 +308,11 @@ mod tests {
     const UNLISTED: &str = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"cilium-cni"}]}"#;
 
     fn facts(files: &[(&str, &str)], binary: Binary) -> Facts {
-        let file = |(name, text): &(&str, &str)| ((*name).to_owned(), Ok((*text).to_owned()));
+        let file = |(name, text): &(&str, &str)| File {
+            name: (*name).to_owned(),
+            text: Ok((*text).to_owned()),
+            drop_ins: Vec::new(),
+        };
         Facts {
             version: "portmap 1.0.0".into(),
             conf_dir: "/etc/cni/net.d".into(),
@@ -350,6 +374,25 @@ mod tests {
         for other in [Some(BackendKind::Nftables), None] {
             assert_eq!(worst(other), Some(Severity::Fine));
         }
+    }
+
+    #[test]
+    fn drop_ins_are_part_of_their_list() {
+        let mut facts =
+            facts(&[("10-x.conflist", UNLISTED), ("20-y.conflist", UNLISTED)], Binary::Missing);
+        let text = r#"{"type":"portmap","stateDir":"/a","capabilities":{"portMappings":true}}"#;
+        let drop_ins = vec![DropIn { path: "/n/50.conf".into(), text: text.into() }];
+        let files = facts.files.as_mut().unwrap();
+        files[1].drop_ins.clone_from(&drop_ins);
+        assert!(found(&facts, "ignored-list").found.contains("listed in 20-y.conflist"));
+        assert_eq!(facts.elsewhere().unwrap().1, PathBuf::from("/a"));
+
+        facts.files.as_mut().unwrap()[0].drop_ins = drop_ins;
+        let list = found(&facts, "list");
+        let end = "cilium-cni, then portmap; portmap is from /n/50.conf: runtimes with libcni before 1.3 do not read it";
+        assert_eq!((list.severity, list.found.ends_with(end)), (Severity::Fine, true), "{list:?}");
+        assert_eq!(found(&facts, "state-dir").fix, "portmap doctor --state-dir /a");
+        assert_eq!(found(&facts, "binary").severity, Severity::Broken);
     }
 
     #[test]

@@ -31,6 +31,10 @@ fn tried(trials: [Trial; 3]) -> Vec<Tried> {
         .collect()
 }
 
+fn file(name: &str, text: &str) -> setup::File {
+    setup::File { name: name.into(), text: Ok(text.into()), drop_ins: Vec::new() }
+}
+
 /// A node on which nothing is wrong, with one pod.
 fn healthy() -> Facts {
     let attachment = Attachment {
@@ -39,7 +43,7 @@ fn healthy() -> Facts {
         alive: true,
         problems: Ok(Vec::new()),
     };
-    let file = |path: &str| (path.into(), Ok(None));
+    let state = |path: &str| (path.into(), Ok(None));
     Facts {
         backends: backends::Facts {
             privileged: true,
@@ -51,7 +55,7 @@ fn healthy() -> Facts {
         setup: setup::Facts {
             version: "portmap 1.0.0".into(),
             conf_dir: "/etc/cni/net.d".into(),
-            files: Ok(vec![("10-pods.conflist".into(), Ok(LIST.into()))]),
+            files: Ok(vec![file("10-pods.conflist", LIST)]),
             dest: "/opt/cni/bin".into(),
             binary: Ok(Binary::Same),
             state_dir: "/run/cni/portmap".into(),
@@ -82,8 +86,8 @@ fn healthy() -> Facts {
         cilium: cilium::Facts {
             signs: Vec::new(),
             unread: Vec::new(),
-            node_config: file("/run/cilium/state/globals/node_config.h"),
-            runtime_config: file("/run/cilium/state/agent-runtime-config.json"),
+            node_config: state("/run/cilium/state/globals/node_config.h"),
+            runtime_config: state("/run/cilium/state/agent-runtime-config.json"),
             socket_programs: Ok(false),
             renamed: Vec::new(),
             by_rules: true,
@@ -147,13 +151,12 @@ fn worst() -> Facts {
         tried([missing("iptables-restore"), missing("nft"), Trial::Objection(objection.into())]);
     facts.backends.sockets = Err("this kernel has no cgroup v2".into());
     facts.setup.files = Ok(vec![
-        (
-            "05-cilium.conflist".into(),
-            Ok(r#"{"cniVersion": "0.3.1", "name": "cilium", "plugins": [{"type": "cilium-cni"}]}"#
-                .into()),
+        file(
+            "05-cilium.conflist",
+            r#"{"cniVersion": "0.3.1", "name": "cilium", "plugins": [{"type": "cilium-cni"}]}"#,
         ),
-        ("10-pods.conflist".into(), Ok(LIST.into())),
-        ("20-other.conflist.cilium_bak".into(), Ok(String::new())),
+        file("10-pods.conflist", LIST),
+        file("20-other.conflist.cilium_bak", ""),
     ]);
     facts.setup.binary = Ok(Binary::Upstreams);
     facts.state.directory =

@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::model::{BackendKind, Family};
 use crate::record::Record;
 use crate::sys::bpf::cgroup;
+use crate::sys::install::drop_ins;
 use crate::sys::namespace::{self, Life};
 use crate::sys::netlink::route::Link;
 use crate::sys::progress::Progress;
@@ -101,16 +102,20 @@ fn setup(places: &Places) -> setup::Facts {
     let Places { state_dir, dest, conf_dir } = places;
     let files = survey::names(conf_dir).map_err(|error| error.to_string()).map(|names| {
         let read = |name: String| {
+            let path = conf_dir.join(&name);
             // Others may be large, or be no text.
             let text = match is_configuration(&name) {
-                true => match survey::text(&conf_dir.join(&name)) {
+                true => match survey::text(&path) {
                     Ok(Some(text)) => Ok(text),
                     Ok(None) => Err("it is a link to nothing".into()),
                     Err(error) => Err(error.to_string()),
                 },
                 false => Ok(String::new()),
             };
-            (name, text)
+            match text.and_then(|text| Ok((told(drop_ins(&path, &text))?, text))) {
+                Ok((drop_ins, text)) => setup::File { name, text: Ok(text), drop_ins },
+                Err(error) => setup::File { name, text: Err(error), drop_ins: Vec::new() },
+            }
         };
         names.unwrap_or_default().into_iter().map(read).collect()
     });

@@ -12,7 +12,8 @@ use nix::errno::Errno;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use rustix::thread::CapabilitySet;
 
-use crate::conflist::PLUGIN;
+use crate::conflist::files::{drop_in_directory, is_drop_in};
+use crate::conflist::{DropIn, PLUGIN};
 use crate::error::{Error, Result};
 use place::Like;
 
@@ -141,12 +142,32 @@ pub fn names(dir: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
+/// The drop-ins of the list at `path`, as libcni reads them: `path` may be a link, and they are beside that.
+pub fn drop_ins(path: &Path, text: &str) -> Result<Vec<DropIn>> {
+    let Some(name) = drop_in_directory(text) else { return Ok(Vec::new()) };
+    let dir = path.with_file_name(name);
+    let mut names = names(&dir)?;
+    names.retain(|name| is_drop_in(name));
+    names.sort_unstable();
+    let mut drop_ins = Vec::new();
+    for path in names.into_iter().map(|name| dir.join(name)) {
+        let failed = |error| explain("read", &path, error);
+        if fs::symlink_metadata(&path).map_err(failed)?.is_dir() {
+            continue;
+        }
+        let text = fs::read_to_string(&path).map_err(failed)?;
+        drop_ins.push(DropIn { path, text });
+    }
+    Ok(drop_ins)
+}
+
 /// A configuration as it was read.
 #[derive(Debug, Clone)]
 pub struct ListFile {
     /// Where it really is: what names a link keeps the link.
     pub path: PathBuf,
     pub text: String,
+    pub drop_ins: Vec<DropIn>,
     like: Like,
 }
 
@@ -168,7 +189,8 @@ impl ListFile {
             owner: Some((meta.uid(), meta.gid())),
             label: place::label(&real),
         };
-        Ok(Some(ListFile { path: real, text, like }))
+        let drop_ins = drop_ins(path, &text)?;
+        Ok(Some(ListFile { path: real, text, drop_ins, like }))
     }
 
     /// Puts `text` in place of the file, with its owner, mode and label.
