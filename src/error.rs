@@ -40,6 +40,8 @@ pub enum Error {
         /// `process 12 (nft)`, if it is known.
         holder: Option<String>,
     },
+    #[error("{tool} was ended after {seconds} s without a result: try again later")]
+    Hung { tool: String, seconds: u64 },
     #[error("no backend works on this node: {reasons}")]
     NoBackend { reasons: String },
     #[error("the {backend} backend does not work on this node: {reason}")]
@@ -94,7 +96,7 @@ impl Error {
             Error::Decode(_) => 6,
             Error::Config(_) | Error::MarkChainMissing { .. } => 7,
             Error::OwnNetns { .. } => 8,
-            Error::Busy { .. } => 11,
+            Error::Busy { .. } | Error::Hung { .. } => 11,
             Error::Tool { .. } => 100,
             Error::NoBackend { .. } | Error::BackendUnusable { .. } => 101,
             Error::Drift(_) => 102,

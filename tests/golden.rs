@@ -151,10 +151,12 @@ fn iptables_scripts_are_as_reviewed() {
     {
         let mut text = String::new();
         let last = records.last().unwrap();
+        let parts = records.iter().flat_map(Record::parts).collect();
         for family in Family::ALL.into_iter().filter(|family| last.network(*family).is_some()) {
             let desired = iptables::Desired {
                 family,
                 records: records.iter().filter(|record| record.network(family).is_some()).collect(),
+                parts: &parts,
                 purge: &BTreeSet::new(),
                 uplinks: &uplinks,
                 keep_base: false,
@@ -180,11 +182,11 @@ fn iptables_scripts_are_as_reviewed() {
             );
             text += &format!(
                 "\n# {family}, fast path: DEL, others remain\n{}",
-                iptables::remove(last, family, &BTreeSet::new(), &parts)
+                iptables::remove(last, family, &BTreeSet::new(), &parts, &facts().uplinks)
             );
             text += &format!(
                 "\n# {family}, fast path: DEL of the last\n{}\n",
-                iptables::remove(last, family, &parts, &BTreeSet::new())
+                iptables::remove(last, family, &parts, &BTreeSet::new(), &facts().uplinks)
             );
         }
         compare(&format!("{name}.iptables"), &text);
@@ -209,8 +211,8 @@ fn nft_scripts_are_as_reviewed() {
         let before = Objects::of(others).restricted_to(&names);
         let after = Objects::of(&all).restricted_to(&names);
         let parts = all.iter().flat_map(|record| record.parts()).collect();
-        let mut text =
-            format!("# from nothing to everything\n{}", lines(&nft::restore(&all, &facts())));
+        let whole = nft::restore(&all, &parts, &facts());
+        let mut text = format!("# from nothing to everything\n{}", lines(&whole));
         text += &format!(
             "\n# fast path: ADD of the newest\n{}",
             lines(&nft::change(&before, &after, None, &parts))
@@ -225,7 +227,8 @@ fn nft_scripts_are_as_reviewed() {
             "\n# fast path: nothing but the node's addresses\n{}",
             lines(&nft::change(&after, &after, Some((&facts(), &moved)), &parts))
         );
-        text += &format!("\n# nothing is left\n{}", lines(&nft::restore(&[], &facts())));
+        let nothing = nft::restore(&[], &BTreeSet::new(), &facts());
+        text += &format!("\n# nothing is left\n{}", lines(&nothing));
         compare(&format!("{name}.nft"), &text);
     }
 }
@@ -296,6 +299,7 @@ fn every_error_has_its_code_and_text() {
             seconds: 60,
             holder: Some("process 4711 (nft)".into()),
         },
+        Error::Hung { tool: "iptables".into(), seconds: 40 },
         Error::NoBackend { reasons: "iptables: iptables-restore is not installed (not in PATH); nftables: nft is not installed (not in PATH)".into() },
         Error::BackendUnusable { backend: "nftables".into(), reason: "nft is not installed (not in PATH)".into() },
         Error::PortTaken { claim: "tcp 0.0.0.0:80".into(), owner: "abc".into() },

@@ -307,6 +307,49 @@ fn upstream_nftables(container_id: &str, last: u8) -> String {
 
 #[test]
 #[ignore = "privileged: makes network namespaces, needs nftables"]
+fn rules_of_upstream_s_nftables_backend_are_checked() {
+    let netns = netns();
+    let node = Node::new(&netns, Variant::Nftables);
+    let host_ip = |ip| with_host_ip(mapping(8110, 80, "tcp"), ip);
+    let mappings = json!([mapping(8010, 80, "tcp"), host_ip(NODE_V4), host_ip(NODE_V6)]);
+    let addresses = prev_result(&["198.18.2.10/24", "fd00:18::10/64"]);
+    let container = attachment("theirs");
+    let make = || {
+        let others = upstream_nftables("others", 11);
+        node.shell(&format!("nft -f - <<'END'\n{}{others}END\n", upstream_nftables("theirs", 10)));
+    };
+    // Without iptables upstream takes nftables unasked, too.
+    for backend in [json!("nftables"), Value::Null] {
+        let mut config = node.config(mappings.clone(), addresses.clone());
+        match backend.is_null() {
+            true => drop(config.as_object_mut().unwrap().remove("backend")),
+            false => config["backend"] = backend,
+        }
+        make();
+        ours(&node, "CHECK", &config, &container);
+        for (damage, missing) in [
+            ("flush chain ip cni_hostport hostports", "tcp 0.0.0.0:8010 -> 198.18.2.10:80"),
+            ("flush chain ip6 cni_hostport hostports", "tcp [::]:8010 -> [fd00:18::10]:80"),
+            (
+                "flush chain ip cni_hostport hostip_hostports",
+                "tcp 203.0.113.1:8110 -> 198.18.2.10:80",
+            ),
+            ("delete table ip6 cni_hostport", "tcp [fd00:99::1]:8110 -> [fd00:18::10]:80"),
+        ] {
+            node.shell(&format!("nft {damage}"));
+            let (code, text) = node.fails("CHECK", &config, &container);
+            let expected = format!("{missing} expected in table");
+            assert!(code == 102 && text.contains(&expected), "{damage}: {code} {text}");
+            node.shell("nft flush ruleset");
+            make();
+        }
+        node.shell("nft flush ruleset");
+        node.fails("CHECK", &config, &container);
+    }
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces, needs nftables"]
 fn rules_of_upstream_s_nftables_backend_go_with_the_pod() {
     let netns = netns();
     let node = Node::new(&netns, Variant::Nftables);

@@ -9,17 +9,22 @@
     reason = "a test says by a panic that it failed"
 )]
 
+#[path = "support/executable.rs"]
+mod executable;
 mod support;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use executable::write_executable;
+use portmap::demo::plugin;
 use portmap::demo::topology::{BRIDGE, Lab, Options, Shape};
 use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::Family;
+use portmap::record::chain_name;
 use serde_json::{Value, json};
-use support::{Node, VARIANTS, Variant, attachment, prev_result};
+use support::{GONE_NETNS, IPTABLES, Node, PORTMAP, VARIANTS, Variant, attachment, prev_result};
 
 fn lab(shape: Shape, pods: usize) -> Lab {
     Lab::build(Options { pods, ..Options::new(shape) }).unwrap()
@@ -134,13 +139,13 @@ fn the_newest_wins_across_backends() {
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn a_damaged_record_is_cleaned_up_by_whoever_meets_it() {
-    let lab = lab(Shape::Cilium, 1);
-    for variant in VARIANTS {
+    let labs = [Shape::Cilium, Shape::Bridge].map(|shape| lab(shape, 1));
+    for (lab, variant) in labs.iter().flat_map(|lab| VARIANTS.map(|variant| (lab, variant))) {
         let mut node = Node::new(&lab.node, variant);
         node.cni_version = "1.1.0".into();
         let before = node.snapshot();
         let pod = attachment(&lab.pods[0], "c1");
-        let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.1.0"));
+        let config = node.config(mappings(&[8080]), prev_result(lab, 0, "1.1.0"));
         let damage = || {
             node.ok("ADD", &config, &pod);
             std::fs::write(record_file(&node, "c1"), r#"{"format":1,"netw"#).unwrap();
@@ -151,7 +156,18 @@ fn a_damaged_record_is_cleaned_up_by_whoever_meets_it() {
         node.assert_clean(&before);
 
         damage();
-        let other_port = node.config(mappings(&[9090]), prev_result(&lab, 0, "1.1.0"));
+        // By nobody's call: what is readable says that nobody lives there.
+        node.ok("ADD", &config, &pod);
+        let dead = json!({"format": 1, "netns": GONE_NETNS}).to_string();
+        std::fs::write(record_file(&node, "c1"), dead).unwrap();
+        let mut gc = std::process::Command::new(PORTMAP);
+        gc.env_clear().env("PATH", &node.path).args(["gc", "--state-dir"]).arg(&node.state_dir);
+        let output = plugin::run(&mut gc, b"", node.netns).unwrap();
+        // What other variants have left in this laboratory has no tool here, which is told.
+        assert!(output.stdout.contains("1 removed, 0 stay"), "{output:?}");
+        node.assert_clean(&before);
+
+        let other_port = node.config(mappings(&[9090]), prev_result(lab, 0, "1.1.0"));
         node.ok("ADD", &other_port, &pod);
         node.ok("CHECK", &other_port, &pod);
         node.ok("DEL", &other_port, &pod);
@@ -280,6 +296,112 @@ fn a_newer_portmap_s_attachment_keeps_its_hostport_while_others_come_and_go() {
         node.ok("DEL", &other.0, &other.1);
         assert_eq!(who_answers(&lab, 8080), None, "{variant:?}");
         node.flush();
+    }
+}
+
+/// Where others' chains stay, what all share is made anew around them.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_newer_portmap_s_attachment_keeps_its_rules_where_iptables_is_put_in_order() {
+    for variant in IPTABLES {
+        let bypass = Options { pods: 3, bypass: true, ..Options::new(Shape::Cilium) };
+        let lab = Lab::build(bypass).unwrap();
+        let _server = lab.pods[0].serve(&[80], &[]).unwrap();
+        let node = Node::new(&lab.node, variant);
+        let bare = node.snapshot();
+        let call = |pod: usize, snat: bool| {
+            let mappings = mappings(&[8080 + u16::try_from(pod).unwrap()]);
+            let mut config = node.config(mappings, prev_result(&lab, pod, "1.0.0"));
+            config["snat"] = json!(snat);
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let newer = call(0, true);
+        node.ok("ADD", &newer.0, &newer.1);
+        let file = record_file(&node, "c0");
+        let known = std::fs::read_to_string(&file).unwrap();
+        let unknown = known.replacen(r#""format":1,"#, r#""format":99,"new":{},"#, 1);
+        std::fs::write(&file, &unknown).unwrap();
+        let alone = node.snapshot();
+        let chain = chain_name(&node.network, "c0");
+        let rules = || -> Vec<String> {
+            let listing = node.shell("iptables -t nat -S; ip6tables -t nat -S; iptables -t raw -S");
+            let own = |line: &&str| line.contains(&chain) || line.contains("PORTMAP-GUARD");
+            listing.lines().filter(own).map(str::to_owned).collect()
+        };
+        let whole = rules();
+        // A third pod that needs all that is shared, and one that needs hardly any of it.
+        for (pod, snat, jump) in [
+            (1, true, "PREROUTING -m addrtype --dst-type LOCAL -j PORTMAP-NEIGHBOURS"),
+            (2, false, "OUTPUT -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT"),
+        ] {
+            let third = call(pod, snat);
+            node.shell(&format!("iptables -t nat -D {jump}; ip6tables -t nat -D {jump}"));
+            node.ok("ADD", &third.0, &third.1);
+            node.ok("CHECK", &third.0, &third.1);
+            assert_eq!(rules(), whole, "{variant:?} {snat}");
+            let target = SocketAddr::new(lab.node_address(Family::V4), 8080);
+            for caller in [&lab.client, &lab.pods[1].netns] {
+                let call = Call::new(Transport::Tcp, target, Duration::from_millis(1200));
+                let reply = reach(caller, call).map(|reply| reply.server);
+                assert_eq!(reply.as_deref(), Ok("pod-a"), "{variant:?} {snat}");
+            }
+            // The newest comes first.
+            node.shell("iptables -t nat -D CNI-HOSTPORT-DNAT 1");
+            node.ok("DEL", &third.0, &third.1);
+            node.snapshot()
+                .same_rules(&alone)
+                .unwrap_or_else(|lines| panic!("{variant:?} {lines}"));
+        }
+        std::fs::write(&file, &known).unwrap();
+        node.ok("DEL", &newer.0, &newer.1);
+        node.assert_clean(&bare);
+    }
+}
+
+/// Somebody has cleared /run.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_attachment_without_its_record_keeps_its_rules_until_its_del() {
+    for (variant, lost_first) in IPTABLES.into_iter().flat_map(|it| [(it, true), (it, false)]) {
+        let lab = lab(Shape::Cilium, 3);
+        let node = Node::new(&lab.node, variant);
+        let call = |pod: usize, lengths: [&str; 2]| {
+            let mappings = mappings(&[8080 + u16::try_from(pod).unwrap()]);
+            let mut config = node.config(mappings, prev_result(&lab, pod, "1.0.0"));
+            for ip in config["prevResult"]["ips"].as_array_mut().unwrap() {
+                let address = ip["address"].as_str().unwrap().split('/').next().unwrap();
+                let length = lengths[usize::from(address.contains(':'))];
+                ip["address"] = json!(format!("{address}/{length}"));
+            }
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let hosts = ["32", "128"];
+        // The last one needs all that is shared but what is for neighbours.
+        let [lost, other, bridged] = [call(0, hosts), call(1, hosts), call(2, ["24", "64"])];
+        node.ok("ADD", &lost.0, &lost.1);
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        let chain = chain_name(&node.network, "c0");
+        let listing = || node.shell("iptables -t nat -S; ip6tables -t nat -S");
+        let rules = || -> Vec<String> {
+            listing().lines().filter(|line| line.contains(&chain)).map(str::to_owned).collect()
+        };
+        let whole = rules();
+        node.ok("ADD", &other.0, &other.1);
+        node.ok("ADD", &bridged.0, &bridged.1);
+        assert_eq!(rules(), whole, "{variant:?}");
+        if !lost_first {
+            node.ok("DEL", &other.0, &other.1);
+            assert_eq!(rules(), whole, "{variant:?}");
+        }
+        node.ok("DEL", &lost.0, &lost.1);
+        assert_eq!(rules(), Vec::<String>::new(), "{variant:?}");
+        if lost_first {
+            node.ok("CHECK", &other.0, &other.1);
+            node.ok("DEL", &other.0, &other.1);
+        }
+        node.ok("CHECK", &bridged.0, &bridged.1);
+        node.ok("DEL", &bridged.0, &bridged.1);
+        assert!(!listing().contains("PORTMAP-"), "{variant:?} {lost_first}: {}", listing());
     }
 }
 
@@ -421,6 +543,95 @@ fn rules_of_the_other_iptables_go_with_their_attachment() {
             node.ok("DEL", &stays.0, &stays.1);
             node.assert_clean(&before);
         }
+    }
+}
+
+/// An nftables.conf has a table of this name, on a node whose tools are iptables-legacy.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_table_that_iptables_nft_cannot_read_keeps_no_pod_from_going() {
+    for (table, added_by) in [("nat", Variant::IptablesLegacy), ("raw", Variant::IptablesNft)] {
+        let lab = lab(Shape::Bridge, 1);
+        let _servers = lab.pods[0].serve(&[80], &[]).unwrap();
+        let mut node = Node::new(&lab.node, Variant::IptablesLegacy);
+        path_of_both(&mut node, added_by);
+        // What was there before is not taken away on the fast path.
+        support::foreign::install_upstream_scaffold(&node);
+        let config = node.config(mappings(&[8080]), prev_result(&lab, 0, "1.0.0"));
+        let pod = attachment(&lab.pods[0], "c1");
+        if table == "raw" {
+            node.ok("ADD", &config, &pod);
+        }
+        support::foreign::install_unreadable(&node, table);
+        let refusal = node.shell(&format!("iptables-nft -t {table} -S 2>&1 || true"));
+        assert!(refusal.contains("is incompatible"), "{refusal}");
+        path_of_both(&mut node, Variant::IptablesLegacy);
+        if table == "nat" {
+            node.ok("ADD", &config, &pod);
+        }
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{table}");
+        let output = node.ok("DEL", &config, &pod);
+        let warning = format!("table {table} of iptables-nft (IPv4) cannot be read");
+        assert!(output.stderr.contains(&warning), "{}", output.stderr);
+        assert_eq!(who_answers(&lab, 8080), None, "{table}");
+        assert!(!node.shell("nft list ruleset; iptables-legacy-save").contains("CNI-DN-"));
+        node.snapshot().no_records().unwrap();
+    }
+}
+
+/// k3s's iptables-detect.sh and iptables-wrappers of Kubernetes' images choose one of the tools; images
+/// that are made by copying have no links.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn tools_whose_names_do_not_tell_the_variant_keep_their_rules() {
+    for (variant, copied) in [
+        (Variant::IptablesNft, false),
+        (Variant::IptablesNft, true),
+        (Variant::IptablesLegacy, false),
+        (Variant::IptablesLegacy, true),
+    ] {
+        let lab = lab(Shape::Bridge, 2);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+        let mut node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        path_of_both(&mut node, variant);
+        let infix = if variant == Variant::IptablesNft { "-nft" } else { "-legacy" };
+        for tool in ["iptables", "ip6tables"] {
+            for suffix in ["", "-save", "-restore"] {
+                let link = node.path.join(format!("{tool}{suffix}"));
+                let program = std::fs::read_link(&link).unwrap();
+                let content = match copied {
+                    true => std::fs::read(program).unwrap(),
+                    false => {
+                        format!("#!/bin/sh\nexec /usr/sbin/{tool}{infix}{suffix} \"$@\"\n").into()
+                    }
+                };
+                write_executable(&link, content);
+            }
+        }
+        let pods = [0, 1].map(|pod: usize| {
+            let ports = mappings(&[8080 + u16::try_from(pod).unwrap()]);
+            let config = node.config(ports, prev_result(&lab, pod, "1.0.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        });
+        let answers = |pod: usize, port| {
+            let name = ["pod-a", "pod-b"][pod];
+            assert_eq!(who_answers(&lab, port).as_deref(), Some(name), "{variant:?} {copied}");
+            node.ok("CHECK", &pods[pod].0, &pods[pod].1);
+        };
+        // The first takes the slow path, the second the fast one, and a DEL both.
+        node.ok("ADD", &pods[0].0, &pods[0].1);
+        answers(0, 8080);
+        node.ok("ADD", &pods[1].0, &pods[1].1);
+        answers(1, 8081);
+        node.ok("DEL", &pods[0].0, &pods[0].1);
+        assert_eq!(who_answers(&lab, 8080), None);
+        answers(1, 8081);
+        node.damage();
+        assert!(node.restore(false).stdout.contains("1 repaired"));
+        answers(1, 8081);
+        node.ok("DEL", &pods[1].0, &pods[1].1);
+        node.assert_clean(&before);
     }
 }
 

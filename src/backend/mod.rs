@@ -54,6 +54,9 @@ impl Change<'_> {
 pub struct Desired<'a> {
     /// All records of this backend, oldest first.
     pub records: &'a [Record],
+    /// Parts that any record of this backend needs, also a dead pod's and a newer portmap's, for which
+    /// nothing else is put back: their `route_localnet` is on, and needs its guard.
+    pub parts: &'a BTreeSet<Part>,
     /// The one of them that is being added.
     pub added: Option<&'a Record>,
     /// Chains of attachments that must be gone.
@@ -83,7 +86,7 @@ pub enum Outcome {
 pub enum Unusable {
     /// For good, as far as can be told.
     Broken(String),
-    /// Another process has what the trial needs: nothing was found out.
+    /// Another process has what the trial needs, or what is on the node took too long: nothing was found out.
     Busy(Error),
 }
 
@@ -135,6 +138,11 @@ pub trait Observe {
 
     /// Whether one that works does so for IPv6, where that is a matter of its own.
     fn probe_ipv6(&self, _host: &Host) -> Result<(), Unusable> {
+        Ok(())
+    }
+
+    /// Whether one that works can do so beside what others have in this network namespace.
+    fn probe_node(&self, _host: &Host, _ipv6: bool) -> Result<(), Unusable> {
         Ok(())
     }
 

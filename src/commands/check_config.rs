@@ -102,7 +102,8 @@ fn choose(host: &Host, conf: &NetConf) -> Chosen {
         None => (probe(host, false), "which backend auto takes cannot be told".to_owned()),
         Some(kind) => {
             let broken = |reason| Error::BackendUnusable { backend: kind.to_string(), reason };
-            let tried = match backend::of(kind).probe(host) {
+            let backend = backend::of(kind);
+            let tried = match backend.probe(host).and_then(|()| backend.probe_node(host, false)) {
                 // Somebody else is at work, and an ADD would wait for that.
                 Ok(()) | Err(Unusable::Busy(_)) => Ok(kind),
                 Err(Unusable::Broken(reason)) => Err(broken(reason)),
@@ -113,7 +114,7 @@ fn choose(host: &Host, conf: &NetConf) -> Chosen {
     match tried {
         Ok(kind) => Chosen::Kind(kind),
         // Auto does not pass over a backend that may well work.
-        Err(error @ Error::Busy { .. }) => Chosen::Unknown {
+        Err(error @ (Error::Busy { .. } | Error::Hung { .. })) => Chosen::Unknown {
             reason: format!("{question} now: {error}"),
             fix: "portmap check-config once more",
         },

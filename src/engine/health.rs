@@ -9,7 +9,7 @@ use crate::backend::Observe;
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Family};
-use crate::record::{IndexKey, Part, Record};
+use crate::record::{IndexKey, Record};
 use crate::sys::namespace::{self, Life};
 use crate::sys::sysctl;
 
@@ -40,19 +40,15 @@ impl Engine<'_> {
         let parts = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
         let observer: &dyn Observe = self.backend(record.backend)?;
-        let look = |related: &[Record], parts: &BTreeSet<Part>| {
-            observer.problems(self.host, record, related, parts, &facts, recorded)
+        let look = |related: &[Record]| {
+            observer.problems(self.host, record, related, &parts, &facts, recorded)
         };
-        let mut problems = look(&related, &parts)?;
+        let mut problems = look(&related)?;
         if !problems.is_empty() {
-            let (mut records, _) = self.store.all()?;
-            records.retain(|other| other.backend == record.backend);
-            if let Some(living) = living(&records) {
-                related.retain(|record| namespace::life(record) != Life::Gone);
-                let parts = living.iter().flat_map(Record::parts).collect();
-                if look(&related, &parts)?.is_empty() {
-                    problems = Vec::new();
-                }
+            let all = related.len();
+            related.retain(|record| namespace::life(record) != Life::Gone);
+            if related.len() < all && look(&related)?.is_empty() {
+                problems = Vec::new();
             }
         }
         problems.extend(localnet_problem(record));

@@ -283,14 +283,32 @@ fn backend_note(ipv6: bool) -> &'static str {
     if ipv6 { "backend-ipv6" } else { "backend" }
 }
 
-/// The first backend that works, in the order of preference: for IPv4 alone, or for IPv6 too. One that
-/// is busy may well work: it is not passed over.
+/// The first backend that works here, in the order of preference: for IPv4 alone, or for IPv6 too. One
+/// that is busy may well work: it is not passed over.
 pub fn probe(host: &Host, ipv6: bool) -> Result<BackendKind> {
+    first(host, |backend| {
+        backend.probe(host)?;
+        if ipv6 {
+            backend.probe_ipv6(host)?;
+        }
+        backend.probe_node(host, ipv6)
+    })
+}
+
+/// As [`probe`], for who asks every few seconds: others' rules, which may be many, are not read, nor is
+/// anything known of IPv6.
+pub fn probe_briefly(host: &Host) -> Result<BackendKind> {
+    first(host, |backend| backend.probe(host))
+}
+
+fn first(
+    host: &Host,
+    works: impl Fn(&dyn backend::Backend) -> Result<(), Unusable>,
+) -> Result<BackendKind> {
     let mut reasons = Vec::new();
     for kind in BackendKind::ALL {
         let backend = backend::of(kind);
-        let more = || if ipv6 { backend.probe_ipv6(host) } else { Ok(()) };
-        match backend.probe(host).and_then(|()| more()) {
+        match works(backend) {
             Ok(()) => match backend.objection(host) {
                 None => return Ok(kind),
                 Some(objection) => reasons.push(format!("{kind}: {objection}")),

@@ -44,7 +44,7 @@ impl Engine<'_> {
         };
         let kind = record.backend;
         let related = self.related(added, removed)?;
-        let after = self.parts_with(kind, added, record, before)?;
+        let after = self.parts_with(kind, added, &record.id(), before)?;
         let known = self.known_facts(kind)?;
         let kept = self.kept(kind, before)?;
         let change = Change {
@@ -120,10 +120,14 @@ impl Engine<'_> {
                 && gone.is_none_or(|gone| record.id() != gone.id())
                 && !lost.without.contains(&record.id())
         });
-        let parts = records.iter().flat_map(Record::parts).chain(lost.parts.iter().copied());
-        let known = self.kept(kind, &parts.filter(|part| !first.contains(part)).collect())?;
+        let gone = gone.map(Record::id).unwrap_or_default();
+        let mut parts = self.parts_with(kind, None, &gone, &self.store.parts(kind)?)?;
+        parts.extend(records.iter().flat_map(Record::parts));
+        let others = parts.union(&lost.parts).filter(|part| !first.contains(part)).copied();
+        let known = self.kept(kind, &others.collect())?;
         let desired = Desired {
             records: &records,
+            parts: &parts,
             added,
             purge: &lost.chains,
             families: &lost.families,
@@ -176,19 +180,17 @@ impl Engine<'_> {
         Ok(records)
     }
 
-    /// The parts that are needed when `added` is there and `record` is otherwise not.
+    /// The parts that are needed when `added` is there and the record `id` is otherwise not.
     pub(super) fn parts_with(
         &self,
         kind: BackendKind,
         added: Option<&Record>,
-        record: &Record,
+        id: &str,
         before: &BTreeSet<Part>,
     ) -> Result<BTreeSet<Part>> {
         let mut parts = added.map(Record::parts).unwrap_or_default();
         for part in before {
-            if !parts.contains(part)
-                && self.store.has_other(&IndexKey::Part(kind, *part), &record.id())?
-            {
+            if !parts.contains(part) && self.store.has_other(&IndexKey::Part(kind, *part), id)? {
                 parts.insert(*part);
             }
         }

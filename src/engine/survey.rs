@@ -99,7 +99,6 @@ impl Engine<'_> {
         if problems.iter().any(|problems| !problems.is_empty())
             && let Some(living) = living(records)
         {
-            let parts = living.iter().flat_map(Record::parts).collect();
             let without = self.backend(kind)?.survey(self.host, &living, &parts, &facts)?;
             let sound = living.iter().zip(&without).filter(|(_, problems)| problems.is_empty());
             let sound: BTreeSet<String> = sound.map(|(record, _)| record.id()).collect();

@@ -1,7 +1,8 @@
 //! The iptables tools. Reading goes through the `iptables` crate; it is given no part in decisions,
 //! because most of its functions take every failure for an empty answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 
 use iptables::IPTables;
 
@@ -98,9 +99,9 @@ pub fn list(host: &Host, family: Family, table: &str) -> Result<Listing, ToolErr
     execute(host, tool(family), table, "-S")
 }
 
-/// Whether the tool is the variant that keeps its rules in nf_tables (xtables-nft-multi).
-pub fn is_nft(host: &Host, family: Family) -> bool {
-    variant(host, tool(family)) == Some(Variant::Nft)
+/// The variant of the tools in PATH; `None` if there are none or they do not tell.
+pub fn used(host: &Host, family: Family) -> Option<Variant> {
+    variant(host, tool(family))
 }
 
 /// Where a tool keeps its rules. Packets meet both.
@@ -147,11 +148,42 @@ impl Variant {
     }
 }
 
-/// Which one a tool is; `None` if it is not installed.
+/// What tools whose names do not tell have said of themselves.
+#[derive(Debug, Default)]
+pub struct Variants(Mutex<BTreeMap<String, Option<Variant>>>);
+
+/// Which one a tool is; `None` if it is not installed or does not tell.
 fn variant(host: &Host, tool: &str) -> Option<Variant> {
     let program = host.tools.find(tool)?.canonicalize().ok()?;
-    let is_nft = program.file_name()?.to_string_lossy().contains("nft");
-    Some(if is_nft { Variant::Nft } else { Variant::Legacy })
+    if let Some(named) = of_program(&program.file_name()?.to_string_lossy()) {
+        return Some(named);
+    }
+    // A copy, or a script that chooses among others (k3s, kubernetes-sigs/iptables-wrappers).
+    let mut known = host.variants.0.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(said) = known.get(tool) {
+        return *said;
+    }
+    let said = host.tools.run(tool, &["--version"], "").ok().and_then(|text| of_version(&text));
+    known.insert(tool.to_owned(), said);
+    said
+}
+
+/// By the file that all tools of a variant are links to: xtables-nft-multi, xtables-legacy-multi, and
+/// xtables-multi before iptables 1.8.
+fn of_program(name: &str) -> Option<Variant> {
+    if name.contains("nft") {
+        return Some(Variant::Nft);
+    }
+    ["legacy", "xtables-multi"].iter().any(|part| name.contains(part)).then_some(Variant::Legacy)
+}
+
+/// By what `--version` prints: since iptables 1.8 the variant follows the number.
+fn of_version(text: &str) -> Option<Variant> {
+    if text.contains("(nf_tables)") {
+        return Some(Variant::Nft);
+    }
+    let before_1_8 = text.contains(" v1.") && !text.contains('(');
+    (before_1_8 || text.contains("(legacy)")).then_some(Variant::Legacy)
 }
 
 /// The table nat of each variant that has one in this network namespace. Where none is, no tool is
@@ -183,9 +215,12 @@ pub fn table_in(
     })
 }
 
-/// The variant of the tools in PATH is the other one.
-pub fn other_variant(host: &Host, family: Family) -> Variant {
-    if is_nft(host, family) { Variant::Legacy } else { Variant::Nft }
+/// The one that the tools in PATH are not; `None` if those are not known.
+pub fn other_variant(host: &Host, family: Family) -> Option<Variant> {
+    used(host, family).map(|used| match used {
+        Variant::Nft => Variant::Legacy,
+        Variant::Legacy => Variant::Nft,
+    })
 }
 
 /// The tables that iptables-legacy has in the kernel; `None` if that cannot be read.
@@ -201,7 +236,7 @@ pub fn list_chains(
     table: &str,
     chains: &[&str],
 ) -> Result<Listing, ToolError> {
-    if !is_nft(host, family) {
+    if used(host, family) != Some(Variant::Nft) {
         return list(host, family, table);
     }
     let mut listing = Listing::default();
@@ -219,11 +254,14 @@ pub fn list_chains(
 /// Whether a chain is known, without a process, not to exist. Of iptables-legacy the kernel tells that
 /// only where nobody uses the whole table.
 pub fn lacks_chain(host: &Host, family: Family, table: &str, chain: &str) -> bool {
-    if is_nft(host, family) {
-        let found = NftReader::open().and_then(|mut nft| nft.chain(family.into(), table, chain));
-        return found.is_ok_and(|found| found.is_none());
+    match used(host, family) {
+        Some(Variant::Nft) => {
+            let find = |mut nft: NftReader| nft.chain(family.into(), table, chain);
+            NftReader::open().and_then(find).is_ok_and(|found| found.is_none())
+        }
+        Some(Variant::Legacy) => legacy_tables(family).is_some_and(|names| !names.contains(table)),
+        None => false,
     }
-    legacy_tables(family).is_some_and(|names| !names.contains(table))
 }
 
 fn execute(
@@ -276,6 +314,29 @@ mod tests {
         let result = execute(&host, tool, "nat", "-S");
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(result, Err(ToolError::Hung { .. })), "{result:?}");
+    }
+
+    #[test]
+    fn variants_are_told_by_program_and_by_version() {
+        use Variant::{Legacy, Nft};
+        for (name, variant) in [
+            ("xtables-nft-multi", Some(Nft)),
+            ("xtables-legacy-multi", Some(Legacy)),
+            ("xtables-multi", Some(Legacy)),
+            ("iptables", None),
+            ("iptables-detect.sh", None),
+        ] {
+            assert_eq!(of_program(name), variant, "{name}");
+        }
+        for (text, variant) in [
+            ("iptables v1.8.9 (nf_tables)\n", Some(Nft)),
+            ("ip6tables-restore v1.8.7 (legacy)\n", Some(Legacy)),
+            ("iptables v1.6.1\n", Some(Legacy)),
+            ("iptables v1.9.0 (something else)\n", None),
+            ("", None),
+        ] {
+            assert_eq!(of_version(text), variant, "{text}");
+        }
     }
 
     #[test]

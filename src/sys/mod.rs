@@ -42,6 +42,8 @@ pub struct Host {
     /// eBPF programs that are known to be loaded.
     programs: Mutex<Numbers>,
     cilium: OnceLock<bool>,
+    /// Of the iptables tools in PATH.
+    variants: iptables::Variants,
     ephemeral: OnceLock<RangeInclusive<u16>>,
     /// One socket for all questions about devices and routes.
     routes: Mutex<Option<RouteReader>>,
@@ -59,6 +61,7 @@ impl Host {
             kernel: OnceLock::new(),
             programs: Mutex::default(),
             cilium: OnceLock::new(),
+            variants: iptables::Variants::default(),
             ephemeral: OnceLock::new(),
             routes: Mutex::default(),
             links: Mutex::default(),

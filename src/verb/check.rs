@@ -27,7 +27,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
             problems.extend(differences(&request, &record));
             (*record, true)
         }
-        Found::None => (as_upstream_would(&request), false),
+        Found::None => (as_upstream_would(&request, host), false),
         Found::Newer(format) => return Err(newer_record(&dir, &id, format)),
         Found::Damaged(reason) => {
             return Err(Error::Drift(format!(
@@ -44,14 +44,19 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     Err(Error::Drift(format!("{}: {}", request.attachment, problems.join("; "))))
 }
 
-/// An attachment without a record may be upstream's, which uses iptables unless told otherwise.
-fn as_upstream_would(request: &Request) -> Record {
+/// An attachment without a record may be upstream's, which uses iptables unless told otherwise or without
+/// that tool (1.6.0 and later).
+fn as_upstream_would(request: &Request, host: &Host) -> Record {
+    let default = match host.tools.find("iptables").is_none() && host.tools.find("nft").is_some() {
+        true => BackendKind::Nftables,
+        false => BackendKind::Iptables,
+    };
     Record::new(
         request.attachment.clone(),
         request.conf.mappings.clone(),
         request.addresses.clone(),
         request.conf.options.clone(),
-        request.conf.backend.unwrap_or(BackendKind::Iptables),
+        request.conf.backend.unwrap_or(default),
     )
 }
 

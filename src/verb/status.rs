@@ -4,7 +4,7 @@
 use crate::backend::{self, Unusable};
 use crate::cni::envelope::Envelope;
 use crate::conf::NetConf;
-use crate::engine::probe;
+use crate::engine::probe_briefly;
 use crate::error::{Error, Result};
 use crate::request;
 use crate::sys::Host;
@@ -24,7 +24,7 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
                 Error::BackendUnusable { backend: kind.to_string(), reason }
             }
         }),
-        None => probe(host, false).map(drop),
+        None => probe_briefly(host).map(drop),
     };
     match result {
         // Somebody else is at work, and an ADD would wait for that.

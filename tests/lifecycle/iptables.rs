@@ -8,7 +8,7 @@ use portmap::backend::iptables::{check, rules, script};
 use portmap::model::{BackendKind, Family};
 use portmap::record::{Part, Record};
 
-use super::{Change, Packet, Table};
+use super::{Change, Packet, Table, parts};
 
 /// A source address that packets have or have not.
 pub const CONDITION: &str = "10.9.0.0/16";
@@ -89,6 +89,7 @@ impl Fake {
             let desired = script::Desired {
                 family,
                 records,
+                parts: &parts(live),
                 purge,
                 uplinks: &uplinks,
                 keep_base: self.keep_base,
@@ -96,7 +97,7 @@ impl Fake {
             };
             let mut text = script::restore_nat(&desired, &self.tables[&(family, "nat")]);
             if family == Family::V4 {
-                let guard = live.iter().any(|record| record.parts().contains(&Part::Guard));
+                let guard = desired.parts.contains(&Part::Guard);
                 text += &script::restore_raw(guard, &self.tables[&(family, "raw")]);
             }
             self.restore(family, &text).unwrap();
@@ -108,14 +109,16 @@ impl Fake {
         gone.retain(|part| !self.keep_base || !matches!(part, Part::Mark(..)));
         let pair = change.added.iter().chain(&change.removed);
         let families: BTreeSet<Family> = pair.flat_map(|record| record.families()).collect();
+        let uplinks = BTreeSet::from(["eth0".to_owned()]);
         for family in families {
             let text = match (change.added, change.removed) {
                 (Some(added), removed) => {
-                    let uplinks = BTreeSet::from(["eth0".to_owned()]);
                     let shared = script::Shared::CheckedInside { uplinks: &uplinks };
                     script::add(added, removed, family, shared)
                 }
-                (None, Some(removed)) => script::remove(removed, family, &gone, &change.after),
+                (None, Some(removed)) => {
+                    script::remove(removed, family, &gone, &change.after, &uplinks)
+                }
                 (None, None) => continue,
             };
             self.restore(family, &text).unwrap();

@@ -10,7 +10,7 @@ use portmap::model::{BackendKind, Family};
 use portmap::record::{Part, Record};
 use serde_json::{Value, json};
 
-use super::{Change, Packet, Table};
+use super::{Change, Packet, Table, parts};
 
 /// Stands for any match in a rule.
 pub const CONDITION: &str = "condition";
@@ -104,8 +104,8 @@ impl Fake {
 
     fn fresh(records: &[Record]) -> Self {
         let mut fake = Fake::default();
-        let records: Vec<&Record> = records.iter().collect();
-        fake.apply(&script::restore(&records, &facts())).unwrap();
+        let all: Vec<&Record> = records.iter().collect();
+        fake.apply(&script::restore(&all, &parts(records), &facts())).unwrap();
         fake
     }
 
@@ -169,7 +169,7 @@ impl Table for Fake {
     fn change(&mut self, change: &Change) {
         if change.after.is_empty() || change.before != change.after {
             let records: Vec<&Record> = change.live.iter().collect();
-            self.apply(&script::restore(&records, &facts())).unwrap();
+            self.apply(&script::restore(&records, &change.after, &facts())).unwrap();
             return;
         }
         let mut names = Names::default();

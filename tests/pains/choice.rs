@@ -9,7 +9,7 @@ use portmap::demo::traffic::Transport;
 use serde_json::{Value, json};
 
 use crate::site::{Site, bridge, on_each, tcp, with};
-use crate::support::{Node, PORTMAP, Scratch, VARIANTS, Variant, attachment, prev_result};
+use crate::support::{Node, PORTMAP, Scratch, VARIANTS, Variant, attachment, foreign, prev_result};
 
 const AUTO: &str = "auto";
 
@@ -127,6 +127,39 @@ fn pain_04_a_broken_backend_is_passed_over() {
             site.assert_clean();
         });
     }
+}
+
+/// plugins#461, podman#5446: somebody uses nft in table nat, and `iptables -S` says "table `nat' is
+/// incompatible, use 'nft' tool". A namespace in which things are tried out does not tell that.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_04_iptables_is_passed_over_where_its_table_is_not_its_own() {
+    on_each(&[Variant::IptablesNft], &bridge(), |site| {
+        let dir = Scratch::new();
+        let only_iptables = site.node.path.clone();
+        site.node.path = tools_of(&dir, &[Variant::IptablesNft, Variant::Nftables]);
+        foreign::install_unreadable(&site.node, "nat");
+        site.before = site.node.snapshot();
+        let pod = site.of(0, "a");
+        site.node.ok("STATUS", &auto(site), &pod);
+        site.node.ok("ADD", &auto(site), &pod);
+        site.reaches(Transport::Tcp, 8080, "pod-a");
+        site.node.ok("CHECK", &auto(site), &pod);
+        assert!(site.node.shell("nft list tables").contains("table inet portmap"));
+        site.node.ok("DEL", &auto(site), &pod);
+        site.assert_clean();
+
+        // Who asks for it is told what it says.
+        let named = with(auto(site), json!({"backend": "iptables"}));
+        site.node.path = only_iptables;
+        let said = error(&site.call("ADD", &named, &pod));
+        assert!(said.to_string().contains("is incompatible"), "{said}");
+        site.forbid_ebpf(true);
+        let said = error(&site.call("ADD", &auto(site), &pod));
+        assert!(said["code"] == 101 && said.to_string().contains("is incompatible"), "{said}");
+        site.forbid_ebpf(false);
+        site.assert_clean();
+    });
 }
 
 /// Trying things out needs rights that a sandboxed runtime may lack; the kernel's answer is shown.

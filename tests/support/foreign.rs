@@ -39,6 +39,22 @@ pub fn install_upstream_scaffold(node: &Node) {
     }
 }
 
+/// Has somebody use nft in a table of iptables-nft's, in both families: what is in none of iptables' own
+/// words makes `iptables-nft -S` call the whole table incompatible (1.8.9).
+pub fn install_unreadable(node: &Node, table: &str) {
+    let statement = if table == "nat" { "masquerade" } else { "notrack" };
+    for family in ["ip", "ip6"] {
+        node.shell(&format!(
+            "nft -f - <<'END'
+             table {family} {table} {{
+                 chain others {{ {statement}; }}
+             }}
+END
+"
+        ));
+    }
+}
+
 fn v4() -> String {
     let mut text = String::from(
         r#"*nat

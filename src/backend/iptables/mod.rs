@@ -9,6 +9,7 @@ mod marks;
 pub mod path;
 pub mod rules;
 pub mod script;
+mod trial;
 mod variants;
 
 use std::collections::BTreeSet;
@@ -23,8 +24,7 @@ use crate::model::{Claim, Family};
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
-use crate::sys::iptables::{is_nft, lacks_chain, list, list_chains, nat_tables, restore};
-use crate::sys::namespace::in_scratch_netns;
+use crate::sys::iptables::{Variant, lacks_chain, list, list_chains, nat_tables, restore, used};
 use crate::sys::netlink::nftables::NftReader;
 
 /// The backend.
@@ -32,11 +32,15 @@ pub struct Iptables;
 
 impl Observe for Iptables {
     fn probe(&self, host: &Host) -> Result<(), Unusable> {
-        probe(host, Family::V4)
+        trial::probe(host, Family::V4)
     }
 
     fn probe_ipv6(&self, host: &Host) -> Result<(), Unusable> {
-        probe(host, Family::V6)
+        trial::probe(host, Family::V6)
+    }
+
+    fn probe_node(&self, host: &Host, ipv6: bool) -> Result<(), Unusable> {
+        trial::probe_node(host, ipv6)
     }
 
     fn problems(
@@ -174,7 +178,10 @@ impl Apply for Iptables {
                         }
                     }
                 }
-                (None, Some(removed)) => script::remove(removed, family, &gone, change.parts_after),
+                (None, Some(removed)) => {
+                    let uplinks = &change.facts_before.uplinks;
+                    script::remove(removed, family, &gone, change.parts_after, uplinks)
+                }
                 (None, None) => continue,
             };
             match restore(host, family, &text) {
@@ -208,12 +215,14 @@ impl Apply for Iptables {
         for (family, records, listing) in &mut listings {
             left_out::unmarkable(host, records, desired.added, *family, listing)?;
         }
+        let mut cleared = Ok(());
         for (family, records, listing) in listings {
             let is_kept = |part: &Part| desired.kept.contains(part) || kept.contains(part);
             let stale = desired.gone.iter().filter(|part| !is_kept(part));
             let mut state = script::Desired {
                 family,
                 records,
+                parts: desired.parts,
                 purge: desired.purge,
                 uplinks: &uplinks,
                 keep_base: is_kept(&Part::Base(family)),
@@ -234,14 +243,18 @@ impl Apply for Iptables {
             }
             sent.map_err(|error| failed("change the rules", family, error))?;
             match variants::clear_other(host, desired, &state) {
-                // A repeated DEL comes upon it again; nobody else is the worse for it.
-                Err(error) if desired.added.is_some() || desired.purge.is_empty() => {
+                Ok(()) => {}
+                // A repeated DEL comes upon it again; nobody else is the worse for it. One error is
+                // enough for that, and keeps no other family from being cleared.
+                Err(error)
+                    if desired.added.is_some() || desired.purge.is_empty() || cleared.is_err() =>
+                {
                     host.warn(format!("{error}: {}", error.details()));
                 }
-                other => other?,
+                Err(error) => cleared = Err(error),
             }
         }
-        Ok(())
+        cleared
     }
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
@@ -249,38 +262,15 @@ impl Apply for Iptables {
     }
 }
 
-fn probe(host: &Host, family: Family) -> Result<(), Unusable> {
-    let sample = super::probe_record(crate::model::BackendKind::Iptables, family);
-    let desired = script::Desired {
-        family,
-        records: vec![&sample],
-        purge: &BTreeSet::new(),
-        uplinks: &["eth0".to_owned()],
-        keep_base: false,
-        stale_bits: BTreeSet::new(),
-    };
-    let none = Listing::default();
-    let raw = if family == Family::V4 { script::restore_raw(true, &none) } else { String::new() };
-    let text = script::restore_nat(&desired, &none) + &raw;
-    match in_scratch_netns(|| restore(host, family, &text)) {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error @ ToolError::Busy { .. })) => {
-            Err(Unusable::Busy(error.into_error(String::new())))
-        }
-        Ok(Err(error)) => Err(Unusable::Broken(error.to_string())),
-        Err(reason) => Err(Unusable::Broken(reason)),
-    }
-}
-
 /// With iptables-nft, looks over netlink whether the shared chains lead where they should; `None` with
-/// iptables-legacy, and where netlink does not tell.
+/// other tools, and where netlink does not tell.
 fn shared_chains(
     host: &Host,
     record: &Record,
     family: Family,
     uplinks: &BTreeSet<String>,
 ) -> Option<std::result::Result<(), String>> {
-    if !is_nft(host, family) {
+    if used(host, family) != Some(Variant::Nft) {
         return None;
     }
     let mut reader = NftReader::open().ok()?;
@@ -352,9 +342,8 @@ fn needs_listing(change: &Change) -> Option<String> {
     }
 }
 
-/// The guard is needed while any record has a device with `route_localnet`.
 fn restore_guard(host: &Host, desired: &Desired) -> Result<String> {
-    let wanted = desired.records.iter().any(|record| record.parts().contains(&Part::Guard));
+    let wanted = desired.parts.contains(&Part::Guard);
     // Without the chain there is nothing of ours, and nothing that it would have to replace.
     let listing = match lacks_chain(host, Family::V4, "raw", rules::GUARD) {
         true => Ok(Listing::default()),

@@ -3,44 +3,66 @@
 
 use std::collections::BTreeSet;
 
-use super::{failed, marks, script};
+use super::{Listing, failed, marks, script};
 use crate::backend::{Desired, Unrecorded};
 use crate::error::Result;
 use crate::model::Family;
-use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
-use crate::sys::iptables::{nat_tables, other_variant, restore_in, table_in};
+use crate::sys::iptables::{Variant, nat_tables, other_variant, restore_in, table_in};
 
 /// Takes all attachments that are recorded, or must be gone, out of the tables of the variant that the
-/// tools in PATH are not. What others have there stays.
+/// tools in PATH are not, if that is known: taken for the other one, they would lose what they have just
+/// written. What others have there stays.
 pub fn clear_other(host: &Host, desired: &Desired, state: &script::Desired) -> Result<()> {
-    let (family, other) = (state.family, other_variant(host, state.family));
-    let unread = |error| failed("read the rules of other iptables tools", family, error);
-    let listing = match table_in(host, other, family, "nat") {
-        None | Some(Err(ToolError::Missing { .. })) => return Ok(()),
-        Some(listing) => listing.map_err(unread)?,
+    let family = state.family;
+    let Some(other) = other_variant(host, family) else {
+        return Ok(());
+    };
+    let Some(listing) = read(host, other, family, "nat")? else {
+        return Ok(());
     };
     let own = desired.records.iter().map(|record| &record.chain).chain(desired.purge);
     let purge: BTreeSet<String> = own.filter(|chain| listing.has_chain(chain)).cloned().collect();
     if purge.is_empty() {
         return Ok(());
     }
-    let parts: BTreeSet<Part> = desired.records.iter().flat_map(Record::parts).collect();
     let nothing = script::Desired {
         family,
         records: Vec::new(),
+        parts: &BTreeSet::new(),
         purge: &purge,
         uplinks: &[],
         keep_base: state.keep_base,
-        stale_bits: marks::bits(&parts, family).union(&state.stale_bits).copied().collect(),
+        stale_bits: marks::bits(desired.parts, family).union(&state.stale_bits).copied().collect(),
     };
-    let guard = match table_in(host, other, family, "raw") {
-        Some(raw) if family == Family::V4 => script::restore_raw(false, &raw.map_err(unread)?),
-        _ => String::new(),
+    let raw = match family {
+        Family::V4 => read(host, other, family, "raw")?,
+        Family::V6 => None,
     };
+    let guard = raw.map(|raw| script::restore_raw(false, &raw)).unwrap_or_default();
     restore_in(host, other, family, &(guard + &script::restore_nat(&nothing, &listing)))
         .map_err(|error| failed("remove the rules of other iptables tools", family, error))
+}
+
+/// What that variant has in a table, if it can be read. iptables-nft calls one incompatible where
+/// somebody has used nft (1.8.9: a statement like `masquerade` in any of its chains).
+fn read(host: &Host, which: Variant, family: Family, table: &str) -> Result<Option<Listing>> {
+    match table_in(host, which, family, table) {
+        None | Some(Err(ToolError::Missing { .. })) => Ok(None),
+        Some(Ok(listing)) => Ok(Some(listing)),
+        // The next call may come to know.
+        Some(Err(error @ (ToolError::Busy { .. } | ToolError::Hung { .. }))) => {
+            Err(failed("read the rules of other iptables tools", family, error))
+        }
+        Some(Err(error)) => {
+            host.warn(format!(
+                "table {table} of {} ({family}) cannot be read, and is left as it is: {error}",
+                which.name()
+            ));
+            Ok(None)
+        }
+    }
 }
 
 /// Removes chains of attachments without a record from both variants. No table is made by looking.

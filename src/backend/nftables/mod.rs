@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::{BackendKind, Claim, Family};
+use crate::model::{BackendKind, Claim, Family, Forward};
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
@@ -36,7 +36,7 @@ impl Observe for Nftables {
             addresses: sample.addresses.iter().map(ipnetwork::IpNetwork::ip).collect(),
             ..NodeFacts::default()
         };
-        let text = script::restore(&[&sample], &facts);
+        let text = script::restore(&[&sample], &sample.parts(), &facts);
         let tried = in_scratch_netns(|| {
             nft::apply(host, &text).map_err(|error| error.to_string())?;
             // Without an error old versions may have taken no notice of what they do not know.
@@ -51,13 +51,21 @@ impl Observe for Nftables {
 
     fn problems(
         &self,
-        _host: &Host,
+        host: &Host,
         record: &Record,
         related: &[Record],
         parts: &BTreeSet<Part>,
         facts: &NodeFacts,
-        _recorded: bool,
+        recorded: bool,
     ) -> Result<Vec<String>> {
+        if !recorded {
+            let made = forwards_of_upstream(host, &record.attachment.container_id)?;
+            if !made.is_empty() {
+                let wanted: Vec<Forward> =
+                    Family::ALL.into_iter().flat_map(|family| record.forwards(family)).collect();
+                return Ok(upstream::problems(&wanted, &made));
+            }
+        }
         let read = |error| Error::io("read the nftables rules (netlink)", error);
         if let Some(problem) = table::problem(parts).map_err(read)? {
             return Ok(vec![problem]);
@@ -107,19 +115,12 @@ impl Observe for Nftables {
 
     fn leftovers(&self, host: &Host, _records: &[Record]) -> Result<Vec<Leftover>> {
         let mut leftovers = Vec::new();
-        // A kernel without nf_tables has no table to look at.
-        let Ok(mut reader) = NftReader::open() else {
-            return Ok(leftovers);
-        };
-        for family in Family::ALL {
-            if !reader.table_exists(family.into(), upstream::TABLE).unwrap_or(false) {
-                continue;
-            }
-            let name = objects::ip_name(family);
-            match nft::list_table(host, name, upstream::TABLE) {
-                Ok(objects) => leftovers.extend(upstream::leftovers(family, &objects)),
+        for (family, found) in leftovers_of_upstream(host) {
+            match found {
+                Ok(found) => leftovers.extend(found),
                 Err(error) => host.warn(format!(
-                    "table {name} {} of upstream's plugin cannot be read: {error}",
+                    "table {} {} of upstream's plugin cannot be read: {error}",
+                    objects::ip_name(family),
                     upstream::TABLE
                 )),
             }
@@ -228,8 +229,7 @@ impl Apply for Nftables {
     }
 
     fn restore(&self, host: &Host, desired: &Desired, _kept: &mut BTreeSet<Part>) -> Result<()> {
-        let records: Vec<&Record> = desired.records.iter().collect();
-        if records.is_empty() {
+        if desired.parts.is_empty() {
             return table::remove(host, desired.facts);
         }
         if let Some(chains) = table::foreign_chains()? {
@@ -242,7 +242,8 @@ impl Apply for Nftables {
             });
         }
         warn_of_devices(host, desired.facts);
-        nft::apply(host, &script::restore(&records, desired.facts)).map_err(failed)
+        let records: Vec<&Record> = desired.records.iter().collect();
+        nft::apply(host, &script::restore(&records, desired.parts, desired.facts)).map_err(failed)
     }
 
     fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
@@ -266,6 +267,35 @@ impl Apply for Nftables {
         }
         Ok(())
     }
+}
+
+/// What upstream's nftables backend has made, by family, where it has a table.
+fn leftovers_of_upstream(host: &Host) -> Vec<(Family, Result<Vec<Leftover>, ToolError>)> {
+    // A kernel without nf_tables has no table to look at.
+    let Ok(mut reader) = NftReader::open() else {
+        return Vec::new();
+    };
+    let mut there =
+        |family: &Family| reader.table_exists((*family).into(), upstream::TABLE).unwrap_or(false);
+    let list = |family| {
+        nft::list_table(host, objects::ip_name(family), upstream::TABLE)
+            .map(|objects| upstream::leftovers(family, &objects))
+    };
+    let families = Family::ALL.into_iter().filter(|family| there(family));
+    families.map(|family| (family, list(family))).collect()
+}
+
+/// What of that is for a container.
+fn forwards_of_upstream(host: &Host, container_id: &str) -> Result<BTreeSet<Forward>> {
+    let mut forwards = BTreeSet::new();
+    for (_, found) in leftovers_of_upstream(host) {
+        let found = found.map_err(|error| {
+            error.into_error("cannot read the rules of upstream's plugin".into())
+        })?;
+        let own = found.into_iter().filter(|one| one.container_id == container_id);
+        forwards.extend(own.flat_map(|one| one.forwards));
+    }
+    Ok(forwards)
 }
 
 fn warn_of_devices(host: &Host, facts: &NodeFacts) {

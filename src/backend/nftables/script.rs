@@ -46,15 +46,14 @@ pub fn unwritable(facts: &NodeFacts) -> impl Iterator<Item = &String> {
     facts.uplinks.iter().filter(|name| device_text(name).is_none())
 }
 
-/// Makes the whole table anew from all records, oldest first; without records it is removed.
+/// Makes the whole table anew with these parts, from records, oldest first; without parts it is removed.
 #[must_use]
-pub fn restore(records: &[&Record], facts: &NodeFacts) -> String {
+pub fn restore(records: &[&Record], parts: &BTreeSet<Part>, facts: &NodeFacts) -> String {
     let mut commands = vec![command(NfCmd::Add(table())), command(NfCmd::Delete(table()))];
-    if !records.is_empty() {
-        let parts: BTreeSet<Part> = records.iter().flat_map(|record| record.parts()).collect();
+    if !parts.is_empty() {
         commands.push(command(NfCmd::Add(table())));
-        commands.extend(scaffold::commands(&parts));
-        commands.extend(elements(&fact_elements(fact_places(facts, &parts)), Change::Add));
+        commands.extend(scaffold::commands(parts));
+        commands.extend(elements(&fact_elements(fact_places(facts, parts)), Change::Add));
         commands.extend(difference(&Objects::default(), &Objects::of(records)));
     }
     document(commands)

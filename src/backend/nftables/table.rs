@@ -18,7 +18,7 @@ use crate::sys::nft;
 pub fn remove(host: &Host, facts: &NodeFacts) -> Result<()> {
     match foreign_chains()? {
         Some(_) => Ok(()),
-        None => nft::apply(host, &script::restore(&[], facts)).map_err(failed),
+        None => nft::apply(host, &script::restore(&[], &BTreeSet::new(), facts)).map_err(failed),
     }
 }
 

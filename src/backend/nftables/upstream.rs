@@ -46,6 +46,19 @@ pub fn leftovers(family: Family, objects: &[Value]) -> Vec<Leftover> {
         .collect()
 }
 
+/// Which of the forwards that an attachment asks for its container has not got, in the field's terms.
+#[must_use]
+pub fn problems(wanted: &[Forward], found: &BTreeSet<Forward>) -> Vec<String> {
+    let missing = wanted.iter().filter(|forward| !found.contains(forward));
+    let describe = |forward: &Forward| {
+        let table = format!("table {} {TABLE}", super::objects::ip_name(forward.claim.family));
+        let instead = found.iter().find(|other| other.claim == forward.claim);
+        let instead = instead.map_or("nothing".to_owned(), |other| other.target.to_string());
+        format!("{forward} expected in {table}, found {instead}")
+    };
+    missing.map(describe).collect()
+}
+
 /// `ip daddr A tcp dport P dnat to T`, the first match only where a host address is given.
 fn forward(rule: &Value, family: Family) -> Option<Forward> {
     let (mut address, mut port, mut target) = (None, None, None);
@@ -72,6 +85,7 @@ fn forward(rule: &Value, family: Family) -> Option<Forward> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use serde_json::json;
 
@@ -102,6 +116,19 @@ mod tests {
         assert_eq!(
             texts,
             ["c1 tcp 0.0.0.0:8080 -> 10.0.0.2:80", "c1 udp 192.0.2.1:53 -> 10.0.0.2:80"]
+        );
+
+        let found = &found.first().unwrap().forwards;
+        let [mut tcp, mut udp] = <[Forward; 2]>::try_from(Vec::from_iter(found.clone())).unwrap();
+        assert_eq!(problems(&[tcp, udp], found), [""; 0]);
+        tcp.target.set_port(81);
+        udp.claim.address = None;
+        assert_eq!(
+            problems(&[tcp, udp], found),
+            [
+                "tcp 0.0.0.0:8080 -> 10.0.0.2:81 expected in table ip cni_hostport, found 10.0.0.2:80",
+                "udp 0.0.0.0:53 -> 10.0.0.2:80 expected in table ip cni_hostport, found nothing",
+            ]
         );
     }
 }

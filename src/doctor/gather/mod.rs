@@ -134,7 +134,7 @@ fn tool(host: &Host, kind: BackendKind) -> String {
     match kind {
         BackendKind::Iptables => shown("iptables").map(|path| {
             let variant =
-                if iptables::is_nft(host, Family::V4) { "iptables-nft" } else { "iptables-legacy" };
+                iptables::used(host, Family::V4).map_or("iptables", iptables::Variant::name);
             format!("{variant}, {path}")
         }),
         BackendKind::Nftables => shown("nft"),
@@ -162,7 +162,7 @@ fn tool(host: &Host, kind: BackendKind) -> String {
 
 fn trial(host: &Host, kind: BackendKind) -> backends::Trial {
     let backend = backend::of(kind);
-    match backend.probe(host) {
+    match backend.probe(host).and_then(|()| backend.probe_node(host, false)) {
         Ok(()) => {
             backend.objection(host).map_or(backends::Trial::Works, backends::Trial::Objection)
         }

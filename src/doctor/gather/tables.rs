@@ -21,7 +21,7 @@ pub struct Tables {
     tools: BTreeMap<(Variant, Family), String>,
     /// All base chains of nf_tables with their tables.
     pub base_chains: Told<Vec<(NftFamily, String, Chain)>>,
-    /// The variant that `iptables` is.
+    /// The variant that `iptables` is, if it tells.
     pub used: Option<Variant>,
 }
 
@@ -41,10 +41,7 @@ impl Tables {
                 }
             }
         }
-        let used = host.tools.find("iptables").map(|_| match iptables::is_nft(host, Family::V4) {
-            true => Variant::Nft,
-            false => Variant::Legacy,
-        });
+        let used = iptables::used(host, Family::V4);
         Tables { present, tools, base_chains, used }
     }
 
@@ -168,8 +165,7 @@ pub fn named(tool: &str, family: Family) -> String {
 fn tool(host: &Host, variant: Variant, family: Family) -> Option<String> {
     let own = named(variant.name(), family);
     let plain = named("iptables", family);
-    let is_nft = iptables::is_nft(host, family);
-    let plain_is_it = is_nft == (variant == Variant::Nft);
+    let plain_is_it = iptables::used(host, family) == Some(variant);
     [(plain, plain_is_it), (own, true)]
         .into_iter()
         .find(|(tool, fits)| *fits && host.tools.find(tool).is_some())

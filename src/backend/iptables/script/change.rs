@@ -117,13 +117,14 @@ fn check_shared(
 }
 
 /// Takes one attachment's rules away, and the shared parts in `gone`, which nothing needs any more;
-/// those in `left` are still needed.
+/// those in `left` are still needed. `uplinks` are those that the rules spare.
 #[must_use]
 pub fn remove(
     record: &Record,
     family: Family,
     gone: &BTreeSet<Part>,
     left: &BTreeSet<Part>,
+    uplinks: &BTreeSet<String>,
 ) -> String {
     let mut nat = Table::default();
     remove_rules(&mut nat, record, family);
@@ -133,7 +134,10 @@ pub fn remove(
         match *part {
             Part::Neighbours(of) if of == family => {
                 nat.line("-D", "PREROUTING", NEIGHBOURS_JUMP);
-                nat.line("-F", NEIGHBOURS, "");
+                for device in uplinks {
+                    nat.line("-D", NEIGHBOURS, &uplink_rule(device));
+                }
+                // Not `-F`: rules of attachments without a record make this fail.
                 nat.line("-X", NEIGHBOURS, "");
             }
             Part::Mark(of, bit) if of == family => {

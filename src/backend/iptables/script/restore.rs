@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use super::super::listing::{Listing, target_of};
+use super::super::listing::{Listing, option, target_of};
 use super::super::marks;
 use super::super::rules::{
     DNAT, DNAT_JUMP, GUARD, GUARD_JUMP, GUARD_RULE, LOOPBACK, LOOPBACK_JUMP, LOOPBACK_RULE, MASQ,
@@ -20,6 +20,8 @@ pub struct Desired<'a> {
     pub family: Family,
     /// All records of this backend with an address of the family, oldest first.
     pub records: Vec<&'a Record>,
+    /// As in `backend::Desired`.
+    pub parts: &'a BTreeSet<Part>,
     /// Chains of attachments that must be gone.
     pub purge: &'a BTreeSet<String>,
     /// Devices that lead out of the node.
@@ -31,10 +33,6 @@ pub struct Desired<'a> {
 }
 
 impl Desired<'_> {
-    fn parts(&self) -> BTreeSet<Part> {
-        self.records.iter().flat_map(|record| record.parts()).collect()
-    }
-
     /// Entry rules in the order in which packets must meet them.
     #[must_use]
     pub fn entries(&self) -> Vec<String> {
@@ -62,53 +60,51 @@ impl Desired<'_> {
 /// of attachments without a record (upstream's) follow ours in their order.
 #[must_use]
 pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
-    let family = desired.family;
-    let parts = desired.parts();
+    let (family, parts) = (desired.family, desired.parts);
+    let base = parts.contains(&Part::Base(family));
     let ours: BTreeSet<&str> = desired.records.iter().map(|record| record.chain.as_str()).collect();
-    let foreign: Vec<&String> = listing
-        .rules(DNAT)
-        .iter()
-        .filter(|rule| {
-            target_of(rule).is_none_or(|target| {
-                !ours.contains(target.as_str()) && !desired.purge.contains(&target)
-            })
-        })
-        .collect();
-    let keep_base = !desired.records.is_empty() || desired.keep_base || !foreign.is_empty();
+    let owns = |chain: &String| ours.contains(chain.as_str()) || desired.purge.contains(chain);
+    let is_foreign = |rule: &&String| target_of(rule).is_none_or(|target| !owns(&target));
+    let foreign: Vec<&String> = listing.rules(DNAT).iter().filter(is_foreign).collect();
+    let neighbours = foreign_neighbours(listing, &owns);
+    let keep_base = base || desired.keep_base || !foreign.is_empty();
     let mut nat = Table::default();
 
-    if keep_base && (!desired.records.is_empty() || listing.has_chain(DNAT)) {
+    if keep_base && (base || listing.has_chain(DNAT)) {
         nat.chain(DNAT);
     } else if !keep_base {
         drop_chain(&mut nat, listing, DNAT);
     }
     if parts.contains(&Part::Neighbours(family)) {
         nat.chain(NEIGHBOURS);
-    } else {
+    } else if neighbours.is_empty() {
         drop_chain(&mut nat, listing, NEIGHBOURS);
+    } else {
+        forget_neighbours(&mut nat, listing, owns);
     }
     for chain in desired.purge.iter().filter(|chain| !ours.contains(chain.as_str())) {
         drop_chain(&mut nat, listing, chain);
         drop_chain(&mut nat, listing, &old_snat_chain(chain));
     }
     // After everything that leads to SETMARK.
-    let others = desired.keep_base || !foreign.is_empty();
-    if marks::bits(&parts, family).is_empty() && !others {
+    let others = desired.keep_base || !foreign.is_empty() || !neighbours.is_empty();
+    let bits = marks::bits(parts, family);
+    if bits.is_empty() && !others {
         drop_chain(&mut nat, listing, MASQ);
         drop_chain(&mut nat, listing, SETMARK);
     } else {
-        marks::restore(&mut nat, listing, &marks::bits(&parts, family), &desired.stale_bits);
+        marks::restore(&mut nat, listing, &bits, &desired.stale_bits);
     }
     if family == Family::V6 {
-        if desired.records.is_empty() {
-            drop_chain(&mut nat, listing, LOOPBACK);
-        } else {
+        if base {
             nat.chain(LOOPBACK);
             nat.line("-A", LOOPBACK, LOOPBACK_RULE);
+        } else {
+            drop_chain(&mut nat, listing, LOOPBACK);
         }
     }
-    if !desired.records.is_empty() {
-        restore_jumps(&mut nat, listing, family, &parts);
+    if base {
+        restore_jumps(&mut nat, listing, family, parts);
     }
 
     for record in &desired.records {
@@ -121,11 +117,39 @@ pub fn restore_nat(desired: &Desired, listing: &Listing) -> String {
         for rule in neighbour_rules(&desired.records, family, desired.uplinks) {
             nat.line("-A", NEIGHBOURS, &rule);
         }
+        for rule in neighbours {
+            nat.line("-A", NEIGHBOURS, rule);
+        }
     }
     for rule in desired.entries().iter().chain(foreign) {
         nat.line("-A", DNAT, rule);
     }
     nat.finish("nat")
+}
+
+/// The rules of `PORTMAP-NEIGHBOURS` for attachments that are there without a record that can be read: a
+/// newer portmap's, or those of a state directory that was lost.
+fn foreign_neighbours<'a>(
+    listing: &'a Listing,
+    owns: &impl Fn(&String) -> bool,
+) -> Vec<&'a String> {
+    let is_foreign = |chain: &String| listing.has_chain(chain) && !owns(chain);
+    let rules = listing.rules(NEIGHBOURS).iter();
+    rules.filter(|rule| neighbour_of(rule).as_ref().is_some_and(is_foreign)).collect()
+}
+
+/// Takes rules out of `PORTMAP-NEIGHBOURS` by the chains of their attachments.
+fn forget_neighbours(nat: &mut Table, listing: &Listing, is_gone: impl Fn(&String) -> bool) {
+    for rule in listing.rules(NEIGHBOURS) {
+        if neighbour_of(rule).is_some_and(|chain| is_gone(&chain)) {
+            nat.line("-D", NEIGHBOURS, rule);
+        }
+    }
+}
+
+/// The chain of the attachment that a rule of `PORTMAP-NEIGHBOURS` is for.
+fn neighbour_of(rule: &str) -> Option<String> {
+    option(rule, "--comment").filter(|comment| comment.starts_with("CNI-DN-"))
 }
 
 /// The jumps of the builtin chains. Ours that come before upstream's keep that order.
@@ -203,5 +227,6 @@ pub fn purge(chains: &BTreeSet<String>, listing: &Listing) -> String {
         }
         drop_chain(&mut nat, listing, &chain);
     }
+    forget_neighbours(&mut nat, listing, |chain| chains.contains(chain));
     nat.finish("nat")
 }
