@@ -26,7 +26,7 @@ pub struct PodIdentity {
 }
 
 /// What a path has led to, and where it was given: in other PID and mount namespaces it may lead elsewhere,
-/// and a process's number is another's one day. All are inodes of namespaces.
+/// and a process's number is another's one day. All but `dir` are inodes of namespaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
     pub pids: u64,
@@ -35,6 +35,9 @@ pub struct View {
     pub node: u64,
     /// The pod's network namespace; `None` if the path did not lead to one.
     pub netns: Option<u64>,
+    /// Device and inode of the directory that the path is in, other than of a process.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub dir: Option<(u64, u64)>,
 }
 
 /// One attachment with mappings.

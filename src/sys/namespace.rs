@@ -41,7 +41,18 @@ pub fn view(path: &str) -> Option<View> {
         mounts: inode_of_own("mnt")?,
         node,
         netns: netns.map(|(_, inode)| inode),
+        dir: directory(path).filter(|_| !is_below_proc(path)),
     })
+}
+
+fn is_below_proc(path: &str) -> bool {
+    Path::new(path).starts_with("/proc")
+}
+
+/// Device and inode of the directory that a path is in, if there is one.
+fn directory(path: &str) -> Option<(u64, u64)> {
+    let meta = fs::metadata(Path::new(path).parent()?).ok()?;
+    meta.is_dir().then(|| (meta.dev(), meta.ino()))
 }
 
 impl View {
@@ -74,13 +85,18 @@ pub fn life_at(path: &str, view: Option<View>) -> Life {
     if path.is_empty() {
         return Life::Lives;
     }
-    let is_below_proc = Path::new(path).starts_with("/proc");
+    let is_below_proc = is_below_proc(path);
     // A directory below /proc goes with its process, and other PID namespaces have other numbers. Where
     // nobody has noted which one is meant, it is the node's.
     let sees_processes =
         || inode_of_own("pid") == Some(view.map_or(INITIAL_PIDS, |view| view.pids));
     // What is mounted over a plain file in one mount namespace need not be in another.
     let sees_mounts = || view.is_none_or(|view| inode_of_own("mnt") == Some(view.mounts));
+    // A container may have another directory of that name; the node's own may also be mounted into one.
+    let sees_directory = || {
+        directory(path)
+            .is_some_and(|found| view.is_some_and(|view| view.dir == Some(found)) || sees_mounts())
+    };
     let gone_if = |in_sight: bool| if in_sight { Life::Gone } else { Life::Unknown };
     match (identity(path), identity("/proc/self/ns/net")) {
         // Namespaces are files of nsfs, all on the device of our own.
@@ -96,7 +112,7 @@ pub fn life_at(path: &str, view: Option<View>) -> Life {
         (Ok(_), Ok(_)) => gone_if(sees_mounts()),
         (Err(error), _) if is_absent(&error) => gone_if(match is_below_proc {
             true => sees_processes(),
-            false => Path::new(path).parent().is_some_and(Path::is_dir),
+            false => sees_directory(),
         }),
         _ => Life::Unknown,
     }
@@ -174,6 +190,14 @@ mod tests {
             let view = view(path).unwrap();
             Some(View { pids: view.pids + 1, mounts: view.mounts + 1, ..view })
         };
+        // Another directory of that name, and one that nobody has noted.
+        let absent = "/etc/no-such-namespace";
+        for dir in [directory("/"), None] {
+            let moved = other(absent).map(|view| View { dir, ..view });
+            assert_eq!(life_at(absent, moved), Life::Unknown);
+            let here = view(absent).map(|view| View { dir, ..view });
+            assert_eq!(life_at(absent, here), Life::Gone);
+        }
         for (path, known) in [
             ("/proc/4194305/ns/net", Life::Unknown),
             ("/etc/passwd", Life::Unknown),

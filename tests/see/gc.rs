@@ -113,6 +113,41 @@ fn what_cannot_be_seen_is_left_alone() {
     }
 }
 
+/// A container may have a directory of its own where the node has that of the namespaces.
+#[test]
+#[ignore = "privileged: makes namespaces"]
+fn another_directory_of_that_name_says_nothing() {
+    for variant in VARIANTS {
+        let lab = lab(1);
+        let node = Node::new(&lab.node, variant);
+        let dir = node.state_dir.with_file_name("netns");
+        fs::create_dir(&dir).unwrap();
+        let name = dir.join("pod");
+        std::os::unix::fs::symlink(lab.pods[0].netns.path(), &name).unwrap();
+        let mappings = json!([{"hostPort": 8080, "containerPort": 80}]);
+        let config = node.config(mappings, prev_result(&lab, 0, "1.0.0"));
+        let mut attachment = attachment(&lab.pods[0], "container-0");
+        attachment.netns.clone_from(&name);
+        node.ok("ADD", &config, &attachment);
+        let elsewhere = |mount: &str, command: &str| {
+            let portmap =
+                format!("{PORTMAP} {command} --json --state-dir {}", node.state_dir.display());
+            let script = format!("{mount} {portmap} || true");
+            let output = node.shell(&format!("unshare --mount sh -c '{script}'"));
+            serde_json::from_str::<Value>(&output).unwrap()
+        };
+        let empty = format!("mount -t tmpfs none {} &&", dir.display());
+        let found = changes_nothing(&node, || elsewhere(&empty, "gc"));
+        assert_eq!(found["unseen"].as_array().unwrap().len(), 1, "{variant:?}: {found}");
+        let found = changes_nothing(&node, || elsewhere(&empty, "restore"));
+        assert_eq!((&found["attachments"], &found["dead"]), (&json!(1), &json!([])), "{found}");
+        // The node's own, as a container has it that mounts it.
+        fs::remove_file(&name).unwrap();
+        let found = elsewhere("", "gc");
+        assert_eq!(found["removed"].as_array().unwrap().len(), 1, "{variant:?}: {found}");
+    }
+}
+
 /// In a container with PIDs of its own the processes behind such paths would pass for gone.
 #[test]
 #[ignore = "privileged: makes namespaces"]
