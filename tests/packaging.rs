@@ -119,6 +119,21 @@ fn every_command_line_is_understood() {
     }
 }
 
+/// systemd's default limit is 5 starts in 10 s: the next one fails, and the unit that triggers it with it.
+#[test]
+fn what_a_unit_triggers_may_start_as_often_as_it_likes() {
+    let mut triggers = files("systemd", ".path");
+    triggers.extend(files("systemd", ".timer"));
+    assert_eq!(triggers.len(), 2);
+    for trigger in triggers {
+        let text = fs::read_to_string(&trigger).unwrap();
+        assert!(!text.contains("\nUnit="), "{} triggers another one", trigger.display());
+        let service = fs::read_to_string(trigger.with_extension("service")).unwrap();
+        let (unit, _) = service.split_once("\n[Service]").unwrap();
+        assert!(unit.lines().any(|line| line == "StartLimitIntervalSec=0"), "{service}");
+    }
+}
+
 #[test]
 fn the_ignition_file_says_what_the_butane_file_says() {
     let ignition: Value = serde_json::from_str(&read("init/flatcar.ign")).unwrap();
