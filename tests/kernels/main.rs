@@ -1,5 +1,5 @@
-//! What not every kernel has: SCTP sockets, VLAN, ipvlan and netkit devices. These tests are run in guests, whose
-//! kernels have all of it, by `tests/kernels/run.sh`.
+//! What not every kernel has: SCTP sockets, VLAN, ipvlan and netkit devices; and what not every kernel lacks: IPv6. These
+//! tests are run in guests by `tests/kernels/run.sh`.
 
 #![allow(
     dead_code,
@@ -7,14 +7,19 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::print_stdout,
     reason = "a part of the rig is for others; a test says by a panic that it failed"
 )]
 
+#[path = "../pains/ipv6.rs"]
+mod ipv6;
 mod ipvlan;
 mod netkit;
 #[path = "../matrix/rig.rs"]
 mod rig;
 mod sctp;
+#[path = "../pains/site.rs"]
+mod site;
 #[path = "../support/mod.rs"]
 mod support;
 mod vlan;

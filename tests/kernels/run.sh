@@ -10,7 +10,7 @@
 #   KERNELS  the test program of tests/kernels
 #   NETLINK  the test program of tests/netlink
 #   KERNEL   as boot.sh takes it; by default Debian's from the oldest to the newest. One with options
-#            gets the demonstration alone.
+#            gets the demonstration alone; one whose name ends in -without-ipv6 the tests of that, too.
 #
 # The guests run under software emulation and need neither root nor KVM. Kernels are downloaded once,
 # to target/kernels.
@@ -23,9 +23,10 @@ matrix=$2
 kernels=$3
 netlink=$4
 shift 4
-# By default also: cgroup v2 mounted nowhere, and a kernel without netfilter. What takes longest goes first.
+# By default also: cgroup v2 mounted nowhere, a kernel without netfilter, and one without IPv6. What takes longest goes first.
 [ $# -gt 0 ] || set -- newest 5.10 6.12 6.1 \
     '5.10,cgroup=v1,name=5.10-cgroup-v1' \
+    '6.12,append=ipv6.disable=1,name=6.12-without-ipv6' \
     '6.12,no=nf_.*|nft_.*|nfnetlink.*|ip_tables|ip6_tables|ip6?table_.*|x_tables|xt_.*,name=6.12-without-netfilter'
 
 payload=$(mktemp -d)
@@ -47,7 +48,6 @@ cp portmap '$plugin'
 cp -R samples '$PWD/testdata/'
 # Nothing but the kernel forwards.
 env -i '$plugin' demo --backend ebpf
-case \$KM_LABEL in *[!0-9.newst]*) exit 0 ;; esac
 # Usage: tests LEAST PROGRAM [FILTER]... Of a filter that fits no name any more the program would say that
 # all is well.
 tests() {
@@ -60,14 +60,18 @@ tests() {
     fi
     "\$@" --ignored --test-threads 1
 }
+case \$KM_LABEL in
+    *-without-ipv6) tests 2 ./kernels ipv6:: --skip ipv6_may_go; exit 0 ;;
+    *[!0-9.newst]*) exit 0 ;;
+esac
 # Many calls at once, emulated, on a machine that has more to do.
 export TESTS_TIMEOUT=20
 # The kernel loads it for no rule and no device.
 modprobe br_netfilter
 tests 9 ./netlink socket_diag
 case \$(uname -r) in
-    5.* | 6.[0-7].*) tests 3 ./kernels --skip netkit ;;
-    *) tests 4 ./kernels ;;
+    5.* | 6.[0-7].*) tests 3 ./kernels --skip netkit --skip ipv6:: ;;
+    *) tests 4 ./kernels --skip ipv6:: ;;
 esac
 # Tests of rules are about tools, and replays and versions about what runtimes send: no kernel changes that.
 tests 44 ./matrix --skip iptables --skip nftables --skip rules_for_one_family --skip a_chain_of_others_marks \\
@@ -79,7 +83,7 @@ chmod 755 "$payload/test.sh"
 logs=target/kernels/logs
 mkdir -p "$logs"
 tests/kernels/boot.sh -m 1536 -T 1500 -j "$(nproc)" -l "$logs" -p "$payload" \
-    -t bash -t ip -t iptables -t ip6tables -t nft -t tc -f /usr/lib/*-linux-gnu/xtables "$@" >"$payload/summary" || {
+    -t bash -t ip -t iptables -t ip6tables -t nft -t tc -t xtables-nft-multi -t xtables-legacy-multi -f /usr/lib/*-linux-gnu/xtables "$@" >"$payload/summary" || {
     status=$?
     cat "$payload/summary"
     # Label, release, verdict, seconds and log of each.

@@ -21,6 +21,7 @@ mod cost;
 mod history;
 mod history_rules;
 mod hostip;
+mod ipv6;
 mod localhost;
 mod marks;
 mod runtime;

@@ -169,19 +169,28 @@ impl Site<'_> {
 
     /// Empties the tables of the variant's tools, as `firewall-cmd --reload` and boot scripts do.
     pub fn flush_everything(&self) {
-        self.node.shell(match self.node.variant {
-            Variant::Nftables => "nft flush ruleset",
+        let script = match self.node.variant {
+            Variant::Nftables => "nft flush ruleset".to_owned(),
             // Programs have no tables: this is what a tool that takes devices over does to them.
             Variant::Ebpf => {
                 self.lab.node.run(ebpf::detach_everywhere).unwrap();
                 return;
             }
             _ => {
-                "for t in iptables ip6tables; do for table in nat raw; do
-                   $t -t $table -F; $t -t $table -X
-                 done; done"
+                // A kernel without IPv6 has no tables for it.
+                let tools = self.lab.options.families.iter().map(|family| match family {
+                    Family::V4 => "iptables",
+                    Family::V6 => "ip6tables",
+                });
+                format!(
+                    "for t in {}; do for table in nat raw; do
+                       $t -t $table -F; $t -t $table -X
+                     done; done",
+                    tools.collect::<Vec<_>>().join(" ")
+                )
             }
-        });
+        };
+        self.node.shell(&script);
     }
 
     /// Keeps eBPF from being used, and gives it back: maps decide where packets go, so that a directory
