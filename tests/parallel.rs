@@ -13,14 +13,17 @@
 mod support;
 
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::fcntl::{Flock, FlockArg};
 use portmap::demo::plugin::{Attachment, Output};
 use portmap::demo::server::Servers;
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::demo::traffic::{Call, Failure, Transport, reach};
 use portmap::model::Family;
 use serde_json::{Value, json};
+use support::ending::Ending;
 use support::{Node, PORTMAP, VARIANTS, Variant, attachment, ebpf, prev_result};
 
 const PODS: usize = 50;
@@ -276,4 +279,68 @@ fn many_that_want_the_same_port_end_with_exactly_one() {
         node.assert_clean(&before);
     }
     drop(servers);
+}
+
+/// What reloads of a firewall take away: less than all of it, too.
+fn damages(variant: Variant) -> &'static [&'static str] {
+    match variant {
+        Variant::IptablesNft | Variant::IptablesLegacy => &[
+            "iptables -t nat -F CNI-HOSTPORT-DNAT",
+            "ip6tables -t nat -F; ip6tables -t nat -X",
+            "iptables -t raw -F; iptables -t raw -X",
+            "iptables -t nat -F PORTMAP-NEIGHBOURS",
+            "for t in iptables ip6tables; do $t -t nat -F; $t -t nat -X; done",
+        ],
+        Variant::Nftables => &[
+            "nft flush chain inet portmap hostports",
+            "nft delete table inet portmap",
+            "nft flush table inet portmap",
+            "nft flush map inet portmap any4_addr",
+        ],
+        Variant::Ebpf => &["rm /sys/fs/bpf/portmap/m1/pm_flows", "rm -r /sys/fs/bpf/portmap"],
+    }
+}
+
+/// While pods go, a firewall is reloaded again and again, and each time what is left comes back.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn dels_beside_restores_leave_nothing() {
+    let lab = lab(PODS);
+    for variant in VARIANTS {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        every(&lab, &node, "ADD", 0..PODS);
+        let done = AtomicBool::new(false);
+        let rounds = std::thread::scope(|scope| {
+            let ending = Ending(&done);
+            let repairing = scope.spawn(|| {
+                let damages = damages(variant).iter().cycle();
+                let rounds = damages.take_while(|_| !done.load(Ordering::SeqCst));
+                rounds.inspect(|damage| damage_and_restore(&node, damage)).count()
+            });
+            // Few at a time and with pauses: else DELs would always have waited for the lock before `restore`.
+            at_once(&node, &[0, 1, 2], |lane| {
+                let pods = (*lane..PODS).step_by(3);
+                let dels = pods.map(|pod| {
+                    std::thread::sleep(Duration::from_millis(100));
+                    node.call(PORTMAP, "DEL", &config(&lab, &node, pod), &key(&lab, pod))
+                });
+                dels.reduce(|last, next| if last.success() { next } else { last }).unwrap()
+            });
+            drop(ending);
+            repairing.join().unwrap()
+        });
+        assert!(rounds > 1, "{variant:?}: this test tests nothing");
+        node.assert_clean(&before);
+    }
+}
+
+fn damage_and_restore(node: &Node, damage: &str) {
+    // Between calls: iptables-restore would refuse what has changed since a call has listed it.
+    let file = std::fs::File::open(node.state_dir.join("lock")).unwrap();
+    let lock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+    // What has gone with the last pod cannot be damaged.
+    node.shell(&format!("({damage}) 2>/dev/null || true"));
+    drop(lock);
+    node.restore(false);
 }
