@@ -1,26 +1,9 @@
 //! Rules of others that keep hostPorts from working: two variants of iptables at once, and chains
 //! that drop what is forwarded.
 
-use super::forward::{Chains, Fate, Packet, fate};
+use super::rules::{Base, Fate, Insert, Packet, fate, told_apart};
 use super::{Area, Finding, Told, count, some_of};
 use crate::model::Family;
-
-/// A base chain at the forward hook.
-#[derive(Debug, Clone)]
-pub struct ForwardChain {
-    /// `chain FORWARD of table filter (iptables-nft, IPv4)`.
-    pub place: String,
-    pub families: Vec<Family>,
-    /// Its name.
-    pub entry: String,
-    /// Whether its policy is to drop.
-    pub drops: bool,
-    pub rules: Told<Chains>,
-    /// The command that makes it accept what was translated by rules.
-    pub accept_translated: String,
-    /// The command that makes it accept what goes to a device; `DEVICE` stands for it.
-    pub accept_device: String,
-}
 
 /// A packet, and the family it is of.
 pub type Sample = (Family, Packet);
@@ -33,9 +16,12 @@ pub struct Facts {
     pub nft: Told<usize>,
     /// The variant behind `iptables` in PATH, if there is one.
     pub used: Option<&'static str>,
-    pub chains: Vec<ForwardChain>,
+    /// Base chains at the forward hook.
+    pub chains: Vec<Base>,
     /// Where such chains could not be looked for, and why.
     pub unread: Vec<(String, String)>,
+    /// Devices that callers from outside come in by.
+    pub uplinks: Vec<String>,
     /// First packets to every hostPort there is; without any, to pods that may come.
     pub samples: Vec<Sample>,
     /// Whether the samples are of pods that are there.
@@ -82,7 +68,7 @@ fn variants(facts: &Facts) -> Finding {
 }
 
 /// `None` of a chain that lets through what its rules say nothing of, and has none against hostPorts.
-fn forward(facts: &Facts, chain: &ForwardChain) -> Option<Finding> {
+fn forward(facts: &Facts, chain: &Base) -> Option<Finding> {
     const CHECK: &str = "forward";
     let place = &chain.place;
     let rules = match &chain.rules {
@@ -97,15 +83,16 @@ fn forward(facts: &Facts, chain: &ForwardChain) -> Option<Finding> {
                     "the policy of {place} is to drop, and its rules could not be read: {reason}"
                 ),
                 "unless one of them accepts hostPort traffic, nobody outside reaches a pod",
-                chain.accept_translated.clone(),
+                accept_translated(&chain.insert),
             ));
         }
     };
+    let uplinks = told_apart(rules, &facts.uplinks);
     let fates: Vec<(&Packet, Fate)> = facts
         .samples
         .iter()
         .filter(|(family, _)| chain.families.contains(family))
-        .map(|(_, packet)| (packet, fate(rules, &chain.entry, chain.drops, packet)))
+        .map(|(_, packet)| (packet, fate(rules, &chain.entry, chain.drops, &uplinks, packet)))
         .collect();
     let dropped: Vec<(&Packet, Option<&str>)> = fates
         .iter()
@@ -132,8 +119,8 @@ fn forward(facts: &Facts, chain: &ForwardChain) -> Option<Finding> {
             },
             "a hostPort is forwarded to its pod, so that nobody outside of the node reaches it; the node itself does",
             match (first.translated, &first.device) {
-                (false, Some(device)) => chain.accept_device.replace("DEVICE", device),
-                _ => chain.accept_translated.clone(),
+                (false, Some(device)) => accept_device(&chain.insert, device),
+                _ => accept_translated(&chain.insert),
             },
         ));
     }
@@ -155,30 +142,51 @@ fn forward(facts: &Facts, chain: &ForwardChain) -> Option<Finding> {
     Some(AREA.fine(CHECK, format!("the policy of {place} is to drop{and} {then}")))
 }
 
+/// The command that lets through what rules have translated.
+fn accept_translated(insert: &Insert) -> String {
+    match insert {
+        Insert::Iptables(insert) => format!("{insert} -m conntrack --ctstate DNAT -j ACCEPT"),
+        Insert::Nft(insert) => format!("{insert} ct status dnat accept"),
+    }
+}
+
+/// The command that lets through what goes to a device, and its answers.
+fn accept_device(insert: &Insert, device: &str) -> String {
+    match insert {
+        Insert::Iptables(insert) => {
+            format!("{insert} -o {device} -j ACCEPT; {insert} -i {device} -j ACCEPT")
+        }
+        Insert::Nft(insert) => {
+            format!("{insert} oifname {device} accept; {insert} iifname {device} accept")
+        }
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::super::Severity;
-    use super::super::forward::of_iptables;
+    use super::super::rules::of_iptables;
     use super::*;
     use crate::model::Protocol;
 
+    const ACCEPT: &str = "iptables -I FORWARD -m conntrack --ctstate DNAT -j ACCEPT";
+
     fn facts(rules: &str, real: bool, translated: bool) -> Facts {
-        let chain = ForwardChain {
+        let chain = Base {
             place: "chain FORWARD".into(),
             families: vec![Family::V4],
             entry: "FORWARD".into(),
             drops: true,
-            rules: Ok(of_iptables(rules).1),
-            accept_translated: "accept".into(),
-            accept_device: "accept -o DEVICE".into(),
+            rules: Ok(of_iptables(rules)),
+            insert: Insert::Iptables("iptables -I FORWARD".into()),
         };
         let packet = |device: &str| Packet {
             who: "tcp 8080 of default/web".into(),
-            uplinks: vec!["eth0".into()],
             device: Some(device.into()),
             protocol: Protocol::Tcp,
             target: real.then(|| "10.0.0.2:80".parse().unwrap()),
+            is_local: false,
             translated,
         };
         Facts {
@@ -187,6 +195,7 @@ mod tests {
             used: None,
             chains: vec![chain],
             unread: Vec::new(),
+            uplinks: vec!["eth0".into()],
             samples: ["cni0", "veth1"].map(|device| (Family::V4, packet(device))).into(),
             real,
         }
@@ -212,14 +221,17 @@ mod tests {
     #[test]
     fn a_chain_that_drops_every_or_some_hostport() {
         let none = forward(&facts("", true, true));
-        assert_eq!((none.severity, none.fix.as_str()), (Severity::Warning, "accept"));
+        assert_eq!((none.severity, none.fix.as_str()), (Severity::Warning, ACCEPT));
         assert!(none.found.ends_with("accepts packets to tcp 8080 of default/web"), "{none:?}");
         let one = "-A FORWARD -o cni0 -j ACCEPT\n";
         assert_eq!(forward(&facts(one, true, true)).severity, Severity::Warning);
         // A pod to come may well be behind that device.
         assert_eq!(forward(&facts(one, false, true)).severity, Severity::Fine);
         assert_eq!(forward(&facts("", false, true)).severity, Severity::Warning);
-        assert_eq!(forward(&facts("", true, false)).fix, "accept -o cni0");
+        assert_eq!(
+            forward(&facts("", true, false)).fix,
+            "iptables -I FORWARD -o cni0 -j ACCEPT; iptables -I FORWARD -i cni0 -j ACCEPT"
+        );
         let translated = "-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\n";
         assert_eq!(forward(&facts(translated, true, true)).severity, Severity::Fine);
         let unknown = "-A FORWARD -m set --match-set a dst -j ACCEPT\n";
@@ -231,18 +243,18 @@ mod tests {
         let mut facts = facts("-A FORWARD -j REJECT\n", true, true);
         facts.chains[0].drops = false;
         let found = forward(&facts);
-        assert_eq!((found.severity, found.fix.as_str()), (Severity::Warning, "accept"));
+        assert_eq!((found.severity, found.fix.as_str()), (Severity::Warning, ACCEPT));
         let end = "drops packets to tcp 8080 of default/web: -j REJECT";
         assert!(found.found.ends_with(end), "{found:?}");
-        facts.chains[0].rules = Ok(of_iptables("-A FORWARD -i eth1 -j REJECT\n").1);
+        facts.chains[0].rules = Ok(of_iptables("-A FORWARD -i eth1 -j REJECT\n"));
         assert_eq!(forward(&facts).found, "no chain drops what is forwarded to hostPorts");
         facts.chains[0].rules = Err("nft is not installed".into());
         assert_eq!(forward(&facts).severity, Severity::Warning);
 
-        facts.chains[0] = ForwardChain {
+        facts.chains[0] = Base {
             families: vec![Family::V6],
             drops: true,
-            rules: Ok(of_iptables("").1),
+            rules: Ok(of_iptables("")),
             ..facts.chains[0].clone()
         };
         let found = forward(&facts);

@@ -9,12 +9,13 @@
 
 pub mod attachments;
 pub mod backends;
+pub mod bypass;
 pub mod cilium;
 pub mod firewall;
-pub mod forward;
 pub mod gather;
 pub mod localhost;
 pub mod report;
+pub mod rules;
 pub mod setup;
 pub mod state;
 
@@ -154,19 +155,21 @@ pub struct Facts {
     pub state: state::Facts,
     pub localhost: localhost::Facts,
     pub firewall: firewall::Facts,
+    pub bypass: bypass::Facts,
     pub cilium: cilium::Facts,
 }
 
 /// Everything that was looked at, in the order of the report.
 #[must_use]
 pub fn examine(facts: &Facts) -> Vec<Finding> {
-    let Facts { backends, setup, state, localhost, firewall, cilium } = facts;
+    let Facts { backends, setup, state, localhost, firewall, bypass, cilium } = facts;
     let configured = setup.configured_backend();
     let mut findings = backends::findings(backends, configured);
     findings.extend(setup::findings(setup, configured.or_else(|| backends.chosen())));
     findings.extend(state::findings(state));
     findings.extend(localhost::findings(localhost));
     findings.extend(firewall::findings(firewall));
+    findings.extend(bypass::findings(bypass));
     findings.extend(cilium::findings(cilium));
     for finding in &mut findings {
         finding.fix = at_home(&finding.fix, &setup.dest, &setup.conf_dir, &state.dir);

@@ -148,7 +148,7 @@ impl Evidence {
             let family = match nft_family {
                 NftFamily::Ip => Some(Family::V4),
                 NftFamily::Ip6 => Some(Family::V6),
-                NftFamily::Inet => None,
+                NftFamily::Inet | NftFamily::Netdev => None,
             };
             for (table, chain) in chains {
                 let Some(base) =

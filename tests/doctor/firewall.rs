@@ -6,7 +6,7 @@ use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::Family;
 
 use crate::rig::{Rig, lab};
-use crate::support::{RULES, Variant};
+use crate::support::{RULES, VARIANTS, Variant};
 
 #[test]
 #[ignore = "privileged: makes network namespaces"]
@@ -116,4 +116,79 @@ fn a_node_whose_first_pod_is_yet_to_come() {
     rig.node.shell(&format!("iptables -A FORWARD -o {} -j ACCEPT", lab.pods[0].host_link));
     let left = rig.doctor();
     assert_eq!(left.of("forward"), Vec::<&serde_json::Value>::new(), "{:#}", left.json);
+}
+
+/// What acts on a hostPort before rules translate it, as preDNAT policies of Calico do, and how it goes.
+const EARLY: [(&str, &str); 5] = [
+    (
+        "iptables-nft -t raw -A PREROUTING -p tcp --dport 8080 -j DROP",
+        "iptables-nft -t raw -F PREROUTING",
+    ),
+    (
+        "iptables-legacy -t mangle -N POLICY; iptables-legacy -t mangle -A POLICY -j DROP; \
+         iptables-legacy -t mangle -A PREROUTING -i eth0 -p tcp --dport 8080 -g POLICY",
+        "iptables-legacy -t mangle -F PREROUTING",
+    ),
+    (
+        "nft -f - <<'END'\ntable inet drops {\n chain early {\n\
+         type filter hook prerouting priority -150; policy accept;\n\
+         fib daddr type local tcp dport 8080 drop\n }\n}\nEND",
+        "nft delete table inet drops",
+    ),
+    (
+        "nft -f - <<'END'\ntable ip drops {\n chain early {\n\
+         type filter hook prerouting priority -300; policy drop;\n\
+         ip daddr != NODE accept\n tcp dport != 8080 accept\n }\n}\nEND",
+        "nft delete table ip drops",
+    ),
+    (
+        "nft -f - <<'END'\ntable netdev drops {\n chain early {\n\
+         type filter hook ingress device eth0 priority 0; policy accept;\n\
+         tcp dport 8080 drop\n }\n}\nEND",
+        "nft delete table netdev drops",
+    ),
+];
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_acts_before_rules_translate_is_passed_by_ebpf_alone() {
+    for variant in VARIANTS {
+        let lab = lab(1);
+        let rig = Rig::new(&lab, variant);
+        rig.add(0);
+        let _servers = rig.lab.pods[0].serve(&[80], &[]).unwrap();
+        let target = rig.lab.node_socket(Family::V4, 8080);
+        let reached = || {
+            reach(&rig.lab.client, Call::new(Transport::Tcp, target, Duration::from_secs(1)))
+                .is_ok()
+        };
+        let all = format!("{}:/usr/sbin", rig.node.path.display());
+        for (drop, end) in EARLY {
+            let drop = drop.replace("NODE", &target.ip().to_string());
+            assert!(reached(), "{variant:?}: before {drop}");
+            rig.node.shell(&drop);
+            let said = rig.doctor_with(all.as_ref());
+            if variant == Variant::Ebpf {
+                assert!(reached(), "{drop}");
+                let found = said.only("bypass");
+                assert_eq!((said.status, &found["severity"]), (Some(1), &"warning".into()));
+                let text = found["found"].as_str().unwrap();
+                assert!(text.contains("drops what is for tcp 8080 of"), "{text}");
+            } else {
+                assert!(!reached(), "{variant:?}: {drop}");
+                assert!(said.of("bypass").is_empty(), "{variant:?}: {:#}", said.json);
+            }
+            rig.node.shell(end);
+        }
+        assert!(rig.doctor_with(all.as_ref()).of("bypass").is_empty(), "{variant:?}");
+        // Rules where packets are forwarded see the pod's address and port on every backend.
+        rig.node.shell(
+            "nft -f - <<'END'\ntable inet drops {\n chain later {\n\
+             type filter hook forward priority 0; policy accept;\n\
+             ip daddr POD tcp dport 80 drop\n }\n}\nEND"
+                .replace("POD", &lab.pods[0].address(Family::V4).unwrap().to_string())
+                .as_str(),
+        );
+        assert!(!reached(), "{variant:?}");
+    }
 }

@@ -3,14 +3,13 @@
 use portmap::backend::iptables::listing::Listing;
 use portmap::doctor::attachments::{Attachment, Orphan};
 use portmap::doctor::backends::{Trial, Tried};
-use portmap::doctor::firewall::ForwardChain;
-use portmap::doctor::forward::{Packet, of_iptables};
 use portmap::doctor::localhost::Guard;
+use portmap::doctor::rules::{Base, Insert, Packet, of_iptables};
 use portmap::doctor::setup::Binary;
 use portmap::doctor::state::{Directory, Look};
 use portmap::doctor::{
-    Facts, Finding, Severity, attachments, backends, cilium, examine, firewall, localhost, report,
-    setup, state,
+    Facts, Finding, Severity, attachments, backends, bypass, cilium, examine, firewall, localhost,
+    report, setup, state,
 };
 use portmap::model::{BackendKind, Family, Protocol};
 
@@ -80,9 +79,11 @@ fn healthy() -> Facts {
             used: Some("iptables-nft"),
             chains: Vec::new(),
             unread: Vec::new(),
+            uplinks: vec!["eth0".into()],
             samples: vec![(Family::V4, packet())],
             real: true,
         },
+        bypass: bypass::Facts::default(),
         cilium: cilium::Facts {
             signs: Vec::new(),
             unread: Vec::new(),
@@ -98,10 +99,10 @@ fn healthy() -> Facts {
 fn packet() -> Packet {
     Packet {
         who: "tcp 8080 of default/web".into(),
-        uplinks: vec!["eth0".into()],
         device: Some("veth1".into()),
         protocol: Protocol::Tcp,
         target: Some("10.88.0.2:80".parse().unwrap()),
+        is_local: false,
         translated: true,
     }
 }
@@ -130,15 +131,14 @@ fn forgetful() -> Facts {
 }
 
 /// What keeps all but Docker's own containers from being reached.
-fn docker() -> ForwardChain {
-    ForwardChain {
+fn docker() -> Base {
+    Base {
         place: "chain FORWARD of table filter (iptables-nft, IPv4)".into(),
         families: vec![Family::V4],
         entry: "FORWARD".into(),
         drops: true,
-        rules: Ok(of_iptables("-P FORWARD DROP\n-A FORWARD -o docker0 -j ACCEPT\n").1),
-        accept_translated: "iptables -I DOCKER-USER -m conntrack --ctstate DNAT -j ACCEPT".into(),
-        accept_device: String::new(),
+        rules: Ok(of_iptables("-P FORWARD DROP\n-A FORWARD -o docker0 -j ACCEPT\n")),
+        insert: Insert::Iptables("iptables -I DOCKER-USER".into()),
     }
 }
 

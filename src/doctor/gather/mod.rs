@@ -2,6 +2,8 @@
 //!
 //! The lock is shared with other readers, and held only while records are compared with the kernel.
 
+mod bypass;
+mod chains;
 mod firewall;
 mod strays;
 mod tables;
@@ -79,6 +81,7 @@ pub fn gather(host: &Host, places: &Places, progress: &Progress) -> Facts {
             make_guard: tables.make_guard(),
         },
         firewall: firewall::facts(host, &tables, &live, chosen, &node, &links),
+        bypass: bypass::facts(host, &tables, &live, &node),
         cilium: cilium(places, &links, chosen, &records),
         backends,
         setup,

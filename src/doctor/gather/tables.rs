@@ -174,7 +174,7 @@ fn tool(host: &Host, variant: Variant, family: Family) -> Option<String> {
 
 fn base_chains() -> io::Result<Vec<(NftFamily, String, Chain)>> {
     let mut all = Vec::new();
-    for family in [NftFamily::Inet, NftFamily::Ip, NftFamily::Ip6] {
+    for family in [NftFamily::Inet, NftFamily::Ip, NftFamily::Ip6, NftFamily::Netdev] {
         let read = NftReader::open().and_then(|mut reader| reader.all_chains(family));
         match read {
             Ok(chains) => all.extend(

@@ -47,6 +47,8 @@ pub enum NftFamily {
     Inet,
     Ip,
     Ip6,
+    /// What devices take in or send out.
+    Netdev,
 }
 
 /// The family of a table that holds one family's rules.
@@ -70,7 +72,8 @@ pub struct Chain {
 /// Where and when packets enter a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BaseChain {
-    /// `NF_INET_*`: 0 prerouting, 1 input, 2 forward, 3 output, 4 postrouting.
+    /// `NF_INET_*`: 0 prerouting, 1 input, 2 forward, 3 output, 4 postrouting, 5 ingress; of family netdev
+    /// 0 ingress, 1 egress.
     pub hook: u32,
     /// Lower ones come first.
     pub priority: i32,
@@ -239,6 +242,7 @@ fn message<N: Nla>(kind: libc::c_int, family: NftFamily, attributes: &[N]) -> Me
         NftFamily::Inet => NetfilterProtoFamily::Inet,
         NftFamily::Ip => NetfilterProtoFamily::IPv4,
         NftFamily::Ip6 => NetfilterProtoFamily::IPv6,
+        NftFamily::Netdev => NetfilterProtoFamily::NetDev,
     };
     let kind = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, kind);
     Message::new(kind, &NetfilterHeader::new(family, 0, 0), attributes)

@@ -39,7 +39,7 @@ fn of_statements(statements: &[Value]) -> Rule {
             "return" => rule.end = End::Return,
             "jump" => rule.end = End::Jump(target()),
             "goto" => rule.end = End::Goto(target()),
-            "match" => rule.conditions.push(of_match(value)),
+            "match" => rule.conditions.extend(of_match(value)),
             "queue" => {
                 // A program decides.
                 rule.conditions.push(Condition { negated: false, of: Of::Unknown });
@@ -53,17 +53,22 @@ fn of_statements(statements: &[Value]) -> Rule {
     rule
 }
 
-fn of_match(value: &Value) -> Condition {
+fn of_match(value: &Value) -> Vec<Condition> {
     let operator = value.get("op").and_then(Value::as_str).unwrap_or("==");
-    if !["==", "!=", "in"].contains(&operator) {
-        return Condition { negated: false, of: Of::Unknown };
-    }
-    let negated = operator == "!=";
-    let right = value.get("right").unwrap_or(&Value::Null);
     let key = |kind: &str, field: &str| {
         value.pointer(&format!("/left/{kind}/{field}")).and_then(Value::as_str)
     };
+    let mut conditions = Vec::new();
+    // A port's match implies one on its protocol, which nft does not list and `!=` does not negate. `th` has none.
+    if let (Some("dport"), Some(protocol)) = (key("payload", "field"), key("payload", "protocol"))
+        && protocol != "th"
+    {
+        let of = Of::Protocol(vec![protocol.to_owned()]);
+        conditions.push(Condition { negated: false, of });
+    }
+    let right = value.get("right").unwrap_or(&Value::Null);
     let of = match (key("meta", "key"), key("payload", "field"), key("ct", "key")) {
+        _ if !["==", "!=", "in"].contains(&operator) => None,
         (Some("iifname" | "iif"), ..) => strings(right).map(Of::In),
         (Some("oifname" | "oif"), ..) => strings(right).map(Of::Out),
         (Some("l4proto"), ..) | (_, Some("protocol" | "nexthdr"), _) => {
@@ -71,12 +76,21 @@ fn of_match(value: &Value) -> Condition {
         }
         (_, Some("saddr"), _) => addresses(right).map(Of::Source),
         (_, Some("daddr"), _) => addresses(right).map(Of::Destination),
-        (_, Some("dport"), _) => tcp_ports(right).map(Of::Port),
+        (_, Some("dport"), _) => ports(right).map(Of::Port),
         (_, _, Some("state" | "status")) => strings(right).map(Of::State),
+        _ if is_type_of_destination(value) => (right == "local").then_some(Of::Local),
         _ => None,
     };
-    // A port is of a protocol, which the match names.
-    Condition { negated, of: of.unwrap_or(Of::Unknown) }
+    conditions.push(Condition { negated: operator == "!=", of: of.unwrap_or(Of::Unknown) });
+    conditions
+}
+
+/// `fib daddr type`.
+fn is_type_of_destination(value: &Value) -> bool {
+    let part = |name: &str| value.pointer(&format!("/left/fib/{name}"));
+    let flags = part("flags").map(items);
+    part("result").is_some_and(|result| result == "type")
+        && flags.is_some_and(|flags| flags.iter().eq(["daddr"]))
 }
 
 /// A map from a key to verdicts: of the state of a connection that of new ones counts.
@@ -125,7 +139,7 @@ fn addresses(right: &Value) -> Option<Vec<IpNetwork>> {
         .collect()
 }
 
-fn tcp_ports(right: &Value) -> Option<Vec<(u16, u16)>> {
+fn ports(right: &Value) -> Option<Vec<(u16, u16)>> {
     let port = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
     items(right)
         .iter()
@@ -140,7 +154,7 @@ fn tcp_ports(right: &Value) -> Option<Vec<(u16, u16)>> {
 mod tests {
     use serde_json::json;
 
-    use super::super::samples::packet;
+    use super::super::samples::{ETH0, packet};
     use super::super::{Fate, fate};
     use super::*;
 
@@ -149,7 +163,7 @@ mod tests {
         let rule = |expr: &Value| json!({"rule": {"chain": "forward", "expr": expr}});
         objects.extend(rules.iter().map(rule));
         objects.push(json!({"rule": {"chain": "sub", "expr": [{"accept": null}]}}));
-        fate(&of_nft(&objects), "forward", true, &packet())
+        fate(&of_nft(&objects), "forward", true, &ETH0, &packet())
     }
 
     #[test]
@@ -159,15 +173,15 @@ mod tests {
         let meta = |key: &str| json!({"meta": {"key": key}});
         let ct = |key: &str| json!({"ct": {"key": key}});
         let field = |field: &str| json!({"payload": {"protocol": "ip", "field": field}});
+        let port = |protocol: &str| json!({"payload": {"protocol": protocol, "field": "dport"}});
         for condition in [
             matching(meta("oifname"), json!({"set": ["docker0", "cni0"]})),
             matching(ct("status"), json!("dnat")),
             matching(ct("state"), json!(["established", "new"])),
             matching(field("daddr"), json!({"prefix": {"addr": "10.88.0.0", "len": 16}})),
-            matching(
-                json!({"payload": {"protocol": "tcp", "field": "dport"}}),
-                json!({"range": [70, 90]}),
-            ),
+            matching(port("tcp"), json!({"range": [70, 90]})),
+            matching(port("th"), json!(80)),
+            json!({"match": {"op": "!=", "left": port("tcp"), "right": 53}}),
         ] {
             assert_eq!(
                 nft(&[json!([condition, {"counter": null}, accept])]),
@@ -179,6 +193,9 @@ mod tests {
             matching(meta("oifname"), json!("docker0")),
             matching(ct("state"), json!(["established", "related"])),
             matching(field("saddr"), json!("10.88.0.2")),
+            matching(port("tcp"), json!(8080)),
+            matching(port("udp"), json!(80)),
+            json!({"match": {"op": "!=", "left": port("udp"), "right": 53}}),
         ] {
             assert_eq!(nft(&[json!([condition, accept])]), Fate::Dropped(None), "{condition}");
         }
@@ -191,8 +208,7 @@ mod tests {
         };
         assert_eq!(nft(&[states(json!({"accept": null}))]), Fate::Accepted);
         assert!(matches!(nft(&[states(json!({"drop": null}))]), Fate::Dropped(Some(_))));
-        let port = json!({"payload": {"protocol": "tcp", "field": "dport"}});
-        let above = json!({"match": {"op": ">=", "left": port, "right": 80}});
+        let above = json!({"match": {"op": ">=", "left": port("tcp"), "right": 80}});
         assert!(matches!(nft(&[json!([above, accept])]), Fate::Unknown(_)));
         let other =
             matching(json!({"payload": {"protocol": "ip6", "field": "daddr"}}), json!("fd00::1"));

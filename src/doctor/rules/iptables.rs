@@ -5,15 +5,22 @@ use ipnetwork::IpNetwork;
 use super::{Chains, Condition, End, Of, Rule};
 use crate::backend::iptables::listing::words;
 
-/// Reads the output of `iptables -S`: whether the policy of `FORWARD` is to drop, and the chains.
+/// Whether the policy of a chain is to drop, by the output of `iptables -S`.
 #[must_use]
-pub fn of_iptables(text: &str) -> (bool, Chains) {
+pub fn drops(text: &str, chain: &str) -> bool {
+    text.lines().any(|line| {
+        let policy = line.strip_prefix("-P ").and_then(|rest| rest.strip_prefix(chain));
+        policy.is_some_and(|policy| policy.trim() == "DROP")
+    })
+}
+
+/// Reads the chains in the output of `iptables -S`.
+#[must_use]
+pub fn of_iptables(text: &str) -> Chains {
     let mut chains = Chains::new();
-    let mut drops = false;
     for line in text.lines() {
         let mut parts = line.splitn(3, ' ');
         match (parts.next(), parts.next(), parts.next()) {
-            (Some("-P"), Some("FORWARD"), Some(policy)) => drops = policy.trim() == "DROP",
             (Some("-N"), Some(chain), _) => drop(chains.entry(chain.to_owned()).or_default()),
             (Some("-A"), Some(chain), rule) => {
                 let rule = of_words(rule.unwrap_or_default());
@@ -35,7 +42,7 @@ pub fn of_iptables(text: &str) -> (bool, Chains) {
             rule.end = End::Next;
         }
     }
-    (drops, chains)
+    chains
 }
 
 fn sets_mark(end: &End) -> bool {
@@ -85,6 +92,10 @@ fn of_words(text: &str) -> Rule {
             "--ctstate" | "--state" => {
                 Of::State(value().split(',').map(str::to_ascii_lowercase).collect())
             }
+            "--dst-type" => match value().as_str() {
+                "LOCAL" => Of::Local,
+                _ => Of::Unknown,
+            },
             "--mark" => {
                 let wanted = value();
                 match wanted.split('/').next().map(number) {
@@ -125,25 +136,23 @@ fn ports(text: &str) -> Option<Vec<(u16, u16)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::samples::packet;
+    use super::super::samples::{ETH0, packet};
     use super::super::{Fate, fate};
     use super::*;
 
     fn iptables(rules: &[&str]) -> Fate {
-        let mut text = String::from("-P INPUT ACCEPT\n-P FORWARD DROP\n-N SUB\n-N BACK\n");
+        let mut text = String::from("-N SUB\n-N BACK\n");
         for rule in rules {
             text.push_str(rule);
             text.push('\n');
         }
-        let (drops, chains) = of_iptables(&text);
-        assert!(drops);
-        fate(&chains, "FORWARD", true, &packet())
+        fate(&of_iptables(&text), "FORWARD", true, &ETH0, &packet())
     }
 
     #[test]
     fn a_policy_of_accept_is_told_from_one_of_drop() {
-        assert!(!of_iptables("-P FORWARD ACCEPT\n-P OUTPUT DROP\n").0);
-        assert!(of_iptables("-P FORWARD DROP\n").0);
+        assert!(!drops("-P FORWARD ACCEPT\n-P OUTPUT DROP\n", "FORWARD"));
+        assert!(drops("-P FORWARD DROP\n", "FORWARD"));
     }
 
     #[test]
@@ -203,7 +212,7 @@ mod tests {
 
     #[test]
     fn rules_that_drop_where_the_policy_is_to_accept() {
-        let accepting = |text: &str| fate(&of_iptables(text).1, "FORWARD", false, &packet());
+        let accepting = |text: &str| fate(&of_iptables(text), "FORWARD", false, &ETH0, &packet());
         // The images of Oracle's cloud.
         let reject = "-j REJECT --reject-with icmp-host-prohibited";
         for (before, fate) in [
