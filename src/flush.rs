@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::facts::NodeFacts;
-use crate::model::{BackendKind, Claim, Family, Protocol};
-use crate::record::Record;
+use crate::model::{BackendKind, Claim, Family, Forward, Protocol};
+use crate::record::{IndexKey, Record};
 use crate::sys::netlink::conntrack::Flow;
 
 /// TCP connections end with their pod; UDP and SCTP entries are kept alive by packets alone.
@@ -19,6 +19,56 @@ fn is_flushed(protocol: Protocol) -> bool {
 pub fn concerns(record: &Record) -> bool {
     record.backend != BackendKind::Ebpf
         && record.mappings.iter().any(|mapping| is_flushed(mapping.protocol))
+}
+
+/// What attachments had that no record tells of, as far as entries of it can go stale.
+#[derive(Debug, Default)]
+pub struct Former {
+    claims: BTreeSet<Claim>,
+    pods: BTreeSet<IpAddr>,
+}
+
+impl Former {
+    /// By what their rules forwarded.
+    #[must_use]
+    pub fn of_rules(forwards: &BTreeSet<Forward>) -> Self {
+        let flushed = || forwards.iter().filter(|forward| is_flushed(forward.claim.protocol));
+        Former {
+            claims: flushed().map(|forward| forward.claim).collect(),
+            pods: flushed().map(|forward| forward.target.ip()).collect(),
+        }
+    }
+
+    /// By the names of a record's index entries. They do not tell the hostIP: flows to any address of
+    /// the node may have led to these pods.
+    #[must_use]
+    pub fn of_index(ports: &BTreeSet<String>, pods: &BTreeSet<String>) -> Self {
+        let pods: BTreeSet<IpAddr> = pods.iter().filter_map(|name| name.parse().ok()).collect();
+        let families: BTreeSet<Family> = pods.iter().map(Family::of).collect();
+        let ports = ports.iter().filter_map(|name| IndexKey::parse_port(name));
+        let claims =
+            ports.filter(|(protocol, _)| is_flushed(*protocol)).flat_map(|(protocol, port)| {
+                families.iter().map(move |family| Claim {
+                    family: *family,
+                    protocol,
+                    address: None,
+                    port,
+                })
+            });
+        Former { claims: claims.collect(), pods }
+    }
+
+    /// Whether there is nothing to be flushed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.claims.is_empty()
+    }
+
+    /// Who has one of these by now.
+    #[must_use]
+    pub fn ports(&self) -> BTreeSet<IndexKey> {
+        self.claims.iter().map(|claim| IndexKey::port(claim.protocol, claim.port)).collect()
+    }
 }
 
 /// Claims of which entries may be stale, and where they lead now.
@@ -48,6 +98,17 @@ impl<'a> Flush<'a> {
             claims: claims(added.iter().chain(&removed).copied()),
             targets: targets(others.iter().chain(added)),
             former_pods,
+            facts,
+        }
+    }
+
+    /// Rules that no record tells of are gone. `others` are the records that share ports with them.
+    #[must_use]
+    pub fn former(former: &Former, others: &[Record], facts: &'a NodeFacts) -> Self {
+        Flush {
+            claims: former.claims.clone(),
+            targets: targets(others.iter().filter(|record| concerns(record))),
+            former_pods: former.pods.clone(),
             facts,
         }
     }
@@ -192,6 +253,56 @@ mod tests {
             assert_eq!(flush.takes(&flow(to, now_at)), taken, "{to} {now_at}");
         }
         assert_eq!(flush.ports(Family::V4), [(Protocol::Sctp, 9), (Protocol::Udp, 53)]);
+    }
+
+    /// What is left of a pod `10.0.0.2` that had udp 53 and tcp 80.
+    fn formers() -> [Former; 2] {
+        let forward = |protocol, port| Forward {
+            claim: Claim { family: Family::V4, protocol, address: None, port },
+            target: SocketAddr::new("10.0.0.2".parse().unwrap(), port),
+        };
+        let rules = BTreeSet::from([forward(Protocol::Udp, 53), forward(Protocol::Tcp, 80)]);
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let ports = names(&["udp-53", "tcp-80", "?"]);
+        [Former::of_rules(&rules), Former::of_index(&ports, &names(&["10.0.0.2", "?"]))]
+    }
+
+    #[test]
+    fn without_a_record_what_led_to_the_pod_is_taken() {
+        let facts = node();
+        for former in formers() {
+            let flush = Flush::former(&former, &[], &facts);
+            assert_eq!(flush.ports(Family::V4), [(Protocol::Udp, 53)]);
+            assert_eq!(flush.ports(Family::V6), []);
+            assert_eq!(former.ports(), BTreeSet::from([IndexKey::port(Protocol::Udp, 53)]));
+            for (to, now_at, taken) in [
+                ("192.0.2.1:53", "10.0.0.2:53", true),
+                ("192.0.2.1:53", "192.0.2.1:53", false),
+                ("192.0.2.1:53", "10.0.0.9:53", false),
+                ("192.0.2.1:54", "10.0.0.2:54", false),
+                ("203.0.113.7:53", "10.0.0.2:53", false),
+            ] {
+                assert_eq!(flush.takes(&flow(to, now_at)), taken, "{to} {now_at}");
+            }
+        }
+        assert!(Former::of_rules(&BTreeSet::new()).is_empty());
+    }
+
+    #[test]
+    fn who_has_the_port_by_now_keeps_its_flows_also_with_the_former_address() {
+        let facts = node();
+        let again = record("again", &["10.0.0.2/24"], &["udp 53 53"], BackendKind::Iptables, 1);
+        let ebpf = record("ebpf", &["10.0.0.3/24"], &["udp 53 53"], BackendKind::Ebpf, 2);
+        let others = [again, ebpf];
+        for former in formers() {
+            let flush = Flush::former(&former, &others, &facts);
+            assert!(!flush.takes(&flow("192.0.2.1:53", "10.0.0.2:53")));
+            assert!(flush.takes(&flow("192.0.2.1:53", "10.0.0.2:54")));
+            // What eBPF forwards has no entry that could be stale.
+            let flush = Flush::former(&former, &others[1..], &facts);
+            assert!(!flush.takes(&flow("192.0.2.1:53", "192.0.2.1:53")));
+            assert!(flush.takes(&flow("192.0.2.1:53", "10.0.0.2:53")));
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256, Sha512};
 
 use crate::conf::Options;
-use crate::model::{Attachment, BackendKind, Claim, Family, Forward, Mapping};
+use crate::model::{Attachment, BackendKind, Claim, Family, Forward, Mapping, Protocol};
 
 /// Version of the records' format. Readers leave newer ones alone.
 pub const FORMAT: u32 = 1;
@@ -246,10 +246,8 @@ impl Record {
     /// What other records are found by: everything two records could compete for or share.
     #[must_use]
     pub fn index_keys(&self) -> BTreeSet<IndexKey> {
-        let ports = self
-            .mappings
-            .iter()
-            .map(|mapping| IndexKey::Port(format!("{}-{}", mapping.protocol, mapping.host_port)));
+        let ports =
+            self.mappings.iter().map(|mapping| IndexKey::port(mapping.protocol, mapping.host_port));
         let pods = self.addresses.iter().map(|network| IndexKey::Pod(network.ip()));
         let devices = self.localnet_device.iter().map(|device| IndexKey::Localnet(device.clone()));
         ports
@@ -376,6 +374,19 @@ pub enum IndexKey {
 }
 
 impl IndexKey {
+    /// The key of a hostPort.
+    #[must_use]
+    pub fn port(protocol: Protocol, port: u16) -> Self {
+        IndexKey::Port(format!("{protocol}-{port}"))
+    }
+
+    /// Reads the name of what `port` made.
+    #[must_use]
+    pub fn parse_port(name: &str) -> Option<(Protocol, u16)> {
+        let (protocol, port) = name.split_once('-')?;
+        Some((Protocol::parse(protocol)?, port.parse().ok()?))
+    }
+
     /// Directory and name of the key.
     #[must_use]
     pub fn path(&self) -> (String, String) {
@@ -411,8 +422,7 @@ pub mod samples {
                 let mut words = text.split(' ');
                 let mut word = || words.next();
                 Mapping {
-                    protocol: crate::model::Protocol::parse(word().unwrap_or_default())
-                        .unwrap_or(crate::model::Protocol::Tcp),
+                    protocol: Protocol::parse(word().unwrap_or_default()).unwrap_or(Protocol::Tcp),
                     host_port: word().and_then(|port| port.parse().ok()).unwrap_or(1),
                     container_port: word().and_then(|port| port.parse().ok()).unwrap_or(1),
                     host_ip: word().and_then(|ip| ip.parse().ok()),

@@ -246,8 +246,14 @@ pub trait Apply {
     fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Part>) -> Result<()>;
 
     /// Removes what upstream's plugin made for attachments of which there is no record: of
-    /// `attachment`, or of every container of its network that `keep` does not name.
-    fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()>;
+    /// `attachment`, or of every container of its network that `keep` does not name. What that
+    /// forwarded is added to `removed`, also when it fails.
+    fn remove_unrecorded(
+        &self,
+        host: &Host,
+        unrecorded: &Unrecorded,
+        removed: &mut BTreeSet<Forward>,
+    ) -> Result<()>;
 
     /// A pod without mappings has come, which may call others' hostPorts. `links` are the names of
     /// its links on the host as the previous plugin tells them, possibly none.

@@ -6,7 +6,7 @@ use crate::facts::NodeFacts;
 use crate::flush::{self, Flush};
 use crate::model::Family;
 use crate::record::{IndexKey, Record};
-use crate::sys::{netlink, sysctl};
+use crate::sys::{Host, netlink, sysctl};
 
 /// Beginning of the names of the notes with former values of `route_localnet`.
 const LOCALNET_NOTE: &str = "localnet-";
@@ -62,7 +62,7 @@ impl Engine<'_> {
                 return self.host.warn(format!("conntrack entries are not flushed: {error}"));
             }
         };
-        self.delete_flows(&Flush::new(added, removed, &others, facts));
+        delete_flows(self.host, &Flush::new(added, removed, &others, facts));
     }
 
     /// Of attachments whose rules may have been missing: a flow that began meanwhile was not translated,
@@ -74,17 +74,16 @@ impl Engine<'_> {
     ) {
         let concerned: Vec<&Record> = records.into_iter().filter(|r| flush::concerns(r)).collect();
         if !concerned.is_empty() {
-            self.delete_flows(&Flush::restored(&concerned, facts));
+            delete_flows(self.host, &Flush::restored(&concerned, facts));
         }
     }
+}
 
-    fn delete_flows(&self, flush: &Flush) {
-        for family in Family::ALL {
-            let ports = flush.ports(family);
-            if let Err(error) = netlink::conntrack::delete(family, &ports, |flow| flush.takes(flow))
-            {
-                self.host.warn(format!("conntrack entries of {family} are not flushed: {error}"));
-            }
+pub(super) fn delete_flows(host: &Host, flush: &Flush) {
+    for family in Family::ALL {
+        let ports = flush.ports(family);
+        if let Err(error) = netlink::conntrack::delete(family, &ports, |flow| flush.takes(flow)) {
+            host.warn(format!("conntrack entries of {family} are not flushed: {error}"));
         }
     }
 }

@@ -11,6 +11,7 @@ mod kernel;
 mod lock;
 mod step;
 mod survey;
+mod unrecorded;
 
 use std::collections::BTreeSet;
 
@@ -18,8 +19,8 @@ use crate::backend::{self, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::flush;
-use crate::model::{BackendKind, Family};
-use crate::record::{Part, Record};
+use crate::model::BackendKind;
+use crate::record::Record;
 use crate::sys::Host;
 use crate::sys::store::Store;
 pub use effects::localnet_path;
@@ -27,6 +28,7 @@ pub use gc::Collected;
 pub use health::Restored;
 use step::Lost;
 pub use survey::{lock_to_look, survey};
+pub use unrecorded::remove_unrecorded;
 
 /// What a flush came to.
 #[derive(Debug, Default)]
@@ -187,36 +189,6 @@ impl<'a> Engine<'a> {
         Ok(Flushed { removed, failed })
     }
 
-    /// Removes what is left of a record that cannot be read: its index entries still say which
-    /// backend, chain and families it had.
-    pub fn repair(&self, id: &str) -> Result<()> {
-        let keys = self.store.index_of(id)?;
-        let named = |kind: &str| {
-            keys.iter()
-                .filter(|(of, _)| of == kind)
-                .map(|(_, name)| name.clone())
-                .collect::<BTreeSet<_>>()
-        };
-        // The file goes last: it is what the next call sees if this one does not finish.
-        self.release_unused_localnets(id)?;
-        let facts = self.host.node_facts()?;
-        for kind in
-            BackendKind::ALL.into_iter().filter(|kind| named("backends").contains(kind.name()))
-        {
-            let parts: BTreeSet<Part> = named(&format!("parts-{kind}"))
-                .iter()
-                .filter_map(|name| Part::parse(name))
-                .collect();
-            let families = Family::ALL
-                .into_iter()
-                .filter(|family| parts.contains(&Part::Base(*family)))
-                .collect();
-            let lost = Lost { chains: named("chains"), families, parts, ..Lost::default() };
-            self.restore_without(kind, None, None, &lost, &facts, &BTreeSet::new())?;
-        }
-        self.store.forget(id, &keys)
-    }
-
     /// After a failed ADD: what was there before comes back. The record stays if that fails as well,
     /// so that the DEL which follows a failed ADD finishes.
     fn undo(
@@ -272,7 +244,8 @@ impl<'a> Engine<'a> {
     /// Removes a record and its rules where they can be reached, without regard to shared ones.
     fn purge(&self, record: &Record) -> Result<()> {
         let unrecorded = Unrecorded::One { attachment: &record.attachment, chain: &record.chain };
-        self.backend(record.backend)?.remove_unrecorded(self.host, &unrecorded)?;
+        let mut removed = BTreeSet::new();
+        self.backend(record.backend)?.remove_unrecorded(self.host, &unrecorded, &mut removed)?;
         self.store.remove(record)?;
         self.finish()
     }

@@ -1,16 +1,16 @@
 //! DEL: everything of the attachment goes. Needs nothing but its key, and is done as often as asked.
 
-use crate::backend::{self, Unrecorded};
+use crate::backend::Unrecorded;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::conf::{NetConf, has_mappings};
-use crate::engine::Engine;
+use crate::engine::{self, Engine};
 use crate::error::{Error, Result};
-use crate::model::{Attachment, BackendKind};
+use crate::model::Attachment;
 use crate::record::{IndexKey, chain_name, record_id};
 use crate::request;
 use crate::sys::Host;
-use crate::sys::store::{Found, has_records, is_recorded};
+use crate::sys::store::{Found, Store, has_records, is_recorded};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<()> {
     // No other key may keep DEL from its work: runtimes repeat it for ever.
@@ -28,7 +28,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
             if !matches!(error, Error::Busy { .. }) && has_records(&dir).is_ok_and(|has| !has) =>
         {
             host.warn(format!("{error}: {}", error.details()));
-            return remove_unrecorded(host, &attachment);
+            return remove_unrecorded(host, None, &attachment);
         }
         other => other?,
     };
@@ -58,17 +58,14 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     if engine.store.has_other(&IndexKey::Chain(chain), &id)? {
         return Ok(());
     }
-    remove_unrecorded(host, &attachment)
+    remove_unrecorded(host, Some(&engine.store), &attachment)
 }
 
 /// There is no record: perhaps upstream's plugin made rules.
-fn remove_unrecorded(host: &Host, attachment: &Attachment) -> Result<()> {
+fn remove_unrecorded(host: &Host, store: Option<&Store>, attachment: &Attachment) -> Result<()> {
     let chain = chain_name(&attachment.network, &attachment.container_id);
     let unrecorded = Unrecorded::One { attachment, chain: &chain };
-    let errors: Vec<Error> = BackendKind::ALL
-        .into_iter()
-        .filter_map(|kind| backend::of(kind).remove_unrecorded(host, &unrecorded).err())
-        .collect();
+    let errors = engine::remove_unrecorded(host, store, &unrecorded);
     match errors.is_empty() {
         true => Ok(()),
         false => {

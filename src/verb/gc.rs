@@ -2,12 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use crate::backend::{self, Unrecorded};
+use crate::backend::Unrecorded;
 use crate::cni::envelope::Envelope;
 use crate::conf::NetConf;
-use crate::engine::Engine;
+use crate::engine::{self, Engine};
 use crate::error::{Error, Result};
-use crate::model::BackendKind;
 use crate::request;
 use crate::sys::Host;
 
@@ -40,9 +39,7 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
     let keep: BTreeSet<&str> = valid.iter().map(|valid| valid.container_id.as_str()).collect();
     let unrecorded =
         Unrecorded::AllBut { network: &envelope.name, keep: &keep, recorded: &recorded };
-    for kind in BackendKind::ALL {
-        errors.extend(backend::of(kind).remove_unrecorded(host, &unrecorded).err());
-    }
+    errors.extend(engine::remove_unrecorded(host, Some(&engine.store), &unrecorded));
     match errors.is_empty() {
         true => Ok(()),
         false => Err(Error::Several { what: format!("GC of network {}", envelope.name), errors }),

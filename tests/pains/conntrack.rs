@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 
 use portmap::demo::plugin;
-use portmap::demo::traffic::{Call, Failure, Transport, reach};
+use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
 use portmap::model::Family;
+use portmap::record::record_id;
+use serde_json::{Value, json};
 
-use crate::site::{Site, TIMEOUT, at, bridge, named, on_each, tcp, udp, v4_only};
-use crate::support::{PORTMAP, RULES, VARIANTS, Variant};
+use crate::site::{Site, TIMEOUT, at, bridge, named, on_each, tcp, udp, v4_only, with};
+use crate::support::{IPTABLES, PORTMAP, RULES, UPSTREAM, VARIANTS, Variant};
 
 /// Tracks a UDP flow of the client, untranslated, as it is before any rule is there.
 fn track(site: &Site, destination: &str, port: u16) {
@@ -83,6 +85,156 @@ fn pain_06_entries_that_are_older_than_the_pod_go() {
         site.del(0, "a", &[]);
         let left = site.node.shell("conntrack -L -p udp 2>/dev/null");
         assert!(!left.contains("dport=8053"), "{left}");
+    });
+}
+
+/// UDP sockets of the client that keep their ports, one for each family.
+fn sessions(site: &Site, port: u16) -> Vec<Session> {
+    let open = |family: &Family| {
+        let target = site.lab.node_socket(*family, port);
+        Session::open(&site.lab.client, Call::new(Transport::Udp, target, TIMEOUT)).unwrap()
+    };
+    site.lab.options.families.iter().map(open).collect()
+}
+
+/// Fails unless `server` answers all of them, or the node refuses them.
+fn expect(sessions: &mut [Session], server: Result<&str, Failure>, what: &str) {
+    for session in sessions {
+        let answer = session.ask().map(|reply| reply.server);
+        assert_eq!(answer, server.clone().map(str::to_owned), "{what}");
+    }
+}
+
+/// The tracked flows of a port, each with what tells it from one that has begun anew.
+fn identities(site: &Site, port: u16) -> Vec<String> {
+    let list = |family| {
+        site.node.shell(&format!(
+            "conntrack -L -f {family} -p udp --orig-port-dst {port} -o id 2>/dev/null"
+        ))
+    };
+    let text = ["ipv4", "ipv6"].map(list).concat();
+    text.split_whitespace().filter(|word| word.starts_with("id=")).map(str::to_owned).collect()
+}
+
+/// A node is upgraded from upstream's plugin: what takes its pods' rules away, takes the flows to these
+/// pods as well, and no others.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs upstream's portmap, iptables and conntrack"]
+fn pain_06_flows_to_pods_of_upstream_go_with_their_rules() {
+    on_each(&IPTABLES, &bridge(), |site| {
+        // Without any rule nothing would be translated, whatever is tracked.
+        site.add(1, "other", &[tcp(9000)]);
+        let made = |pod, id: &str, mapping: &Value| {
+            // The configuration of a node before its plugin was replaced.
+            let config = site.config(pod, std::slice::from_ref(mapping));
+            let config = with(config, json!({"backend": null}));
+            let output = site.node.call(UPSTREAM, "ADD", &config, &site.of(pod, id));
+            assert!(output.success(), "{}", output.reason());
+        };
+        made(1, "stays", &udp(8054));
+        let mut others = sessions(site, 8054);
+        expect(&mut others, Ok("pod-b"), "another pod of upstream's");
+        let kept = identities(site, 8054);
+        assert_eq!(kept.len(), 2);
+        let valid = ["other", "stays"].map(|id| json!({"containerID": id, "ifname": "eth0"}));
+        let gc = with(
+            site.node.config(json!(null), json!(null)),
+            json!({"cniVersion": "1.1.0", "cni.dev/valid-attachments": valid}),
+        );
+        for verb in ["DEL", "GC"] {
+            made(0, "gone", &udp(8053));
+            let mut clients = sessions(site, 8053);
+            expect(&mut clients, Ok("pod-a"), verb);
+            match verb {
+                "DEL" => site.del(0, "gone", &[udp(8053)]),
+                _ => drop(site.node.ok("GC", &gc, &site.of(0, ""))),
+            }
+            expect(&mut clients, Err(Failure::Refused), verb);
+        }
+        let second = site.lab.second_node_address(Family::V4);
+        made(0, "gone", &at(second, udp(8053)));
+        let call = Call::new(Transport::Udp, SocketAddr::new(second, 8053), TIMEOUT);
+        let mut clients = [Session::open(&site.lab.client, call).unwrap()];
+        expect(&mut clients, Ok("pod-a"), "of one address");
+        site.del(0, "gone", &[udp(8053)]);
+        expect(&mut clients, Err(Failure::Refused), "of one address");
+        // A new owner keeps the flows that it has by now, although it has the former pod's address.
+        made(0, "gone", &udp(8053));
+        site.add(0, "new", &[udp(8053)]);
+        let mut clients = sessions(site, 8053);
+        expect(&mut clients, Ok("pod-a"), "the new owner");
+        let present = identities(site, 8053);
+        site.del(0, "gone", &[udp(8053)]);
+        assert_eq!(identities(site, 8053), present);
+        expect(&mut others, Ok("pod-b"), "another pod of upstream's");
+        assert_eq!(identities(site, 8054), kept);
+    });
+}
+
+/// The same, of upstream's nftables backend (1.6.0 and later).
+#[test]
+#[ignore = "privileged: makes network namespaces, needs nft and conntrack"]
+fn pain_06_flows_to_pods_of_upstream_s_nftables_backend_go_with_their_rules() {
+    on_each(&[Variant::Nftables], &bridge(), |site| {
+        site.add(1, "other", &[tcp(9000)]);
+        let rules = |pod: usize, id: &str, port: u16| {
+            let table = |family: &Family| {
+                let name = if *family == Family::V4 { "ip" } else { "ip6" };
+                let target = SocketAddr::new(site.pod(pod).address(*family).unwrap(), 53);
+                format!(
+                    "table {name} cni_hostport {{
+                         chain hostports {{ udp dport {port} dnat to {target} comment \"{id}\"; }}
+                         chain prerouting {{ type nat hook prerouting priority -100; }}
+                     }}\n"
+                )
+            };
+            let text: String = site.lab.options.families.iter().map(table).collect();
+            site.node.shell(&format!("nft -f - <<'END'\n{text}END\n"));
+        };
+        rules(1, "stays", 8054);
+        site.node.shell(
+            "for family in ip ip6; do
+                 nft add rule $family cni_hostport prerouting fib daddr type local jump hostports
+             done",
+        );
+        rules(0, "gone", 8053);
+        let (mut clients, mut others) = (sessions(site, 8053), sessions(site, 8054));
+        expect(&mut clients, Ok("pod-a"), "before");
+        expect(&mut others, Ok("pod-b"), "before");
+        let kept = identities(site, 8054);
+        site.del(0, "gone", &[udp(8053)]);
+        expect(&mut clients, Err(Failure::Refused), "after");
+        expect(&mut others, Ok("pod-b"), "after");
+        assert_eq!((kept.len(), identities(site, 8054)), (2, kept));
+    });
+}
+
+/// A record that cannot be read does not say what the pod had: its index entries do.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables, nft and conntrack"]
+fn pain_06_flows_to_a_pod_with_a_damaged_record_go_with_it() {
+    on_each(&RULES, &bridge(), |site| {
+        site.add(1, "other", &[tcp(9000), udp(8054)]);
+        let mut others = sessions(site, 8054);
+        expect(&mut others, Ok("pod-b"), "before");
+        let kept = identities(site, 8054);
+        site.add(0, "a", &[udp(8053)]);
+        let mut clients = sessions(site, 8053);
+        expect(&mut clients, Ok("pod-a"), "before");
+        let id = record_id(&portmap::model::Attachment {
+            network: "portmap".into(),
+            container_id: "a".into(),
+            ifname: "eth0".into(),
+        });
+        let file = site.node.state_dir.join("records").join(format!("{id}.json"));
+        assert!(file.exists());
+        std::fs::write(file, r#"{"format":1,"netw"#).unwrap();
+        site.del(0, "a", &[]);
+        expect(&mut clients, Err(Failure::Refused), "after");
+        expect(&mut others, Ok("pod-b"), "after");
+        assert_eq!((kept.len(), identities(site, 8054)), (2, kept));
+        site.del(1, "other", &[]);
+        site.assert_clean();
     });
 }
 

@@ -47,7 +47,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::{Claim, Protocol};
+use crate::model::{Claim, Forward, Protocol};
 use crate::record::{Part, Record};
 use crate::sys::netlink::socket_diag;
 use crate::sys::{Host, monotonic};
@@ -250,7 +250,12 @@ impl Apply for Ebpf {
         Ok(())
     }
 
-    fn remove_unrecorded(&self, _host: &Host, _unrecorded: &Unrecorded) -> Result<()> {
+    fn remove_unrecorded(
+        &self,
+        _host: &Host,
+        _unrecorded: &Unrecorded,
+        _removed: &mut BTreeSet<Forward>,
+    ) -> Result<()> {
         // Upstream's plugin has no eBPF.
         Ok(())
     }

@@ -20,7 +20,7 @@ use script::Shared;
 use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
-use crate::model::{Claim, Family};
+use crate::model::{Claim, Family, Forward};
 use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
@@ -257,8 +257,13 @@ impl Apply for Iptables {
         cleared
     }
 
-    fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
-        variants::remove_unrecorded(host, unrecorded)
+    fn remove_unrecorded(
+        &self,
+        host: &Host,
+        unrecorded: &Unrecorded,
+        removed: &mut BTreeSet<Forward>,
+    ) -> Result<()> {
+        variants::remove_unrecorded(host, unrecorded, removed)
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use super::{Listing, failed, marks, script};
 use crate::backend::{Desired, Unrecorded};
 use crate::error::Result;
-use crate::model::Family;
+use crate::model::{Family, Forward};
 use crate::sys::Host;
 use crate::sys::command::ToolError;
 use crate::sys::iptables::{Variant, nat_tables, other_variant, restore_in, table_in};
@@ -66,7 +66,11 @@ fn read(host: &Host, which: Variant, family: Family, table: &str) -> Result<Opti
 }
 
 /// Removes chains of attachments without a record from both variants. No table is made by looking.
-pub fn remove_unrecorded(host: &Host, unrecorded: &Unrecorded) -> Result<()> {
+pub fn remove_unrecorded(
+    host: &Host,
+    unrecorded: &Unrecorded,
+    removed: &mut BTreeSet<Forward>,
+) -> Result<()> {
     for family in Family::ALL {
         for (variant, listing) in nat_tables(host, family) {
             let listing = match listing {
@@ -91,6 +95,7 @@ pub fn remove_unrecorded(host: &Host, unrecorded: &Unrecorded) -> Result<()> {
             };
             restore_in(host, variant, family, &script::purge(&chains, &listing))
                 .map_err(|error| failed("remove the rules", family, error))?;
+            removed.extend(chains.iter().flat_map(|chain| listing.forwards(chain, family)));
         }
     }
     Ok(())

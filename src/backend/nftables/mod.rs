@@ -246,14 +246,20 @@ impl Apply for Nftables {
         nft::apply(host, &script::restore(&records, desired.parts, desired.facts)).map_err(failed)
     }
 
-    fn remove_unrecorded(&self, host: &Host, unrecorded: &Unrecorded) -> Result<()> {
+    fn remove_unrecorded(
+        &self,
+        host: &Host,
+        unrecorded: &Unrecorded,
+        removed: &mut BTreeSet<Forward>,
+    ) -> Result<()> {
         // A kernel without nf_tables has no table to look at.
         let Ok(mut reader) = NftReader::open() else {
             return Ok(());
         };
-        for (family, name) in [(NftFamily::Ip, "ip"), (NftFamily::Ip6, "ip6")] {
+        for family in Family::ALL {
+            let name = objects::ip_name(family);
             // An error means that the kernel has no nf_tables, and so no table.
-            if !reader.table_exists(family, upstream::TABLE).unwrap_or(false) {
+            if !reader.table_exists(family.into(), upstream::TABLE).unwrap_or(false) {
                 continue;
             }
             let objects = nft::list_table(host, name, upstream::TABLE).map_err(failed)?;
@@ -263,6 +269,10 @@ impl Apply for Nftables {
                 }).collect();
             if !commands.is_empty() {
                 nft::apply(host, &json!({ "nftables": commands }).to_string()).map_err(failed)?;
+            }
+            if let Unrecorded::One { attachment, .. } = unrecorded {
+                let found = upstream::leftovers(family, &objects);
+                removed.extend(upstream::forwards_of(&attachment.container_id, found));
             }
         }
         Ok(())
@@ -292,8 +302,7 @@ fn forwards_of_upstream(host: &Host, container_id: &str) -> Result<BTreeSet<Forw
         let found = found.map_err(|error| {
             error.into_error("cannot read the rules of upstream's plugin".into())
         })?;
-        let own = found.into_iter().filter(|one| one.container_id == container_id);
-        forwards.extend(own.flat_map(|one| one.forwards));
+        forwards.extend(upstream::forwards_of(container_id, found));
     }
     Ok(forwards)
 }

@@ -46,6 +46,17 @@ pub fn leftovers(family: Family, objects: &[Value]) -> Vec<Leftover> {
         .collect()
 }
 
+/// What of that is for a container.
+pub fn forwards_of(
+    container_id: &str,
+    found: Vec<Leftover>,
+) -> impl Iterator<Item = Forward> + use<'_> {
+    found
+        .into_iter()
+        .filter(move |one| one.container_id == container_id)
+        .flat_map(|one| one.forwards)
+}
+
 /// Which of the forwards that an attachment asks for its container has not got, in the field's terms.
 #[must_use]
 pub fn problems(wanted: &[Forward], found: &BTreeSet<Forward>) -> Vec<String> {

@@ -1,0 +1,78 @@
+//! Attachments that no record tells of: upstream's plugin made them, or the record is lost or damaged.
+
+use std::collections::BTreeSet;
+
+use super::Engine;
+use super::effects::delete_flows;
+use super::step::Lost;
+use crate::backend::{self, Unrecorded};
+use crate::error::{Error, Result};
+use crate::facts::NodeFacts;
+use crate::flush::{Flush, Former};
+use crate::model::{BackendKind, Family};
+use crate::record::Part;
+use crate::sys::Host;
+use crate::sys::store::Store;
+
+/// Removes what upstream's plugin made, from all backends, and flows that it translated. Carries on
+/// after an error and returns them all. `store` is `None` where nobody has a record.
+pub fn remove_unrecorded(
+    host: &Host,
+    store: Option<&Store>,
+    unrecorded: &Unrecorded,
+) -> Vec<Error> {
+    let mut removed = BTreeSet::new();
+    let remove = |kind| backend::of(kind).remove_unrecorded(host, unrecorded, &mut removed).err();
+    let errors = BackendKind::ALL.into_iter().filter_map(remove).collect();
+    let former = Former::of_rules(&removed);
+    if !former.is_empty() {
+        match host.node_facts() {
+            Ok(facts) => flush_former(host, store, &former, &facts),
+            Err(error) => host.warn(format!("conntrack entries are not flushed: {error}")),
+        }
+    }
+    errors
+}
+
+fn flush_former(host: &Host, store: Option<&Store>, former: &Former, facts: &NodeFacts) {
+    match store.map_or(Ok(Vec::new()), |store| store.sharing(&former.ports(), "")) {
+        Ok(others) => delete_flows(host, &Flush::former(former, &others, facts)),
+        Err(error) => host.warn(format!("conntrack entries are not flushed: {error}")),
+    }
+}
+
+impl Engine<'_> {
+    /// Removes what is left of a record that cannot be read: its index entries still say which
+    /// backend, chain, families and ports it had.
+    pub fn repair(&self, id: &str) -> Result<()> {
+        let keys = self.store.index_of(id)?;
+        let named = |kind: &str| {
+            keys.iter()
+                .filter(|(of, _)| of == kind)
+                .map(|(_, name)| name.clone())
+                .collect::<BTreeSet<_>>()
+        };
+        // The file goes last: it is what the next call sees if this one does not finish.
+        self.release_unused_localnets(id)?;
+        let facts = self.host.node_facts()?;
+        for kind in
+            BackendKind::ALL.into_iter().filter(|kind| named("backends").contains(kind.name()))
+        {
+            let parts: BTreeSet<Part> = named(&format!("parts-{kind}"))
+                .iter()
+                .filter_map(|name| Part::parse(name))
+                .collect();
+            let families = Family::ALL
+                .into_iter()
+                .filter(|family| parts.contains(&Part::Base(*family)))
+                .collect();
+            let lost = Lost { chains: named("chains"), families, parts, ..Lost::default() };
+            self.restore_without(kind, None, None, &lost, &facts, &BTreeSet::new())?;
+        }
+        if named("backends").iter().any(|name| name != BackendKind::Ebpf.name()) {
+            let former = Former::of_index(&named("ports"), &named("pods"));
+            flush_former(self.host, Some(&self.store), &former, &facts);
+        }
+        self.store.forget(id, &keys)
+    }
+}
