@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use clap::CommandFactory;
 use portmap::usage::Cli;
@@ -52,6 +53,17 @@ fn the_output_that_is_shown_is_golden() {
         assert_eq!(page, expected);
     }
     assert!(names.len() >= 8, "{names:?}");
+}
+
+/// The statuses are part of the page.
+#[test]
+fn a_wrong_command_line_ends_with_status_2() {
+    for arguments in [["completions", "tcsh"], ["man", "nosuch"], ["nosuch", "--json"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_portmap"));
+        let output = command.env_clear().args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        assert!(output.stdout.is_empty() && output.stderr.starts_with(b"error: "), "{output:?}");
+    }
 }
 
 #[test]
