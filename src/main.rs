@@ -74,9 +74,11 @@ fn command(cli: Cli) -> ExitCode {
                 false => install::run(&options, terminal),
             })
         }
-        Command::Uninstall { dest, conflist, conf_dir, state_dir, force, json } => {
+        Command::Uninstall { dest, conflist, conf_dir, state_dir, cache_dir, force, json } => {
             let (dest, conf_dir, list) = (absolute(dest), absolute(conf_dir), conflist.map(choice));
-            let options = uninstall::Options { dest, list, conf_dir, state_dir, force, json };
+            let cache_dir = absolute(cache_dir);
+            let options =
+                uninstall::Options { dest, list, conf_dir, state_dir, cache_dir, force, json };
             on_terminal("uninstall", |host, terminal| uninstall::run(host, &options, terminal))
         }
         Command::CheckConfig { file, json } => on_terminal("check-config", |host, terminal| {

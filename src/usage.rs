@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::cni::version::SUPPORTED;
+use crate::conflist::cache;
 use crate::conflist::files::{self, Choice};
 use crate::model::BackendKind;
 use crate::sys::install::DEFAULT_BIN_DIR;
@@ -112,10 +113,11 @@ pub enum Command {
     /// Removes the binary, unless something still needs it
     ///
     /// A runtime that does not find a plugin stops in the middle of removing a pod. So this refuses while
-    /// a list of the directory names portmap, or a pod has hostPorts. With --conflist it first takes
-    /// portmap out of that list, the exact inverse of what install did; if the entry has more than install
-    /// puts there, such as options, the text before is kept beside the list. Then no new pod comes, and
-    /// when those that are there have gone, repeat it.
+    /// a list of the directory names portmap, a pod has hostPorts, or the list that a pod was made with names
+    /// portmap: libcni keeps it, and CRI-O, podman and Multus call DEL with it (containerd takes the list of
+    /// now). With --conflist it first takes portmap out of that file, the exact inverse of what install did;
+    /// if the entry has more than install puts there, such as options, the text before is kept beside the
+    /// list. Then no new pod comes, and when those that are there have gone, repeat it.
     Uninstall {
         /// Where the binary is
         #[arg(long, value_name = "DIR", default_value = DEFAULT_BIN_DIR)]
@@ -129,6 +131,9 @@ pub enum Command {
         /// Where the records are, if not there; every `stateDir` of the directory's lists is looked at as well
         #[arg(long, value_name = "DIR", default_value = DEFAULT_DIR)]
         state_dir: PathBuf,
+        /// Where libcni keeps the lists that pods were made with
+        #[arg(long, value_name = "DIR", default_value = cache::DEFAULT_DIR)]
+        cache_dir: PathBuf,
         /// Remove it also if it is still needed, or is another program
         #[arg(long)]
         force: bool,

@@ -8,6 +8,8 @@
     reason = "these tests run the program and look at the files that it leaves"
 )]
 
+#[path = "installer/cached.rs"]
+mod cached;
 #[path = "installer/check_config.rs"]
 mod check_config;
 #[path = "installer/disks.rs"]
@@ -85,6 +87,7 @@ impl Node {
         command.arg("--conf-dir").arg(self.0.join("net.d")).stdin(Stdio::null());
         if name == "uninstall" {
             command.arg("--state-dir").arg(self.0.join("state"));
+            command.arg("--cache-dir").arg(self.0.join("cache"));
         }
         command
     }
@@ -263,7 +266,8 @@ fn the_installed_binary_installs_and_removes_itself() {
     assert!(succeeds(own.args(["install", "--dest"]).arg(node.bin())).contains("up to date"));
     let mut own = Command::new(node.portmap());
     own.args(["uninstall", "--dest"]).arg(node.bin()).arg("--conf-dir").arg(node.0.join("net.d"));
-    assert!(succeeds(own.arg("--state-dir").arg(node.0.join("state"))).contains("removed"));
+    own.arg("--state-dir").arg(node.0.join("state")).arg("--cache-dir").arg(node.0.join("cache"));
+    assert!(succeeds(&mut own).contains("removed"));
     assert!(succeeds(&mut node.uninstall()).contains("not installed; nothing to do"));
 }
 
@@ -370,6 +374,11 @@ fn what_install_and_uninstall_say_is_golden() {
     says(&node, "install-again", &succeeds(node.install().arg("--conflist")));
     let refusal = fails(&mut node.uninstall(), "names it");
     says(&node, "uninstall-refused", &text(&refusal.stderr));
+    let cached = cached::cache(&node, "4e16b3d1", CILIUM_WITH, json!({}));
+    let refusal = fails(node.uninstall().arg("--conflist"), "is of an attachment");
+    says(&node, "uninstall-cached", &text(&refusal.stderr));
+    fs::remove_file(cached).unwrap();
+    succeeds(node.install().arg("--conflist"));
     says(&node, "uninstall", &succeeds(node.uninstall().arg("--conflist")));
     says(
         &node,

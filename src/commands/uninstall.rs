@@ -9,6 +9,7 @@ use super::flush::describe;
 use super::install::{ListReport, describe_list, list_json, locate, version_at};
 use super::{CommandError, Terminal, Verdict};
 use crate::conflist::PLUGIN;
+use crate::conflist::cache::{Cached, MULTUS_RESULTS, RESULTS};
 use crate::conflist::edit::{Change, insert, remove};
 use crate::conflist::files::{
     Choice, backup_name, is_backup, is_configuration, names_plugin, state_dirs,
@@ -17,6 +18,7 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::sys::Host;
 use crate::sys::install::{self, Before, ListFile, look};
+use crate::sys::namespace::{Life, life_at};
 use crate::sys::store::DEFAULT_DIR;
 
 /// What to remove from where.
@@ -27,6 +29,8 @@ pub struct Options {
     pub list: Option<Choice>,
     pub conf_dir: PathBuf,
     pub state_dir: PathBuf,
+    /// What libcni remembers of attachments.
+    pub cache_dir: PathBuf,
     /// Also if it is still needed.
     pub force: bool,
     pub json: bool,
@@ -120,6 +124,10 @@ fn uninstall(
             reasons.extend(lists_that_name_it(&options.conf_dir, report.list.as_ref())?);
             for dir in &state_dirs {
                 reasons.extend(records_that_need_it(host, dir)?);
+            }
+            for (results, who, also) in CACHES {
+                let dir = options.cache_dir.join(results);
+                reasons.extend(cached_lists_that_name_it(&dir, who, also)?);
             }
         }
         if !reasons.is_empty() {
@@ -248,4 +256,36 @@ fn records_that_need_it(host: &Host, state_dir: &Path) -> Result<Vec<String>, Co
         .collect();
     reasons.extend(problems);
     Ok(reasons)
+}
+
+/// Who takes the list for DEL from which directory of libcni's cache, and what else there is to know.
+const CACHES: [(&str, &str, &str); 2] = [
+    (
+        RESULTS,
+        "CRI-O and podman call",
+        "; containerd calls it with the list of now: --force will do when there is no other reason",
+    ),
+    (MULTUS_RESULTS, "Multus calls", ""),
+];
+
+/// Attachments without hostPorts have no record, and their DEL runs the plugin all the same where it is
+/// called with the list that they were made with.
+fn cached_lists_that_name_it(dir: &Path, who: &str, also: &str) -> Result<Option<String>, Error> {
+    let is_needed =
+        |cached: &Cached| names_plugin(&cached.list) && life_at(&cached.netns, None) != Life::Gone;
+    let files = install::cached(dir, is_needed)?;
+    Ok(files.first().map(|first| {
+        let first = first.display();
+        let of = match files.len() {
+            1 => format!("{first} is of an attachment that was made with a list which names it"),
+            many => format!(
+                "{many} files of {} are of attachments that were made with a list which names it, such as {first}",
+                dir.display()
+            ),
+        };
+        format!(
+            "{of} ({who} DEL with that list: delete these pods, or drain the node, and remove what is left \
+             of containers that are gone{also})"
+        )
+    }))
 }

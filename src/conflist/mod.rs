@@ -3,8 +3,9 @@
 //! A runtime takes the first file of its configuration directory, in which `plugins` lists what it
 //! runs for each pod. Since 1.3 libcni appends the plugins of drop-ins: `*.conf` in the directory beside
 //! the file that has the name of the network. `spans` knows where each value stands in the text, `edit` puts the plugin in
-//! and takes it out, `check` says what is wrong, and `files` which file counts.
+//! and takes it out, `check` says what is wrong, `files` which file counts, and `cache` what is kept of it for DEL.
 
+pub mod cache;
 pub mod check;
 pub mod edit;
 pub mod files;

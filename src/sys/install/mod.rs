@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::statvfs::{FsFlags, statvfs};
 use rustix::thread::CapabilitySet;
 
+use crate::conflist::cache::Cached;
 use crate::conflist::files::{drop_in_directory, is_drop_in};
 use crate::conflist::{DropIn, PLUGIN};
 use crate::error::{Error, Result};
@@ -159,6 +160,27 @@ pub fn drop_ins(path: &Path, text: &str) -> Result<Vec<DropIn>> {
         drop_ins.push(DropIn { path, text });
     }
     Ok(drop_ins)
+}
+
+/// The files of a directory in which libcni has cached attachments that are `wanted`, by name.
+pub fn cached(dir: &Path, wanted: impl Fn(&Cached) -> bool) -> Result<Vec<PathBuf>> {
+    let mut names = names(dir)?;
+    names.sort_unstable();
+    let mut found = Vec::new();
+    for path in names.into_iter().map(|name| dir.join(name)) {
+        let file = match fs::read(&path) {
+            Ok(file) => file,
+            // A DEL takes its file away.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::IsADirectory) => {
+                continue;
+            }
+            Err(error) => return Err(explain("read", &path, error)),
+        };
+        if Cached::parse(&file).is_some_and(|cached| wanted(&cached)) {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 /// A configuration as it was read.
