@@ -142,11 +142,11 @@ impl Session {
                 let mut buffer = [0; 512];
                 let question = b"who am I?";
                 let length = if self.call.transport == Transport::Udp {
-                    socket.send(question)?;
-                    socket.recv(&mut buffer)?
+                    uninterrupted(|| socket.send(question))?;
+                    uninterrupted(|| socket.recv(&mut buffer))?
                 } else {
-                    socket.send_to(question, self.call.target)?;
-                    let (length, source) = socket.recv_from(&mut buffer)?;
+                    uninterrupted(|| socket.send_to(question, self.call.target))?;
+                    let (length, source) = uninterrupted(|| socket.recv_from(&mut buffer))?;
                     if source != self.call.target {
                         return Err(Failure::WrongSource(source));
                     }
@@ -177,7 +177,20 @@ fn open_socket(call: Call) -> Result<OwnedFd, Failure> {
         bind(fd.as_raw_fd(), &SockaddrStorage::from(local))?;
     }
     if call.transport != Transport::UdpUnconnected {
-        connect(fd.as_raw_fd(), &SockaddrStorage::from(call.target))?;
+        let target = SockaddrStorage::from(call.target);
+        // Another call waits for what the first one has begun.
+        uninterrupted(|| connect(fd.as_raw_fd(), &target).map_err(io::Error::from))?;
     }
     Ok(fd)
+}
+
+/// Calls again what a stop of the process has ended: with a timeout, sockets return `EINTR` then, although no
+/// handler has run (signal(7)).
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
