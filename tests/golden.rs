@@ -221,8 +221,9 @@ fn nft_scripts_are_as_reviewed() {
             "\n# fast path: DEL of the newest\n{}",
             lines(&nft::change(&after, &before, None, &parts))
         );
-        let moved =
-            NodeFacts { addresses: BTreeSet::from(["192.0.2.9".parse().unwrap()]), ..facts() };
+        // Services' addresses are bound to the node by now.
+        let addresses = BTreeSet::from(["192.0.2.9".parse().unwrap()]);
+        let moved = NodeFacts { addresses, binds_services: true, ..facts() };
         text += &format!(
             "\n# fast path: nothing but the node's addresses\n{}",
             lines(&nft::change(&after, &after, Some((&facts(), &moved)), &parts))

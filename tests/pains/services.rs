@@ -7,6 +7,9 @@ use serde_json::json;
 use crate::site::{Site, bridge, named, on_each, tcp, udp};
 use crate::support::{VARIANTS, Variant};
 
+/// Addresses of Services.
+const BOUND: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+
 /// Sends port 8080 of the node to pod-b, in the way in which kube-proxy of that kind would do it.
 fn make_service(site: &Site, nft: bool) {
     for (family, ip, tool) in [(Family::V4, "ip", "iptables"), (Family::V6, "ip6", "ip6tables")] {
@@ -64,14 +67,88 @@ fn pain_08_services_win_in_both_orders() {
     }
 }
 
+/// kube-proxy in IPVS mode, with rules of the iptables variant: Services' addresses are bound to a device of
+/// the node, and spared the rest of kube-proxy's own chain.
+fn bind_services(site: &Site, proxy: &str) {
+    site.node.shell(&format!(
+        "ip link add kube-ipvs0 type veth peer name kube-ipvs0-peer
+         ip address add {}/32 dev kube-ipvs0
+         ip address add {}/128 dev kube-ipvs0 nodad
+         ip link set kube-ipvs0 up",
+        BOUND[0], BOUND[1]
+    ));
+    for (ip, tool, family) in [(BOUND[0], "iptables", "inet"), (BOUND[1], "ip6tables", "inet6")] {
+        let (tool, set) = (format!("{tool}-{proxy}"), format!("services-{family}"));
+        site.node.shell(&format!(
+            "ipset create {set} hash:ip,port family {family}
+             ipset add {set} {ip},tcp:443
+             ipset add {set} {ip},udp:5353
+             {tool} -t nat -N KUBE-SERVICES
+             {tool} -t nat -A KUBE-SERVICES -m set --match-set {set} dst,dst -j ACCEPT
+             {tool} -t nat -I PREROUTING -j KUBE-SERVICES
+             {tool} -t nat -I OUTPUT -j KUBE-SERVICES"
+        ));
+    }
+}
+
+/// k8s#61938, kubeadm#985, talos#9223: the same where kube-proxy uses IPVS, and the kernel calls Services'
+/// addresses local.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables, nft and ipset"]
+fn pain_08_services_win_where_their_addresses_are_bound_to_the_node() {
+    // Between two variants of iptables it is chance whose chains come first (README, Limits).
+    for (variant, proxy) in [
+        (Variant::IptablesNft, "nft"),
+        (Variant::IptablesLegacy, "legacy"),
+        (Variant::Nftables, "nft"),
+        (Variant::Nftables, "legacy"),
+        (Variant::Ebpf, "nft"),
+    ] {
+        for service_first in [true, false] {
+            on_each(&[variant], &bridge(), |site| {
+                println!("kube-proxy by iptables-{proxy}, Services first: {service_first}");
+                let mappings = [tcp(443), udp(5353)];
+                if !service_first {
+                    site.add(0, "a", &mappings);
+                }
+                bind_services(site, proxy);
+                // What is new on the node is seen by the next call.
+                site.add(0, "a", &mappings);
+                let mut services = Servers::default();
+                for (transport, port) in [(Transport::Tcp, 443), (Transport::Udp, 5353)] {
+                    for vip in BOUND.map(|vip| vip.parse::<IpAddr>().unwrap()) {
+                        let at = SocketAddr::new(vip, port);
+                        services.add(&site.lab.node, "service", transport, at).unwrap();
+                        for from in [&site.pod(1).netns, &site.lab.node] {
+                            let reply = site.ask(from, transport, vip, port);
+                            assert_eq!(named(&reply), Ok("service"), "{} {at}", from.name());
+                        }
+                    }
+                    site.reaches(transport, port, "pod-a");
+                    for from in [&site.pod(1).netns, &site.lab.node] {
+                        for family in Family::ALL {
+                            let reply =
+                                site.ask(from, transport, site.lab.node_address(family), port);
+                            assert_eq!(named(&reply), Ok("pod-a"), "{} {transport}", from.name());
+                        }
+                    }
+                    let reply =
+                        site.ask(&site.lab.node, transport, Ipv4Addr::LOCALHOST.into(), port);
+                    assert_eq!(named(&reply), Ok("pod-a"), "{transport}");
+                }
+                site.check(0, "a", &mappings);
+            });
+        }
+    }
+}
+
 /// CVE-2025-67499, golang/vulndb#4222: hostPort 53 captured DNS queries to any resolver. What passes
 /// through the node, and what the node itself sends elsewhere, goes where it was sent.
 #[test]
 #[ignore = "privileged: makes network namespaces, needs iptables and nft"]
 fn pain_08_passing_traffic_is_not_touched() {
     on_each(&VARIANTS, &bridge(), |site| {
-        let outside =
-            portmap::demo::server::Servers::start(&site.lab.client, "client", &[53], &[53]);
+        let outside = Servers::start(&site.lab.client, "client", &[53], &[53]);
         let dns = |protocol: &str, inside: u16| json!({"hostPort": 53, "containerPort": inside, "protocol": protocol});
         site.add(0, "dns", &[dns("tcp", 80), dns("udp", 53)]);
         for transport in [Transport::Tcp, Transport::Udp, Transport::UdpUnconnected] {
@@ -98,8 +175,7 @@ fn pain_08_passing_traffic_is_not_touched() {
 #[ignore = "privileged: makes network namespaces, needs iptables and nft"]
 fn pain_08_a_host_ip_elsewhere_catches_nothing() {
     on_each(&VARIANTS, &bridge(), |site| {
-        let outside =
-            portmap::demo::server::Servers::start(&site.lab.client, "client", &[8080], &[8053]);
+        let outside = Servers::start(&site.lab.client, "client", &[8080], &[8053]);
         let client = site.lab.client_address(Family::V4);
         let mappings = [crate::site::at(client, tcp(8080)), crate::site::at(client, udp(8053))];
         let output = site.add(0, "a", &mappings);

@@ -63,6 +63,7 @@ pub fn chains(parts: &BTreeSet<Part>) -> Vec<(&'static str, Vec<Value>)> {
         // There is no route_localnet for IPv6: a translated connection to ::1 would be lost.
         hostports.push(json!([equal(payload("ip6", "daddr"), "::1"), {"return": null}]));
     }
+    hostports.extend(families.iter().map(|family| leave_services(*family)));
     for specific in [true, false] {
         for family in &families {
             if parts.contains(&Part::OwnChains(*family)) {
@@ -177,7 +178,7 @@ pub fn table() -> NfListObject<'static> {
 
 fn sets(parts: &BTreeSet<Part>) -> Vec<Value> {
     use SetType::{Ifname, InetProto, InetService, Ipv4Addr, Ipv6Addr};
-    let mut commands = vec![set("uplinks", &[Ifname])];
+    let mut commands = vec![set("uplinks", &[Ifname]), set("listed_only", &[InetProto])];
     for part in parts {
         let (Part::Base(family)
         | Part::OwnChains(family)
@@ -298,6 +299,23 @@ fn of_family(family: Family) -> Value {
         Family::V6 => "ipv6",
     };
     equal(json!({"meta": {"key": "nfproto"}}), name)
+}
+
+/// Services' addresses are local to the kernel where they are bound to a device of the node, and kube-proxy's
+/// ACCEPT for them ends no chain but its own. Set `listed_only` has every protocol then, otherwise none.
+fn leave_services(family: Family) -> Value {
+    let daddr = || payload(ip_name(family), "daddr");
+    let unlike = |right: Value| json!({"match": {"op": "!=", "left": daddr(), "right": right}});
+    let mut statements = vec![
+        of_family(family),
+        equal(json!({"meta": {"key": "l4proto"}}), "@listed_only"),
+        unlike(json!(format!("@nodes{}", digit(family)))),
+    ];
+    if family == Family::V4 {
+        statements.push(unlike(json!({"prefix": {"addr": "127.0.0.0", "len": 8}})));
+    }
+    statements.push(json!({"return": null}));
+    Value::Array(statements)
 }
 
 /// From postrouting to the masquerade chain: connections that were translated from a node address to

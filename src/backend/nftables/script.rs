@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use super::objects::{Atom, ChainRules, Data, Element, Objects, Place, digit};
 use super::scaffold::{self, TABLE, add_rule, command, table};
 use crate::facts::NodeFacts;
-use crate::model::Family;
+use crate::model::{Family, Protocol};
 use crate::record::{Part, Record};
 
-/// The elements of the sets `uplinks`, `nodes4` and `nodes6` in a table with these parts.
+/// The elements of the sets `uplinks`, `listed_only`, `nodes4` and `nodes6` in a table with these parts.
 #[must_use]
 pub fn fact_places(facts: &NodeFacts, parts: &BTreeSet<Part>) -> Vec<Place> {
     let uplinks = facts
@@ -27,7 +27,11 @@ pub fn fact_places(facts: &NodeFacts, parts: &BTreeSet<Part>) -> Vec<Place> {
         facts.addresses.iter().filter(|ip| parts.contains(&Part::Base(Family::of(ip)))).map(|ip| {
             Place { set: format!("nodes{}", digit(Family::of(ip))), key: vec![Atom::Ip(*ip)] }
         });
-    uplinks.chain(nodes).collect()
+    let listed_only = Protocol::ALL
+        .into_iter()
+        .filter(|_| facts.binds_services)
+        .map(|protocol| Place { set: "listed_only".into(), key: vec![Atom::Protocol(protocol)] });
+    uplinks.chain(listed_only).chain(nodes).collect()
 }
 
 /// How a device's name is written for nft (1.0.6), in whose JSON a string that begins with `@` names a

@@ -138,7 +138,7 @@ fn own_elements(objects: &[Value], records: &[&Record]) -> Option<Orphan> {
         let Some(set) = object.get("map").or_else(|| object.get("set")) else { continue };
         let name = set.get("name").and_then(Value::as_str).unwrap_or_default();
         // What the node itself has is in these.
-        if name == "uplinks" || name.starts_with("nodes") {
+        if matches!(name, "uplinks" | "listed_only") || name.starts_with("nodes") {
             continue;
         }
         for element in set.get("elem").and_then(Value::as_array).into_iter().flatten() {
