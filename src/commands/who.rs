@@ -43,9 +43,10 @@ pub fn run(
     let records = inventory.records();
     let mut entries = inventory.entries(&records);
     entries.retain(|entry| entry.holding.forward.claim.port == port.number);
-    let evidence = Evidence::read(host, port.number, &protocols)?;
+    let calls = calls(port, options.address, &entries, &inventory.leftovers);
+    let evidence = Evidence::read(host, port.number, &protocols, &calls)?;
     let mut answers = Vec::new();
-    for call in calls(port, options.address, &entries, &inventory.leftovers) {
+    for call in calls {
         let way = engine
             .as_ref()
             .zip(first(&call, &entries))

@@ -218,6 +218,16 @@ impl Host {
         Ok(self.route_to(ip)?.and_then(|route| route.source))
     }
 
+    /// Whether a route alone makes an address that the node has not got one of its own (`ip route add
+    /// local`). Of addresses of Services, which the kernel calls local as well, this says nothing.
+    #[must_use]
+    pub fn is_local_by_route(&self, facts: &NodeFacts, ip: std::net::IpAddr) -> bool {
+        !facts.is_local(&ip)
+            && !facts.binds_services
+            && !facts.foreign.contains(&ip)
+            && self.route_to(ip).is_ok_and(|route| route.is_some_and(|route| route.local))
+    }
+
     /// Name of the device that leads to an address.
     pub fn device_towards(&self, ip: std::net::IpAddr) -> Result<Option<String>> {
         let Some(route) = self.route_to(ip)? else {

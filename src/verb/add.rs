@@ -6,6 +6,7 @@ use std::path::Path;
 use ipnetwork::IpNetwork;
 
 use super::to_json;
+use crate::backend::ebpf::objects::is_reserved;
 use crate::backend::iptables::script;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
@@ -306,10 +307,16 @@ fn warn_about_shadows(host: &Host, record: &Record, facts: &NodeFacts) {
     let claims = record.claims();
     let served = netlink::socket_diag::served(&claims, &facts.addresses).unwrap_or_default();
     for claim in claims {
-        if let Some(ip) = claim.address.filter(|ip| !facts.is_local(ip)) {
-            host.warn(format!(
-                "hostIP {ip} of {claim} is not an address of this node: nothing will be forwarded"
-            ));
+        if let Some(ip) = claim.address.filter(|ip| !ip.is_loopback()) {
+            if !facts.is_local(&ip) && !host.is_local_by_route(facts, ip) {
+                host.warn(format!(
+                    "hostIP {ip} of {claim} is not an address of this node: nothing will be forwarded"
+                ));
+            } else if record.backend == BackendKind::Ebpf && is_reserved(&ip) {
+                host.warn(format!(
+                    "hostIP {ip} of {claim} is link-local, which eBPF takes from the node's own processes only: set \"backend\" to \"nftables\" or \"iptables\" to forward from elsewhere"
+                ));
+            }
         }
         if served.contains(&claim) {
             host.warn(format!("a process of this node listens on {claim}: connections to it now reach the container"));

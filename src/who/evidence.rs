@@ -55,6 +55,8 @@ pub struct Listener {
 pub struct Evidence {
     /// The node's addresses, those of loopback included.
     pub local: BTreeSet<IpAddr>,
+    /// Addresses of the calls that are the node's by a route alone.
+    pub routed: BTreeSet<IpAddr>,
     pub nat: Vec<(Family, Variant, Listing)>,
     pub services: Vec<Service>,
     pub listeners: Vec<Listener>,
@@ -86,10 +88,18 @@ impl Evidence {
     }
 
     /// Reads it. What cannot be read is a warning of the host; of tables nat the survey has said it.
-    pub fn read(host: &Host, port: u16, protocols: &[Protocol]) -> Result<Self> {
-        let mut local = host.node_facts()?.addresses;
+    pub fn read(
+        host: &Host,
+        port: u16,
+        protocols: &[Protocol],
+        calls: &BTreeSet<Claim>,
+    ) -> Result<Self> {
+        let facts = host.node_facts()?;
+        let called = calls.iter().filter_map(|call| call.address);
+        let routed = called.filter(|ip| host.is_local_by_route(&facts, *ip)).collect();
+        let mut local = facts.addresses;
         local.extend([IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]);
-        let mut evidence = Evidence { local, ..Self::default() };
+        let mut evidence = Evidence { local, routed, ..Self::default() };
         for family in Family::ALL {
             for (variant, listing) in nat_tables(host, family) {
                 evidence.nat.extend(listing.ok().map(|listing| (family, variant, listing)));

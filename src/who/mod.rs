@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use crate::backend::ebpf::objects::is_reserved;
 use crate::backend::{Leftover, Step};
 use crate::claims::{choices, is_conditional};
 use crate::inventory::{Entry, State, owner};
@@ -150,15 +151,23 @@ impl Answer<'_> {
             Some(ip) if ip.is_loopback() => {
                 ("cannot come: the address is the node's own".into(), false)
             }
-            Some(ip) if !evidence.local.contains(&ip) => (not_local(ip), false),
+            Some(ip) if !evidence.local.contains(&ip) && !evidence.routed.contains(&ip) => {
+                (not_local(ip), false)
+            }
+            Some(ip) if self.is_by_ebpf() && is_reserved(&ip) => {
+                self.fate(|rival| rival.outside, Some("eBPF takes no link-local addresses"))
+            }
             _ => self.fate(|rival| rival.outside, None),
         }
     }
 
     fn fate_from_node(&self, evidence: &Evidence) -> (String, bool) {
-        if let Some(ip) =
-            self.call.address.filter(|ip| !ip.is_loopback() && !evidence.local.contains(ip))
-        {
+        // Programs at sockets know the node's addresses from a list.
+        let is_known = |ip: &IpAddr| {
+            let routed = evidence.routed.contains(ip) && !self.is_by_ebpf();
+            ip.is_loopback() || evidence.local.contains(ip) || routed
+        };
+        if let Some(ip) = self.call.address.filter(|ip| !is_known(ip)) {
             return (not_local(ip), false);
         }
         let Some(first) = self.choices.first() else {
@@ -197,6 +206,11 @@ impl Answer<'_> {
                 (text, answered)
             }
         }
+    }
+
+    fn is_by_ebpf(&self) -> bool {
+        let backend = |choice: &Entry| choice.holding.record.backend;
+        self.choices.first().map(backend) == Some(BackendKind::Ebpf)
     }
 
     /// Where such a connection ends; `not_by_us` is why no claim has it.

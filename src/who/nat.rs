@@ -18,6 +18,8 @@ pub struct Taker {
     pub rule: String,
     /// Before the jump to our `CNI-HOSTPORT-DNAT`.
     pub before: bool,
+    /// It leaves the destination as it is, and only keeps the packet from the rest of its own table.
+    pub spares: bool,
     /// Matches that nothing is known of here have to hold as well.
     pub some: bool,
 }
@@ -103,7 +105,8 @@ impl Walk<'_> {
             };
             if takes {
                 let (chains, rule) = (way.clone(), rule.clone());
-                self.found.push(Taker { chains, rule, before: self.before, some });
+                let spares = target == "ACCEPT";
+                self.found.push(Taker { chains, rule, before: self.before, spares, some });
             }
         }
         way.pop();

@@ -67,8 +67,13 @@ pub fn rivals(
         }
         let chain = first.map(|entry| entry.holding.record.chain.as_str());
         let is_ours = chain.is_some_and(|chain| listing.has_chain(chain));
-        let [outside, node] =
-            ["PREROUTING", "OUTPUT"].map(|base| nat::takers(listing, base, call, &evidence.local));
+        let rules_are_elsewhere =
+            !is_ours && matches!(backend, Some(BackendKind::Iptables | BackendKind::Nftables));
+        let [outside, node] = ["PREROUTING", "OUTPUT"].map(|base| {
+            let mut takers = nat::takers(listing, base, call, &evidence.local);
+            takers.retain(|taker| !(taker.spares && rules_are_elsewhere));
+            takers
+        });
         let turn = |taker: &nat::Taker| {
             let turn = match backend {
                 None | Some(BackendKind::Nftables) => Turn::First,

@@ -126,6 +126,48 @@ fn a_service_in_the_other_variant_s_table_may_be_met_first() {
     assert!(answered);
 }
 
+/// kube-proxy in IPVS mode: an ACCEPT ends the way through its own table, and no other one's.
+#[test]
+fn what_another_table_spares_is_forwarded() {
+    const SPARED: &str =
+        "-N KUBE-SERVICES\n-A PREROUTING -j KUBE-SERVICES\n-A KUBE-SERVICES -j ACCEPT\n";
+    let fate = |backend, chain| {
+        let evidence = Evidence { nat: vec![nat(chain, SPARED)], ..evidence() };
+        said(&[pod(backend)], &[], &evidence, tcp(Family::V4, None)).0
+    };
+    let own = pod(BackendKind::Iptables).chain;
+    assert_eq!(fate(BackendKind::Iptables, &own), "goes to a Service");
+    assert_eq!(fate(BackendKind::Iptables, "OTHER"), "goes to 10.0.0.2:8080 of a");
+    assert_eq!(fate(BackendKind::Nftables, "OTHER"), "goes to 10.0.0.2:8080 of a");
+}
+
+#[test]
+fn an_address_may_be_the_node_s_by_a_route_alone() {
+    let call = tcp(Family::V4, Some("203.0.113.5"));
+    for backend in BackendKind::ALL {
+        let (outside, node, answered) = said(&[pod(backend)], &[], &evidence(), call);
+        assert!(outside.ends_with("is not an address of this node") && !answered, "{outside}");
+        assert_eq!(node, outside);
+        let routed = ["203.0.113.5".parse().unwrap()].into();
+        let evidence = Evidence { routed, ..evidence() };
+        let (outside, node, answered) = said(&[pod(backend)], &[], &evidence, call);
+        assert_eq!((outside.as_str(), answered), ("goes to 10.0.0.2:8080 of a", true));
+        assert_eq!(node == outside, backend != BackendKind::Ebpf, "{node}");
+    }
+}
+
+#[test]
+fn link_local_addresses_are_nothing_to_ebpf() {
+    let ip: IpAddr = "169.254.7.1".parse().unwrap();
+    let mut evidence = evidence();
+    evidence.local.insert(ip);
+    let call = tcp(Family::V4, Some("169.254.7.1"));
+    let (outside, node, answered) = said(&[pod(BackendKind::Ebpf)], &[], &evidence, call);
+    assert!(outside.contains("eBPF takes no link-local") && !answered, "{outside}");
+    assert_eq!(node, "goes to 10.0.0.2:8080 of a");
+    assert!(said(&[pod(BackendKind::Nftables)], &[], &evidence, call).2);
+}
+
 #[test]
 fn kube_proxy_s_table_is_ordered_by_priority() {
     let fate = |backend, priority| {

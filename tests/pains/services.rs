@@ -1,10 +1,14 @@
 //! HostPorts keep to what is theirs: Services and passing traffic are not.
 
-use portmap::demo::traffic::Transport;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use portmap::demo::plugin;
+use portmap::demo::server::Servers;
+use portmap::demo::traffic::{Failure, Transport};
 use portmap::model::Family;
 use serde_json::json;
 
-use crate::site::{Site, bridge, named, on_each, tcp, udp};
+use crate::site::{Site, at, bridge, named, on_each, tcp, udp, v4_only};
 use crate::support::{VARIANTS, Variant};
 
 /// Addresses of Services.
@@ -189,5 +193,38 @@ fn pain_08_a_host_ip_elsewhere_catches_nothing() {
         site.del(0, "a", &mappings);
         site.assert_clean();
         drop(outside);
+    });
+}
+
+/// A hostIP may be the node's by a route alone, as announced addresses are (AnyIP), and may be link-local.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_08_a_host_ip_need_not_be_on_a_device() {
+    on_each(&VARIANTS, &v4_only(bridge()), |site| {
+        site.node.shell(
+            "ip route add local 203.0.113.5 dev lo
+             ip address add 169.254.7.1/32 dev lo",
+        );
+        let (routed, link_local) = ("203.0.113.5", "169.254.7.1");
+        for ip in [routed, link_local] {
+            let via = site.lab.node_address(Family::V4).to_string();
+            let mut route = std::process::Command::new("ip");
+            let made =
+                plugin::run(route.args(["route", "add", ip, "via", &via]), b"", &site.lab.client);
+            assert!(made.unwrap().success());
+        }
+        let output = site.add(0, "a", &[at(routed, tcp(8080)), at(link_local, tcp(8081))]);
+        let is_ebpf = site.node.variant == Variant::Ebpf;
+        assert!(!output.stderr.contains(routed), "{}", output.stderr);
+        assert_eq!(output.stderr.contains("hostIP 169.254.7.1"), is_ebpf, "{}", output.stderr);
+        let ask = |ip: &str, port| {
+            let reply = site.ask(&site.lab.client, Transport::Tcp, ip.parse().unwrap(), port);
+            reply.map(|reply| reply.server)
+        };
+        assert_eq!(ask(routed, 8080).as_deref(), Ok("pod-a"));
+        let expected = if is_ebpf { Err(&Failure::Refused) } else { Ok("pod-a") };
+        assert_eq!(ask(link_local, 8081).as_deref(), expected);
+        let reply = site.ask(&site.lab.node, Transport::Tcp, link_local.parse().unwrap(), 8081);
+        assert_eq!(named(&reply), Ok("pod-a"));
     });
 }

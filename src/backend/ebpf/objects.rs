@@ -5,7 +5,7 @@
 //! an answer to a direct connection is never taken for one to a hostPort.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::layout::{Addr, ClaimKey, ClaimValue, claim_flags};
 use crate::facts::NodeFacts;
@@ -14,6 +14,19 @@ use crate::record::Record;
 
 /// The entries of the map of claims.
 pub type Claims = BTreeMap<ClaimKey, ClaimValue>;
+
+/// Whether an address is never taken from the wire, whatever is claimed: what `is_reserved` in
+/// `src/bpf/local.h` says.
+#[must_use]
+pub fn is_reserved(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let first = ip.octets()[0];
+            first == 0 || first == 127 || first >= 224 || ip.is_link_local()
+        }
+        IpAddr::V6(ip) => ip.is_unicast_link_local() || ip.is_multicast(),
+    }
+}
 
 /// The claims of all records together. `records` are oldest first: the newest claim is active.
 #[must_use]

@@ -75,6 +75,8 @@ pub struct Route {
     pub device: u32,
     /// The address that the node's own sockets have as their source then.
     pub source: Option<IpAddr>,
+    /// They end at the node itself.
+    pub local: bool,
 }
 
 /// Reads devices, addresses and routes of the network namespace of the thread that opened it.
@@ -308,6 +310,7 @@ fn route(payload: &[u8]) -> Option<Route> {
     Some(Route {
         device: find(rest, libc::RTA_OIF).and_then(index)?,
         source: find(rest, libc::RTA_PREFSRC).and_then(|source| parse_ip(source).ok()),
+        local: header.kind == RouteType::Local,
     })
 }
 
