@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
@@ -24,6 +24,8 @@ use crate::model::Family;
 
 /// How long a server sleeps in a system call before it looks whether it should end.
 const POLL: Duration = Duration::from_millis(50);
+/// How long to wait for a port that a server had which has ended.
+const HANDOVER: Duration = Duration::from_secs(2);
 
 /// Running servers of one namespace; dropping this ends them and closes their ports. Established
 /// TCP connections end too.
@@ -109,7 +111,17 @@ fn bound_socket(transport: Transport, address: SocketAddr) -> io::Result<OwnedFd
     // For accept(2) and recv(2) alike, so that a server notices that it should end.
     let timeout = TimeVal::new(0, POLL.as_micros() as i64);
     setsockopt(&fd, sockopt::ReceiveTimeout, &timeout)?;
-    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrStorage::from(address))?;
+    // A server that has ended may live on for moments: its sockets belong to a process, too, that another
+    // thread has forked and that has not begun its program yet.
+    let deadline = Instant::now() + HANDOVER;
+    while let Err(error) =
+        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrStorage::from(address))
+    {
+        if error != nix::Error::EADDRINUSE || Instant::now() > deadline {
+            return Err(error.into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
     if transport == Transport::Tcp {
         listen(&fd, Backlog::new(128)?)?;
     }

@@ -3,8 +3,9 @@
 //! The client and the node share an uplink subnet; the client routes the pods and the node's second
 //! address through the node's first. See [`Shape`] for what lies between node and pods.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
@@ -22,6 +23,9 @@ pub const UPLINK: &str = "eth0";
 pub const POD_LINK: &str = "eth0";
 /// The bridge of [`Shape::Bridge`].
 pub const BRIDGE: &str = "cni0";
+
+/// How long the kernel may take to make an address usable.
+const READY: Duration = Duration::from_secs(10);
 
 /// Both ends of every pod's link have it where packets bypass the node: a redirected frame keeps its
 /// destination MAC, and the receiver must take it for its own. Cilium rewrites it.
@@ -147,7 +151,34 @@ impl Lab {
         if lab.options.bypass {
             lab.wire_bypass(&mut node)?;
         }
+        lab.wait_for_addresses()?;
         Ok(lab)
+    }
+
+    /// An IPv6 address gets its route from a work queue of the kernel (`addrconf_dad_work`), also without a
+    /// search for others that have it.
+    fn wait_for_addresses(&self) -> Result<(), LabError> {
+        let mut expected = Vec::new();
+        for family in &self.options.families {
+            let own = [self.node_address(*family), self.second_node_address(*family)];
+            let gateways = self.pod_nets(*family).into_iter().map(|net| net.gateway);
+            expected.push((&self.client, self.client_address(*family)));
+            expected.extend(own.into_iter().chain(gateways).map(|ip| (&self.node, ip)));
+            let pods = self.pods.iter();
+            expected.extend(pods.filter_map(|pod| Some((&pod.netns, pod.address(*family)?))));
+        }
+        for (netns, ip) in expected {
+            let is_local = || UdpSocket::bind((ip, 0)).and_then(|socket| socket.connect((ip, 9)));
+            let deadline = Instant::now() + READY;
+            while let Err(source) = netns.run(is_local).and_then(|is_local| is_local) {
+                if Instant::now() > deadline {
+                    let step = format!("{}: waiting for its address {ip}", netns.name());
+                    return Err(LabError::Step { step, source });
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(())
     }
 
     /// The node's address on its uplink: where clients call.
