@@ -8,6 +8,8 @@
     reason = "a test says by a panic that it failed"
 )]
 
+#[path = "../support/executable.rs"]
+mod executable;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,6 +1,6 @@
 //! Which backend is taken, and what is said where none works.
 
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use portmap::demo::plugin::{self, Output};
@@ -8,6 +8,7 @@ use portmap::demo::topology::Lab;
 use portmap::demo::traffic::Transport;
 use serde_json::{Value, json};
 
+use crate::executable::write_executable;
 use crate::site::{Site, bridge, on_each, tcp, with};
 use crate::support::{Node, PORTMAP, Scratch, VARIANTS, Variant, attachment, foreign, prev_result};
 
@@ -25,8 +26,7 @@ fn error(output: &Output) -> Value {
 /// An executable that says `complaint` and fails.
 fn broken(dir: &Path, tool: &str, complaint: &str) {
     let path = dir.join(tool);
-    std::fs::write(&path, format!("#!/bin/sh\necho '{complaint}' >&2\nexit 3\n")).unwrap();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_executable(&path, format!("#!/bin/sh\necho '{complaint}' >&2\nexit 3\n"));
 }
 
 /// A PATH with the tools of all given variants.

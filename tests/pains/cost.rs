@@ -1,6 +1,6 @@
 //! What a call costs: processes that it starts, locks that it waits for, many ports.
 
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use nix::fcntl::{Flock, FlockArg};
 use portmap::demo::traffic::Transport;
 use serde_json::{Value, json};
 
+use crate::executable::write_executable;
 use crate::site::{Site, bridge, on_each, tcp, udp, with};
 use crate::support::{Scratch, VARIANTS, Variant};
 
@@ -54,8 +55,7 @@ impl Log {
             // By the file's name it is known, without a process, which variant of iptables it is.
             let program = tool.canonicalize().unwrap_or(tool.clone());
             let path = bin.join(format!("{name}-{}", program.file_name().unwrap().display()));
-            std::fs::write(&path, script).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            write_executable(&path, script);
             symlink(path, bin.join(name)).unwrap();
         }
         site.node.path = bin;

@@ -11,17 +11,15 @@ use portmap::demo::traffic::Transport;
 use portmap::model::Family;
 use serde_json::{Value, json};
 
+use crate::executable::write_executable;
 use crate::site::{Site, at, bridge, named, on_each, tcp, udp, v4_only, with};
 use crate::support::{IPTABLES, RULES, VARIANTS, Variant};
 
 /// Puts a script in front of the node's tools.
 fn shadow(site: &mut Site, tool: &str, script: &str) {
-    use std::os::unix::fs::PermissionsExt;
     let dir = site.node.state_dir.with_file_name("shadow");
     std::fs::create_dir_all(&dir).unwrap();
-    let path = dir.join(tool);
-    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_executable(&dir.join(tool), format!("#!/bin/sh\n{script}\n"));
     site.node.path = format!("{}:{}", dir.display(), site.node.path.display()).into();
 }
 

@@ -12,6 +12,8 @@
     reason = "a test says by a panic that it failed, and on which variant"
 )]
 
+#[path = "../support/executable.rs"]
+mod executable;
 #[path = "../support/mod.rs"]
 mod support;
 
