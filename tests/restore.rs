@@ -317,6 +317,9 @@ fn what_restore_and_flush_say_is_golden() {
         // As runtimes name them, for who reads it in the documentation.
         let text =
             format!("{}{}", output.stdout, output.stderr).replace(GONE_NETNS, "/run/netns/gone");
+        // What takes longer than a second is told, on a busy machine.
+        let said = text.split_inclusive('\n').filter(|line| !line.ends_with(" …\n"));
+        let text: String = said.collect();
         golden::holds(&format!("commands/{name}"), &text);
     };
     let add = |pod: usize| {

@@ -10,7 +10,8 @@ use portmap::demo::traffic::{Call, Failure, Transport};
 use portmap::model::Family;
 
 use crate::rig::{
-    Container, INSIDE, PORT, SILENCE, Stage, TRANSPORTS, all, assert_calls, client, mapped, reaches,
+    Container, INSIDE, PORT, SILENCE, Stage, TIMEOUT, TRANSPORTS, all, assert_calls, client,
+    mapped, reaches,
 };
 use crate::standins::{Cilium, Way, link};
 use crate::support::{Node, RULES, Variant};
@@ -87,8 +88,11 @@ fn rules_cannot_translate_answers_that_they_never_see() {
             for family in &lab.options.families {
                 let target = SocketAddr::new(lab.node_address(*family), PORT);
                 let pod = SocketAddr::new(lab.pods[0].address(*family).unwrap(), INSIDE);
-                let calls = TRANSPORTS
-                    .map(|transport| (&lab.client, Call::new(transport, target, SILENCE)));
+                let calls = TRANSPORTS.map(|transport| {
+                    let answered = transport == Transport::UdpUnconnected;
+                    let patience = if answered { TIMEOUT } else { SILENCE };
+                    (&lab.client, Call::new(transport, target, patience))
+                });
                 for (result, (_, call)) in all(&calls).into_iter().zip(calls) {
                     let expected = match call.transport {
                         Transport::UdpUnconnected => Failure::WrongSource(pod),
@@ -120,21 +124,20 @@ fn answers_that_are_put_into_a_calling_pod_are_not_translated() {
         let way = Way::Peer(&calling.host_link, mac);
         cilium.send_on(&lab.node, &called.host_link, ip, &way);
     }
-    let call = |family: &Family, transport| {
-        let target = SocketAddr::new(lab.node_address(*family), PORT);
-        (&calling.netns, Call::new(transport, target, SILENCE))
+    let calls = |patience| -> Vec<_> {
+        let families = lab.options.families.iter();
+        let targets = families.map(|family| SocketAddr::new(lab.node_address(*family), PORT));
+        let call = |target| {
+            [Transport::Tcp, Transport::Udp]
+                .map(|by| (&calling.netns, Call::new(by, target, patience)))
+        };
+        targets.flat_map(call).collect()
     };
-    let calls: Vec<_> = lab
-        .options
-        .families
-        .iter()
-        .flat_map(|family| [Transport::Tcp, Transport::Udp].map(|by| call(family, by)))
-        .collect();
-    assert!(all(&calls).into_iter().all(|result| result.unwrap().server == "pod-a"));
+    assert!(all(&calls(TIMEOUT)).into_iter().all(|result| result.unwrap().server == "pod-a"));
     cilium.take_pod(&lab.node, &called.host_link);
     // With filters, and then with tcx, which takes their place now.
     for _ in 0..2 {
-        for result in all(&calls) {
+        for result in all(&calls(SILENCE)) {
             assert_eq!(result.unwrap_err(), Failure::TimedOut);
         }
         container.add();

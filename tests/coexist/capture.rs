@@ -13,6 +13,7 @@ use portmap::model::Family;
 use serde_json::json;
 
 use crate::frames;
+use crate::once_free;
 use crate::rig::{
     Container, INSIDE, PORT, SILENCE, Stage, TIMEOUT, all, assert_calls, client, every_path,
     mapped, reaches, refused, shell,
@@ -169,7 +170,11 @@ fn an_address_that_is_new_is_taken_from_outside_at_once() {
     let new: [IpAddr; 2] = ["192.0.2.77".parse().unwrap(), "fd00:192::77".parse().unwrap()];
     for ip in new {
         let via = lab.node_address(Family::of(&ip));
-        shell(&lab.node, &format!("ip address add {ip} dev {UPLINK} nodad"));
+        let script = format!(
+            "ip address add {ip} dev {UPLINK} nodad
+             until ip route get {ip} | grep -q ^local; do sleep 0.01; done"
+        );
+        shell(&lab.node, &script);
         shell(&lab.client, &format!("ip route add {ip} via {via}"));
         assert_calls("from outside", lab, reaches(Place::Client, ip, PORT, "pod-a", Source::Any));
         let inside = [Place::Pod(1), Place::Node];
@@ -214,17 +219,12 @@ fn what_the_node_has_no_route_to_is_not_taken() {
     assert_calls("its own", lab, own.concat());
 }
 
-/// Whether the pod gets this.
-fn arrives(lab: &Lab, receiver: &UdpSocket, frame: &[u8]) -> bool {
+/// Whether the pod gets this, as `expected`.
+fn assert_arrives(lab: &Lab, receiver: &UdpSocket, frame: &[u8], expected: bool, what: &str) {
+    receiver.set_read_timeout(Some(if expected { TIMEOUT } else { SILENCE })).unwrap();
     frames::send(&lab.client, UPLINK, frame);
-    let mut buffer = [0; 64];
-    match receiver.recv(&mut buffer) {
-        Ok(_) => true,
-        Err(error) => {
-            assert_eq!(error.kind(), ErrorKind::WouldBlock);
-            false
-        }
-    }
+    let received = receiver.recv(&mut [0; 64]).map(drop).map_err(|error| error.kind());
+    assert_eq!(received, if expected { Ok(()) } else { Err(ErrorKind::WouldBlock) }, "{what}");
 }
 
 /// What is counted of claims and remembered of flows, in bytes.
@@ -246,15 +246,10 @@ fn loopback_addresses_on_the_wire_are_not_taken() {
     let node = Node::new(&lab.node, Variant::Ebpf);
     let mac = link(&lab.node, UPLINK).mac;
     let pod = &lab.pods[0].netns;
-    let bind = |ip: IpAddr| {
-        let socket = pod.run(|| UdpSocket::bind((ip, RECEIVER))).unwrap().unwrap();
-        socket.set_read_timeout(Some(SILENCE)).unwrap();
-        socket
-    };
     // The stack has no VLAN 5 and drops its frames, whatever has become of them on their way there.
     let passes_untouched = |frame: &[u8], receiver: &UdpSocket| {
         let before = remembered(&lab.node);
-        assert!(!arrives(lab, receiver, &frames::tagged(frame, 5)));
+        assert_arrives(lab, receiver, &frames::tagged(frame, 5), false, "VLAN 5");
         assert_eq!(remembered(&lab.node), before);
     };
     // The stack would refuse some of them by itself; it is to be the programs that do.
@@ -266,29 +261,31 @@ fn loopback_addresses_on_the_wire_are_not_taken() {
         let container = Container::new(&node, lab, 0, vec![mapping]);
         container.add();
         {
-            let receiver = bind(Ipv4Addr::UNSPECIFIED.into());
+            let receiver = once_free(pod, || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, RECEIVER)));
             let from: Ipv4Addr = "198.51.100.2".parse().unwrap();
             let to = |to: Ipv4Addr| frames::udp_v4(&mac, [from, to], PORT, b"frame");
             let own = "198.51.100.1".parse().unwrap();
-            assert_eq!(arrives(lab, &receiver, &to(own)), host_ip.is_empty());
+            assert_arrives(lab, &receiver, &to(own), host_ip.is_empty(), "the node's own address");
             // A tag of VLAN 0 is a priority and no VLAN, for the stack as well.
             let priority = frames::tagged(&to(own), 5 << 13);
-            assert_eq!(arrives(lab, &receiver, &priority), host_ip.is_empty());
+            assert_arrives(lab, &receiver, &priority, host_ip.is_empty(), "VLAN 0");
             passes_untouched(&to(own), &receiver);
             for ip in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 9, 9, 9), Ipv4Addr::UNSPECIFIED] {
-                assert!(!arrives(lab, &receiver, &to(ip)), "{ip} with hostIP {host_ip:?}");
+                let what = format!("{ip} with hostIP {host_ip:?}");
+                assert_arrives(lab, &receiver, &to(ip), false, &what);
             }
         }
         {
-            let receiver = bind(Ipv6Addr::UNSPECIFIED.into());
+            let receiver = once_free(pod, || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, RECEIVER)));
             let from: Ipv6Addr = "fd00:51::2".parse().unwrap();
             let to = |to: Ipv6Addr| frames::udp_v6(&mac, [from, to], PORT, b"frame");
             let own = "fd00:51::1".parse().unwrap();
-            assert_eq!(arrives(lab, &receiver, &to(own)), host_ip.is_empty());
+            assert_arrives(lab, &receiver, &to(own), host_ip.is_empty(), "the node's own address");
             passes_untouched(&to(own), &receiver);
             let mapped = Ipv4Addr::LOCALHOST.to_ipv6_mapped();
             for ip in [Ipv6Addr::LOCALHOST, Ipv6Addr::UNSPECIFIED, mapped] {
-                assert!(!arrives(lab, &receiver, &to(ip)), "{ip} with hostIP {host_ip:?}");
+                let what = format!("{ip} with hostIP {host_ip:?}");
+                assert_arrives(lab, &receiver, &to(ip), false, &what);
             }
         }
         container.del();

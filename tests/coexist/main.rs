@@ -30,3 +30,18 @@ mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]
 mod support;
+
+use std::io::{self, ErrorKind};
+
+use portmap::demo::netns::Netns;
+
+/// A socket inside, once the former one of its port is gone: that may live on for moments, in a process that
+/// another test is about to start.
+fn once_free<T: Send>(inside: &Netns, bind: impl Fn() -> io::Result<T> + Send + Sync) -> T {
+    loop {
+        match inside.run(&bind).unwrap() {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => std::thread::yield_now(),
+            bound => return bound.unwrap(),
+        }
+    }
+}

@@ -9,6 +9,7 @@ use portmap::demo::netns::Netns;
 use portmap::demo::topology::Shape;
 use portmap::model::Family;
 
+use crate::once_free;
 use crate::rig::{Container, INSIDE, PORT, Stage, mapped, shell};
 use crate::support::{Node, Variant};
 
@@ -55,7 +56,7 @@ fn a_proxy_in_a_pod_sees_the_host_port_that_was_called() {
             Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
             Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
         };
-        let proxy = pod.run(|| TcpListener::bind((any, PROXY))).unwrap().unwrap();
+        let proxy = once_free(pod, || TcpListener::bind((any, PROXY)));
         let called = lab.node_socket(family, PORT);
         let caller = connect(pod, called);
         assert_eq!(original_destination(&proxy), called);

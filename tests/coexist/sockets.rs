@@ -116,7 +116,7 @@ impl<'a> Nested<'a> {
     fn ask(&self, group: &Path, protocol: &str, ip: &str) -> Option<String> {
         let script = format!(
             r#"echo $$ >"$GROUP/cgroup.procs"
-            exec timeout 1 bash -c 'exec 3<>/dev/{protocol}/{ip}/{PORT} && echo >&3 && dd bs=512 count=1 <&3 2>/dev/null'"#
+            exec timeout 10 bash -c 'exec 3<>/dev/{protocol}/{ip}/{PORT} && echo >&3 && dd bs=512 count=1 <&3 2>/dev/null'"#
         );
         let mut command = Command::new("sh");
         command.args(["-ec", &script]).env("GROUP", group).env("PATH", plugin::search_path());

@@ -59,8 +59,13 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        std::fs::remove_dir(self.inside()).unwrap();
-        std::fs::remove_dir(&self.0).unwrap();
+        for dir in [&self.inside(), &self.0] {
+            // A process that has ended may leave it in a while.
+            while let Err(error) = std::fs::remove_dir(dir) {
+                assert_eq!(error.raw_os_error(), Some(libc::EBUSY), "{error}");
+                std::thread::yield_now();
+            }
+        }
     }
 }
 

@@ -94,7 +94,7 @@ fn datagrams_are_counted_exactly() {
 fn settled(count: impl Fn() -> Traffic) -> Traffic {
     let mut last = count();
     loop {
-        std::thread::sleep(std::time::Duration::from_millis(150));
+        std::thread::sleep(std::time::Duration::from_millis(500));
         match count() {
             now if now == last => return now,
             now => last = now,

@@ -2,6 +2,7 @@
 //! outside of the node reach neither a pod nor a service that the node keeps to itself.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use portmap::demo::netns::Netns;
 use portmap::demo::server::Servers;
@@ -27,14 +28,19 @@ fn become_attacker(attacker: &Netns, gateway: IpAddr) {
     );
 }
 
-/// What an attacker gets from a loopback address of the node.
-fn attacks(attackers: &[(&Netns, IpAddr)], ip: IpAddr, port: u16) -> Vec<Result<String, Failure>> {
+/// What an attacker gets from a loopback address of the node within `patience`.
+fn attacks(
+    attackers: &[(&Netns, IpAddr)],
+    ip: IpAddr,
+    port: u16,
+    patience: Duration,
+) -> Vec<Result<String, Failure>> {
     let target = SocketAddr::new(ip, port);
     let calls: Vec<(&Netns, Call)> = attackers
         .iter()
         .flat_map(|(attacker, source)| {
             [Transport::Tcp, Transport::Udp]
-                .map(|transport| (*attacker, bound(transport, *source, target, SILENCE)))
+                .map(|transport| (*attacker, bound(transport, *source, target, patience)))
         })
         .collect();
     all(&calls).into_iter().map(|result| result.map(|reply| reply.server)).collect()
@@ -62,7 +68,7 @@ on_each_variant_with_rules! {
         lab.node.set_sysctl(&localnet(UPLINK), "1").unwrap();
         lab.node.set_sysctl(&localnet(&pod.host_link), "1").unwrap();
         let open = vec![Ok("node".to_owned()); 4];
-        assert_eq!(attacks(&[from_client, from_pod], LOCALHOST, PRIVATE), open);
+        assert_eq!(attacks(&[from_client, from_pod], LOCALHOST, PRIVATE, TIMEOUT), open);
         lab.node.set_sysctl(&localnet(&pod.host_link), "0").unwrap();
         let before = node.snapshot();
 
@@ -76,7 +82,7 @@ on_each_variant_with_rules! {
             );
             for port in [PRIVATE, PORT] {
                 let dropped = vec![Err(Failure::TimedOut); 4];
-                assert_eq!(attacks(&[from_client, from_pod], LOCALHOST, port), dropped, "port {port}");
+                assert_eq!(attacks(&[from_client, from_pod], LOCALHOST, port, SILENCE), dropped, "port {port}");
             }
             // The node's own way to both is open.
             for (port, server) in [(PRIVATE, "node"), (PORT, "pod-a")] {
@@ -91,7 +97,7 @@ on_each_variant_with_rules! {
             container.del();
             node.assert_clean(&before);
         }
-        assert_eq!(attacks(&[from_client], LOCALHOST, PRIVATE), open[..2], "the guard went with its user");
+        assert_eq!(attacks(&[from_client], LOCALHOST, PRIVATE, TIMEOUT), open[..2], "the guard went with its user");
     }
 }
 
@@ -129,10 +135,14 @@ fn ebpf_takes_no_packets_to_loopback_addresses() {
                 lab.node.set_sysctl(&localnet(link), open).unwrap();
             }
             // Martians are dropped where the link is closed; behind an open one nothing listens.
-            let v4 = if open == "1" { Failure::Refused } else { Failure::TimedOut };
-            assert_eq!(attacks(&attackers(Family::V4), LOCALHOST, PORT), vec![Err(v4); 4]);
+            let (v4, patience) = match open {
+                "1" => (Failure::Refused, TIMEOUT),
+                _ => (Failure::TimedOut, SILENCE),
+            };
+            let found = attacks(&attackers(Family::V4), LOCALHOST, PORT, patience);
+            assert_eq!(found, vec![Err(v4); 4]);
             let v6 = vec![Err(Failure::TimedOut); 4];
-            assert_eq!(attacks(&attackers(Family::V6), LOCALHOST_V6, PORT), v6);
+            assert_eq!(attacks(&attackers(Family::V6), LOCALHOST_V6, PORT, SILENCE), v6);
         }
         for ip in [LOCALHOST, LOCALHOST_V6] {
             let mapped = host_ip.is_empty() || host_ip == ip.to_string();

@@ -11,15 +11,15 @@ use portmap::model::Family;
 use serde_json::json;
 
 use crate::rig::{
-    Container, INSIDE, PORT, SILENCE, Stage, TIMEOUT, all, assert_calls, assert_unmapped, bound,
-    client, every_path, mapped, reaches,
+    Container, INSIDE, PORT, Stage, TIMEOUT, all, assert_calls, assert_unmapped, bound, client,
+    every_path, mapped, reaches,
 };
 use crate::support::{IPTABLES, Node, Variant};
 
 /// A call of pod-a to its own hostPort by a socket that takes answers from anywhere.
 fn to_itself(stage: &Stage) -> Result<IpAddr, Failure> {
     let target = stage.lab.node_socket(Family::V4, PORT);
-    let call = Call::new(Transport::UdpUnconnected, target, SILENCE);
+    let call = Call::new(Transport::UdpUnconnected, target, TIMEOUT);
     all(&[(&stage.lab.pods[0].netns, call)]).remove(0).map(|reply| reply.seen.ip())
 }
 
