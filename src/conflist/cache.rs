@@ -2,6 +2,7 @@
 //! with among it. CRI-O (ocicni), podman and Multus call DEL with that list, whatever has become of the
 //! file that it came from; containerd (go-cni) calls it with the list of now. Drop-ins are not kept. Pure.
 
+use base64::prelude::{BASE64_STANDARD, Engine};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -29,6 +30,7 @@ struct Entry {
     kind: String,
     #[serde(default)]
     if_name: String,
+    /// In base64, as Go writes bytes into JSON.
     config: String,
     /// Since libcni 1.2.
     #[serde(default)]
@@ -46,7 +48,7 @@ impl Cached {
         if entry.kind != "cniCacheV1" {
             return None;
         }
-        let list = String::from_utf8(decode(&entry.config)?).ok()?;
+        let list = String::from_utf8(BASE64_STANDARD.decode(&entry.config).ok()?).ok()?;
         let netns = match entry.netns.is_empty() {
             true => sandbox(&entry.result, &entry.if_name).unwrap_or_default().to_owned(),
             false => entry.netns,
@@ -62,51 +64,11 @@ fn sandbox<'a>(result: &'a Value, ifname: &str) -> Option<&'a str> {
     own["sandbox"].as_str()
 }
 
-/// Base64 as Go writes bytes into JSON (RFC 4648, section 4).
-fn decode(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut held, mut bits) = (0_u32, 0);
-    for digit in text.trim_end_matches('=').bytes() {
-        let value = match digit {
-            b'A'..=b'Z' => digit - b'A',
-            b'a'..=b'z' => digit - b'a' + 26,
-            b'0'..=b'9' => digit - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        held = held << 6 | u32::from(value);
-        bits += 6;
-        if bits >= 8 {
-            bits -= 8;
-            bytes.push((held >> bits) as u8);
-        }
-    }
-    Some(bytes)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn base64_is_that_of_the_standard() {
-        for (text, bytes) in [
-            ("", ""),
-            ("Zg==", "f"),
-            ("Zm8=", "fo"),
-            ("Zm9v", "foo"),
-            ("Zm9vYg==", "foob"),
-            ("Zm9vYmE=", "fooba"),
-            ("Zm9vYmFy", "foobar"),
-        ] {
-            assert_eq!(decode(text).unwrap(), bytes.as_bytes());
-        }
-        assert_eq!(decode("+/+/").unwrap(), [0xfb, 0xff, 0xbf]);
-        assert_eq!(decode("Zm9v!"), None);
-    }
 
     #[test]
     fn an_attachment_has_its_list_and_its_namespace() {
