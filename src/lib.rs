@@ -14,6 +14,7 @@
 //! `doctor` judges facts of the node. Only `sys` and `demo` touch the host.
 
 pub mod backend;
+pub mod cilium;
 pub mod claims;
 pub mod cni;
 pub mod commands;

@@ -1,20 +1,10 @@
 //! Cilium, as far as a node shows it without asking its agent.
-//!
-//! The agent writes the C header of its programs to /run/cilium/state/globals/node_config.h, and its
-//! options to /run/cilium/state/agent-runtime-config.json. Versions move settings between them and out
-//! of both, so that one which is in neither says nothing.
-
-use std::path::PathBuf;
-
-use serde_json::Value;
 
 use super::{Area, Finding, Told, some_of};
+use crate::cilium::{Setting, Settings};
 
 /// Who can tell what the node does not show.
 const ASK: &str = "kubectl -n kube-system exec ds/cilium -- cilium-dbg status --verbose";
-
-/// A file, and its text if there is one.
-pub type File = (PathBuf, Told<Option<String>>);
 
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -22,8 +12,7 @@ pub struct Facts {
     pub signs: Vec<String>,
     /// What could not be looked at, and why.
     pub unread: Vec<(String, String)>,
-    pub node_config: File,
-    pub runtime_config: File,
+    pub settings: Settings,
     /// Whether programs of the root cgroup translate the destinations of sockets.
     pub socket_programs: Told<bool>,
     /// Configurations that its agent has renamed.
@@ -34,49 +23,19 @@ pub struct Facts {
 
 const AREA: Area = Area::Cilium;
 
-/// A setting, and what shows it.
-type Setting = Option<(bool, String)>;
-
 impl Facts {
-    fn defined(&self, name: &str) -> Setting {
-        let (path, text) = &self.node_config;
-        let text = text.as_ref().ok()?.as_ref()?;
-        let on = text.lines().any(|line| {
-            let mut words = line.split_whitespace();
-            words.next() == Some("#define") && words.next() == Some(name)
-        });
-        Some((on, path.display().to_string()))
-    }
-
-    fn option(&self, name: &str) -> Setting {
-        let (path, text) = &self.runtime_config;
-        let config: Value = serde_json::from_str(text.as_ref().ok()?.as_ref()?).ok()?;
-        let value =
-            config.get(name).or_else(|| config.get("UnsafeDaemonConfigOption")?.get(name))?;
-        let on = match value {
-            Value::Bool(on) => *on,
-            Value::String(word) => match word.as_str() {
-                "true" | "strict" => true,
-                "false" | "disabled" => false,
-                _ => return None,
-            },
-            _ => return None,
-        };
-        Some((on, path.display().to_string()))
-    }
-
     fn replaces_kube_proxy(&self) -> Setting {
-        if let Some(setting) = self.option("KubeProxyReplacement") {
+        if let Some(setting) = self.settings.option("KubeProxyReplacement") {
             return Some(setting);
         }
         // Its BPF masquerading defines ENABLE_NODEPORT as well, and host routing comes with the
         // replacement alone.
-        let defined = |name: &str| self.defined(name).filter(|(on, _)| *on);
+        let defined = |name: &str| self.settings.defined(name).filter(|(on, _)| *on);
         let masquerades = ["ENABLE_MASQUERADE", "ENABLE_MASQUERADE_IPV4", "ENABLE_MASQUERADE_IPV6"];
         if let Some(setting) = defined("ENABLE_HOST_ROUTING") {
             return Some(setting);
         }
-        match self.defined("ENABLE_NODEPORT") {
+        match self.settings.defined("ENABLE_NODEPORT") {
             Some((true, _)) if masquerades.iter().any(|name| defined(name).is_some()) => {}
             None => {}
             setting => return setting,
@@ -85,13 +44,8 @@ impl Facts {
             .then(|| (true, "its programs at the root cgroup".into()))
     }
 
-    fn routes_in_bpf(&self) -> Setting {
-        let legacy = self.option("EnableHostLegacyRouting").map(|(on, path)| (!on, path));
-        self.defined("ENABLE_HOST_ROUTING").or(legacy)
-    }
-
     fn forwards_hostports(&self) -> Setting {
-        self.option("EnableHostPort").or_else(|| self.replaces_kube_proxy())
+        self.settings.option("EnableHostPort").or_else(|| self.replaces_kube_proxy())
     }
 }
 
@@ -106,7 +60,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
         return findings;
     }
     findings.push(AREA.fine("cilium", format!("Cilium is here: {}", facts.signs.join(", "))));
-    for (path, text) in [&facts.node_config, &facts.runtime_config] {
+    for (path, text) in [&facts.settings.node_config, &facts.settings.runtime_config] {
         if let Err(reason) = text {
             findings.push(AREA.unread("cilium", &path.display().to_string(), reason));
         }
@@ -149,7 +103,7 @@ fn hostports(facts: &Facts) -> Finding {
 
 fn host_routing(facts: &Facts) -> Finding {
     const CHECK: &str = "host-routing";
-    match facts.routes_in_bpf() {
+    match facts.settings.routes_in_bpf() {
         None => untold(CHECK, "whether Cilium routes past netfilter (BPF host routing)"),
         Some((true, by)) if facts.by_rules => AREA.warning(
             CHECK,
@@ -193,8 +147,10 @@ mod tests {
         Facts {
             signs: vec!["/run/cilium".into()],
             unread: Vec::new(),
-            node_config: file("H", header),
-            runtime_config: file("J", options),
+            settings: Settings {
+                node_config: file("H", header),
+                runtime_config: file("J", options),
+            },
             socket_programs: Ok(socket_programs),
             renamed: Vec::new(),
             by_rules: true,

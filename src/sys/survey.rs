@@ -12,6 +12,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::install::{self, Before};
 use super::store;
+use crate::cilium::Settings;
 use crate::doctor::setup::Binary;
 use crate::doctor::state::Directory;
 use crate::usage::identity_in;
@@ -155,5 +156,22 @@ fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// Where Cilium's agent keeps its state.
+pub const CILIUM_RUN: &str = "/run/cilium";
+
+/// What the agent has written there of its settings.
+#[must_use]
+pub fn cilium_settings() -> Settings {
+    let file = |name: &str| {
+        let path = Path::new(CILIUM_RUN).join("state").join(name);
+        let text = text(&path).map_err(|error| error.to_string());
+        (path, text)
+    };
+    Settings {
+        node_config: file("globals/node_config.h"),
+        runtime_config: file("agent-runtime-config.json"),
     }
 }

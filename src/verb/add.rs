@@ -20,7 +20,7 @@ use crate::request::Request;
 use crate::sys::command::ToolError;
 use crate::sys::namespace::Life;
 use crate::sys::store::{Found, is_recorded, newer_record, uses_backend};
-use crate::sys::{Host, iptables, namespace, netlink, nft};
+use crate::sys::{Host, iptables, namespace, netlink, nft, survey};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
     let view = namespace::view(&invocation.netns);
@@ -74,6 +74,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     engine.remove_dead_rivals(&record)?;
     adopt_from_other_backends(&engine, &record, &facts)?;
     warn_about_shadows(host, &record, &facts);
+    warn_about_host_routing(host, &record);
     Ok(reply)
 }
 
@@ -321,5 +322,18 @@ fn warn_about_shadows(host: &Host, record: &Record, facts: &NodeFacts) {
         if served.contains(&claim) {
             host.warn(format!("a process of this node listens on {claim}: connections to it now reach the container"));
         }
+    }
+}
+
+/// Rules do not see answers that Cilium's programs put past them.
+fn warn_about_host_routing(host: &Host, record: &Record) {
+    if record.backend == BackendKind::Ebpf || !host.has_cilium() {
+        return;
+    }
+    if let Some((true, by)) = survey::cilium_settings().routes_in_bpf() {
+        host.warn(format!(
+            "Cilium routes past netfilter (BPF host routing, shown by {by}): hostPorts that are forwarded by {} may get no answers; set cni.chainingMode=portmap or bpf.hostLegacyRouting=true in its Helm values, or \"backend\" to \"ebpf\"",
+            record.backend
+        ));
     }
 }

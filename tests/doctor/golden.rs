@@ -1,6 +1,7 @@
 //! What doctor says of nodes that are values, byte for byte, in both forms.
 
 use portmap::backend::iptables::listing::Listing;
+use portmap::cilium::Settings;
 use portmap::doctor::attachments::{Attachment, Orphan};
 use portmap::doctor::backends::{Trial, Tried};
 use portmap::doctor::localhost::Guard;
@@ -87,8 +88,10 @@ fn healthy() -> Facts {
         cilium: cilium::Facts {
             signs: Vec::new(),
             unread: Vec::new(),
-            node_config: state("/run/cilium/state/globals/node_config.h"),
-            runtime_config: state("/run/cilium/state/agent-runtime-config.json"),
+            settings: Settings {
+                node_config: state("/run/cilium/state/globals/node_config.h"),
+                runtime_config: state("/run/cilium/state/agent-runtime-config.json"),
+            },
             socket_programs: Ok(false),
             renamed: Vec::new(),
             by_rules: true,
@@ -191,7 +194,7 @@ fn worst() -> Facts {
     facts.firewall.legacy = Ok(7);
     facts.firewall.chains = vec![docker()];
     facts.cilium.signs = vec!["/run/cilium".into(), "device cilium_host".into()];
-    facts.cilium.node_config.1 =
+    facts.cilium.settings.node_config.1 =
         Ok(Some("#define ENABLE_HOST_ROUTING 1\n#define ENABLE_NODEPORT 1\n".into()));
     facts.cilium.renamed = vec!["20-other.conflist.cilium_bak".into()];
     facts

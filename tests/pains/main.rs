@@ -18,6 +18,7 @@ mod executable;
 mod support;
 
 mod choice;
+mod cilium;
 mod conntrack;
 mod cost;
 mod history;

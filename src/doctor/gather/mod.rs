@@ -26,6 +26,7 @@ use crate::sys::namespace::{self, Life};
 use crate::sys::netlink::route::Link;
 use crate::sys::progress::Progress;
 use crate::sys::store::{Looked, Store};
+use crate::sys::survey::CILIUM_RUN;
 use crate::sys::{Host, iptables, survey};
 use crate::usage::NAME_AND_VERSION;
 use tables::Tables;
@@ -262,7 +263,6 @@ fn compared(engine: &Engine, records: &[Record]) -> Vec<attachments::Attachment>
 }
 
 /// The directories that Cilium's agent keeps things in.
-const RUN: &str = "/run/cilium";
 const PINS: [&str; 2] = ["/sys/fs/bpf/cilium", "/sys/fs/bpf/tc/globals"];
 
 fn cilium(
@@ -279,7 +279,7 @@ fn cilium(
             Ok(Some(_)) => {}
             Err(error) => unread.push((path.to_owned(), error.to_string())),
         };
-    look(RUN, &|_| true);
+    look(CILIUM_RUN, &|_| true);
     look(PINS[0], &|_| true);
     look(PINS[1], &|names| names.iter().any(|name| name.starts_with("cilium_")));
     let names = survey::names(&places.conf_dir).ok().flatten().unwrap_or_default();
@@ -307,18 +307,12 @@ fn cilium(
     {
         signs.push(places.dest.join(CILIUM).display().to_string());
     }
-    let file = |name: &str| {
-        let path = Path::new(RUN).join("state").join(name);
-        let text = survey::text(&path).map_err(|error| error.to_string());
-        (path, text)
-    };
     let used: BTreeSet<BackendKind> =
         records.iter().map(|record| record.backend).chain(chosen).collect();
     cilium::Facts {
         signs,
         unread,
-        node_config: file("globals/node_config.h"),
-        runtime_config: file("agent-runtime-config.json"),
+        settings: survey::cilium_settings(),
         socket_programs: ebpf::trial::cilium_balances().map_err(|error| error.to_string()),
         renamed: names.iter().filter(|name| name.ends_with(".cilium_bak")).cloned().collect(),
         by_rules: used.iter().any(|kind| *kind != BackendKind::Ebpf),
