@@ -10,7 +10,8 @@
 #   KERNELS  the test program of tests/kernels
 #   NETLINK  the test program of tests/netlink
 #   KERNEL   as boot.sh takes it; by default Debian's from the oldest to the newest. One with options
-#            gets the demonstration alone; one whose name ends in -without-ipv6 the tests of that, too.
+#            gets the demonstration alone; one whose name ends in -without-ipv6 or -without-netfilter what
+#            is to be tried there, too.
 #
 # The guests run under software emulation and need neither root nor KVM. Kernels are downloaded once,
 # to target/kernels.
@@ -60,7 +61,26 @@ tests() {
     fi
     "\$@" --ignored --test-threads 1
 }
+# The tools are there and the kernel's part is not: \`auto\` passes them over, and who asks for one is told.
+without_netfilter() {
+    cat >list <<'LIST'
+{"cniVersion": "1.1.0", "name": "n", "plugins": [
+    {"type": "ptp"}, {"type": "portmap", "capabilities": {"portMappings": true}}]}
+LIST
+    '$plugin' check-config list | tee said
+    grep -q 'auto, on this node ebpf' said
+    for backend in iptables nftables; do
+        printf '{"cniVersion": "1.1.0", "name": "n", "type": "portmap", "backend": "%s"}' "\$backend" >conf
+        if CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin '$plugin' <conf >said; then
+            echo "STATUS finds nothing wrong with \$backend" >&2
+            exit 1
+        fi
+        cat said
+        grep -q '"code":50.*Protocol not supported' said
+    done
+}
 case \$KM_LABEL in
+    *-without-netfilter) without_netfilter; exit 0 ;;
     *-without-ipv6) tests 2 ./kernels ipv6:: --skip ipv6_may_go; exit 0 ;;
     *[!0-9.newst]*) exit 0 ;;
 esac
@@ -83,7 +103,7 @@ chmod 755 "$payload/test.sh"
 logs=target/kernels/logs
 mkdir -p "$logs"
 tests/kernels/boot.sh -m 1536 -T 1500 -j "$(nproc)" -l "$logs" -p "$payload" \
-    -t bash -t ip -t iptables -t ip6tables -t nft -t tc -t xtables-nft-multi -t xtables-legacy-multi -f /usr/lib/*-linux-gnu/xtables "$@" >"$payload/summary" || {
+    -t bash -t ip -t iptables -t ip6tables -t iptables-restore -t ip6tables-restore -t nft -t tc -t xtables-nft-multi -t xtables-legacy-multi -f /usr/lib/*-linux-gnu/xtables "$@" >"$payload/summary" || {
     status=$?
     cat "$payload/summary"
     # Label, release, verdict, seconds and log of each.
