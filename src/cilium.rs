@@ -53,10 +53,11 @@ impl Settings {
         Some((on, path.display().to_string()))
     }
 
-    /// Whether its programs put packets past the node's IP layer and netfilter (BPF host routing).
+    /// Whether its programs put packets past the node's IP layer and netfilter (BPF host routing). That the
+    /// header lacks the macro says nothing: newer versions (cilium/cilium#46791) tell their programs otherwise.
     #[must_use]
     pub fn routes_in_bpf(&self) -> Setting {
         let legacy = || self.option("EnableHostLegacyRouting").map(|(on, path)| (!on, path));
-        self.defined("ENABLE_HOST_ROUTING").or_else(legacy)
+        self.defined("ENABLE_HOST_ROUTING").filter(|(on, _)| *on).or_else(legacy)
     }
 }

@@ -181,10 +181,15 @@ mod tests {
         assert_eq!(found(&routed, "native-hostport").severity, Severity::Warning);
         let by_ebpf = Facts { by_rules: false, ..routed };
         assert_eq!(found(&by_ebpf, "host-routing").severity, Severity::Fine);
-        let chained =
-            facts(Some("#define ENABLE_IPV4 1\n#define ENABLE_NODEPORTS 1\n"), None, false);
-        assert!(found(&chained, "kube-proxy-replacement").found.contains("does not replace"));
-        assert!(found(&chained, "host-routing").found.contains("legacy"));
+        let chained = |options| {
+            facts(Some("#define ENABLE_IPV4 1\n#define ENABLE_NODEPORTS 1\n"), options, false)
+        };
+        assert!(found(&chained(None), "kube-proxy-replacement").found.contains("does not replace"));
+        assert_eq!(found(&chained(None), "host-routing").fix, ASK);
+        let through_the_stack = chained(Some(r#"{"EnableHostLegacyRouting": true}"#));
+        assert!(found(&through_the_stack, "host-routing").found.contains("legacy"));
+        let past_it = chained(Some(r#"{"EnableHostLegacyRouting": false}"#));
+        assert_eq!(found(&past_it, "host-routing").severity, Severity::Warning);
         let masquerading = "#define ENABLE_NODEPORT 1\n#define ENABLE_MASQUERADE_IPV4 1\n";
         assert_eq!(found(&facts(Some(masquerading), None, false), "native-hostport").fix, ASK);
         assert_eq!(

@@ -21,7 +21,7 @@ fn pain_10_bpf_host_routing_is_named_where_rules_forward() {
         assert!(!said(), "in chaining mode it routes through the stack");
         site.node.shell(&format!("echo '#define ENABLE_HOST_ROUTING 1' >>{header}"));
         assert_eq!(said(), site.node.variant != Variant::Ebpf);
-        site.node.shell(&format!("rm {header}"));
+        site.node.shell(&format!("echo '#define ENABLE_IPV4 1' >{header}"));
         let options = "/run/cilium/state/agent-runtime-config.json";
         site.node.shell(&format!("echo '{{\"EnableHostLegacyRouting\": false}}' >{options}"));
         assert_eq!(said(), site.node.variant != Variant::Ebpf);
