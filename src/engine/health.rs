@@ -52,8 +52,8 @@ impl Engine<'_> {
             }
         }
         problems.extend(localnet_problem(record));
-        if recorded && concerns_uplinks(record) {
-            problems.extend(uplink_problem(&facts, &self.host.node_facts()?));
+        if recorded && concerns_node(record) {
+            problems.extend(node_problems(record, &facts, &self.host.node_facts()?));
         }
         Ok(problems)
     }
@@ -137,13 +137,38 @@ pub(super) fn living(records: &[Record]) -> Option<Vec<Record>> {
 }
 
 /// Whether the record's rules tell uplinks from other devices.
-pub(super) fn concerns_uplinks(record: &Record) -> bool {
+/// Whether rules of the record depend on what the node has, which may change without a call.
+pub(super) fn concerns_node(record: &Record) -> bool {
+    concerns_uplinks(record) || record.backend == BackendKind::Nftables
+}
+
+/// What the node has got since the rules were told.
+pub(super) fn node_problems(record: &Record, known: &NodeFacts, now: &NodeFacts) -> Vec<String> {
+    let uplinks = uplink_problem(known, now).filter(|_| concerns_uplinks(record));
+    let addresses = address_problem(known, now).filter(|_| record.backend == BackendKind::Nftables);
+    uplinks.into_iter().chain(addresses).collect()
+}
+
+fn concerns_uplinks(record: &Record) -> bool {
     Family::ALL.into_iter().any(|family| record.masquerades_neighbours(family))
+}
+
+/// Where Services' addresses are bound to the node, the table takes none but those that it lists.
+fn address_problem(known: &NodeFacts, now: &NodeFacts) -> Option<String> {
+    if now.binds_services && !known.binds_services {
+        return Some(
+            "hostPorts take the ports of Services: these have their addresses on the node by now (IPVS), and the rules do not know"
+                .to_owned(),
+        );
+    }
+    let new = now.addresses.difference(&known.addresses).filter(|_| known.binds_services);
+    let new: Vec<String> = new.map(ToString::to_string).collect();
+    (!new.is_empty()).then(|| format!("{} is not known as an address of the node", new.join(", ")))
 }
 
 /// What comes by a device that the rules do not know as an uplink looks like a neighbour's. One that has
 /// gone harms nobody.
-pub(super) fn uplink_problem(known: &NodeFacts, now: &NodeFacts) -> Option<String> {
+fn uplink_problem(known: &NodeFacts, now: &NodeFacts) -> Option<String> {
     let new: Vec<&str> = now.uplinks.difference(&known.uplinks).map(String::as_str).collect();
     (!new.is_empty()).then(|| {
         format!(

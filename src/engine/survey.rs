@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::Engine;
-use super::health::{concerns_uplinks, living, localnet_problem, uplink_problem};
+use super::health::{concerns_node, living, localnet_problem, node_problems};
 use crate::backend::{self, Step};
 use crate::claims::holdings;
 use crate::error::{Error, Result};
@@ -108,13 +108,13 @@ impl Engine<'_> {
                 }
             }
         }
-        let unknown = match records.iter().any(concerns_uplinks) {
-            true => uplink_problem(&facts, &self.host.node_facts()?),
+        let now = match records.iter().any(concerns_node) {
+            true => Some(self.host.node_facts()?),
             false => None,
         };
         for (record, problems) in records.iter().zip(&mut problems) {
             problems.extend(localnet_problem(record));
-            problems.extend(unknown.clone().filter(|_| concerns_uplinks(record)));
+            problems.extend(now.iter().flat_map(|now| node_problems(record, &facts, now)));
         }
         Ok(problems)
     }

@@ -116,8 +116,15 @@ fn pain_08_services_win_where_their_addresses_are_bound_to_the_node() {
                     site.add(0, "a", &mappings);
                 }
                 bind_services(site, proxy);
-                // What is new on the node is seen by the next call.
-                site.add(0, "a", &mappings);
+                // What is new on the node is seen by the next call, or put right without one.
+                match (service_first, variant) {
+                    (false, Variant::Nftables) => {
+                        let drift = site.drift(0, "a", &mappings);
+                        assert!(drift.contains("take the ports of Services"), "{drift}");
+                        site.node.restore(true);
+                    }
+                    _ => drop(site.add(0, "a", &mappings)),
+                }
                 let mut services = Servers::default();
                 for (transport, port) in [(Transport::Tcp, 443), (Transport::Udp, 5353)] {
                     for vip in BOUND.map(|vip| vip.parse::<IpAddr>().unwrap()) {
@@ -141,6 +148,18 @@ fn pain_08_services_win_where_their_addresses_are_bound_to_the_node() {
                     assert_eq!(named(&reply), Ok("pod-a"), "{transport}");
                 }
                 site.check(0, "a", &mappings);
+                if variant == Variant::Nftables {
+                    // An address that moves between nodes (keepalived).
+                    let moved = "198.51.100.77";
+                    site.node.shell(&format!("ip address add {moved}/32 dev lo"));
+                    let drift = site.drift(0, "a", &mappings);
+                    assert!(drift.contains(moved), "{drift}");
+                    site.node.restore(true);
+                    site.check(0, "a", &mappings);
+                    let from = &site.pod(1).netns;
+                    let reply = site.ask(from, Transport::Tcp, moved.parse().unwrap(), 443);
+                    assert_eq!(named(&reply), Ok("pod-a"));
+                }
             });
         }
     }

@@ -311,9 +311,12 @@ fn leave_services(family: Family) -> Value {
         equal(json!({"meta": {"key": "l4proto"}}), "@listed_only"),
         unlike(json!(format!("@nodes{}", digit(family)))),
     ];
-    if family == Family::V4 {
-        statements.push(unlike(json!({"prefix": {"addr": "127.0.0.0", "len": 8}})));
-    }
+    // What no list of the node's addresses has, and no Service.
+    let (addr, len) = match family {
+        Family::V4 => ("127.0.0.0", 8),
+        Family::V6 => ("fe80::", 10),
+    };
+    statements.push(unlike(json!({"prefix": {"addr": addr, "len": len}})));
     statements.push(json!({"return": null}));
     Value::Array(statements)
 }
