@@ -219,11 +219,10 @@ impl Host {
     }
 
     /// Whether a route alone makes an address that the node has not got one of its own (`ip route add
-    /// local`). Of addresses of Services, which the kernel calls local as well, this says nothing.
+    /// local`). Where Services' addresses are bound to the node, they are of this kind as well.
     #[must_use]
     pub fn is_local_by_route(&self, facts: &NodeFacts, ip: std::net::IpAddr) -> bool {
         !facts.is_local(&ip)
-            && !facts.binds_services
             && !facts.foreign.contains(&ip)
             && self.route_to(ip).is_ok_and(|route| route.is_some_and(|route| route.local))
     }

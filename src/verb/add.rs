@@ -309,13 +309,17 @@ fn warn_about_shadows(host: &Host, record: &Record, facts: &NodeFacts) {
     let served = netlink::socket_diag::served(&claims, &facts.addresses).unwrap_or_default();
     for claim in claims {
         if let Some(ip) = claim.address.filter(|ip| !ip.is_loopback()) {
-            if !facts.is_local(&ip) && !host.is_local_by_route(facts, ip) {
+            // Services' addresses are local by a route as well: iptables alone takes the kernel's word for it.
+            let listed_only = facts.binds_services && record.backend != BackendKind::Iptables;
+            if !facts.is_local(&ip) && (listed_only || !host.is_local_by_route(facts, ip)) {
                 host.warn(format!(
                     "hostIP {ip} of {claim} is not an address of this node: nothing will be forwarded"
                 ));
             } else if record.backend == BackendKind::Ebpf && is_reserved(&ip) {
+                let taken =
+                    if ip.is_ipv4() { "from the node's own processes only" } else { "from nobody" };
                 host.warn(format!(
-                    "hostIP {ip} of {claim} is link-local, which eBPF takes from the node's own processes only: set \"backend\" to \"nftables\" or \"iptables\" to forward from elsewhere"
+                    "hostIP {ip} of {claim} is link-local, which eBPF takes {taken}: set \"backend\" to \"nftables\" or \"iptables\" to have it forwarded"
                 ));
             }
         }

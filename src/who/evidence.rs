@@ -96,7 +96,8 @@ impl Evidence {
     ) -> Result<Self> {
         let facts = host.node_facts()?;
         let called = calls.iter().filter_map(|call| call.address);
-        let routed = called.filter(|ip| host.is_local_by_route(&facts, *ip)).collect();
+        let is_routed = |ip: &IpAddr| !facts.binds_services && host.is_local_by_route(&facts, *ip);
+        let routed = called.filter(is_routed).collect();
         let mut local = facts.addresses;
         local.extend([IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]);
         let mut evidence = Evidence { local, routed, ..Self::default() };

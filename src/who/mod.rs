@@ -18,6 +18,8 @@ use crate::model::{BackendKind, Claim, Family, Protocol};
 pub use evidence::Evidence;
 pub use rivals::{Rival, Turn};
 
+const LINK_LOCAL: &str = "eBPF takes no link-local addresses";
+
 /// A port, and the protocol if one is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Port {
@@ -155,13 +157,19 @@ impl Answer<'_> {
                 (not_local(ip), false)
             }
             Some(ip) if self.is_by_ebpf() && is_reserved(&ip) => {
-                self.fate(|rival| rival.outside, Some("eBPF takes no link-local addresses"))
+                self.fate(|rival| rival.outside, Some(LINK_LOCAL))
             }
             _ => self.fate(|rival| rival.outside, None),
         }
     }
 
     fn fate_from_node(&self, evidence: &Evidence) -> (String, bool) {
+        let is_nothing = |ip: &IpAddr| {
+            ip.is_ipv6() && is_reserved(ip) && self.is_by_ebpf() && evidence.routed.contains(ip)
+        };
+        if self.call.address.is_some_and(|ip| is_nothing(&ip)) {
+            return self.fate(|rival| rival.node, Some(LINK_LOCAL));
+        }
         // Programs at sockets know the node's addresses from a list.
         let is_known = |ip: &IpAddr| {
             let routed = evidence.routed.contains(ip) && !self.is_by_ebpf();

@@ -71,7 +71,11 @@ pub fn rivals(
             !is_ours && matches!(backend, Some(BackendKind::Iptables | BackendKind::Nftables));
         let [outside, node] = ["PREROUTING", "OUTPUT"].map(|base| {
             let mut takers = nat::takers(listing, base, call, &evidence.local);
-            takers.retain(|taker| !(taker.spares && rules_are_elsewhere));
+            if rules_are_elsewhere {
+                let last = takers.iter().position(|taker| taker.spares && !taker.some);
+                takers.truncate(last.unwrap_or(takers.len()));
+                takers.retain(|taker| !taker.spares);
+            }
             takers
         });
         let turn = |taker: &nat::Taker| {

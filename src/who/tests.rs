@@ -139,6 +139,14 @@ fn what_another_table_spares_is_forwarded() {
     assert_eq!(fate(BackendKind::Iptables, &own), "goes to a Service");
     assert_eq!(fate(BackendKind::Iptables, "OTHER"), "goes to 10.0.0.2:8080 of a");
     assert_eq!(fate(BackendKind::Nftables, "OTHER"), "goes to 10.0.0.2:8080 of a");
+    // What stands behind it is not met, and a rule that spares some packets leaves the others.
+    let behind = |first: &str| {
+        let rules = format!("-A PREROUTING {first}-j ACCEPT\n{NODE_PORT}");
+        let evidence = Evidence { nat: vec![nat("OTHER", &rules)], ..evidence() };
+        said(&[pod(BackendKind::Nftables)], &[], &evidence, tcp(Family::V4, None)).0
+    };
+    assert_eq!(behind(""), "goes to 10.0.0.2:8080 of a");
+    assert_eq!(behind("-m set --match-set x dst "), "goes to the NodePort of a Service (a/b)");
 }
 
 #[test]
@@ -166,6 +174,14 @@ fn link_local_addresses_are_nothing_to_ebpf() {
     assert!(outside.contains("eBPF takes no link-local") && !answered, "{outside}");
     assert_eq!(node, "goes to 10.0.0.2:8080 of a");
     assert!(said(&[pod(BackendKind::Nftables)], &[], &evidence, call).2);
+    // The list of the node's addresses has none of IPv6.
+    let ip: IpAddr = "fe80::1".parse().unwrap();
+    let evidence = Evidence { routed: [ip].into(), ..super::tests::evidence() };
+    let mut dual = pod(BackendKind::Ebpf);
+    dual.addresses.push("fd00::2/64".parse().unwrap());
+    let (outside, node, answered) = said(&[dual], &[], &evidence, tcp(Family::V6, Some("fe80::1")));
+    assert!(outside.contains("eBPF takes no link-local") && !answered, "{outside}");
+    assert_eq!(node, outside);
 }
 
 #[test]

@@ -134,7 +134,7 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
         // Its route comes a moment after an IPv6 address.
         let script = format!(
             "ip route del {ip}; ip address add {ip} dev lo nodad
-             until ip route get {ip} | grep -q ^local; do sleep 0.01; done"
+             timeout 10 sh -c 'until ip route get {ip} | grep -q ^local; do sleep 0.01; done'"
         );
         shell(&lab.client, &script);
         let mut servers = Servers::default();
@@ -172,7 +172,7 @@ fn an_address_that_is_new_is_taken_from_outside_at_once() {
         let via = lab.node_address(Family::of(&ip));
         let script = format!(
             "ip address add {ip} dev {UPLINK} nodad
-             until ip route get {ip} | grep -q ^local; do sleep 0.01; done"
+             timeout 10 sh -c 'until ip route get {ip} | grep -q ^local; do sleep 0.01; done'"
         );
         shell(&lab.node, &script);
         shell(&lab.client, &format!("ip route add {ip} via {via}"));

@@ -32,15 +32,21 @@ mod standins;
 mod support;
 
 use std::io::{self, ErrorKind};
+use std::time::Instant;
 
 use portmap::demo::netns::Netns;
 
 /// A socket inside, once the former one of its port is gone: that may live on for moments, in a process that
 /// another test is about to start.
 fn once_free<T: Send>(inside: &Netns, bind: impl Fn() -> io::Result<T> + Send + Sync) -> T {
+    let started = Instant::now();
     loop {
         match inside.run(&bind).unwrap() {
-            Err(error) if error.kind() == ErrorKind::AddrInUse => std::thread::yield_now(),
+            Err(error)
+                if error.kind() == ErrorKind::AddrInUse && started.elapsed() < rig::TIMEOUT =>
+            {
+                std::thread::yield_now();
+            }
             bound => return bound.unwrap(),
         }
     }
