@@ -26,6 +26,9 @@ pub struct NodeFacts {
     pub binds_services: bool,
 }
 
+/// What is wrong where `binds_services` has come true and nobody has told the kernel's part.
+pub const SERVICES_UNKNOWN: &str = "hostPorts take the ports of Services: these have their addresses on the node by now (IPVS), which is not known to what forwards";
+
 /// kube-proxy in IPVS mode binds the address of every Service to this device: they are no node
 /// addresses.
 const IPVS_DEVICE: &str = "kube-ipvs0";

@@ -7,7 +7,7 @@ use super::step::Lost;
 use super::{Engine, localnet_path};
 use crate::backend::Observe;
 use crate::error::{Error, Result};
-use crate::facts::NodeFacts;
+use crate::facts::{NodeFacts, SERVICES_UNKNOWN};
 use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Record};
 use crate::sys::namespace::{self, Life};
@@ -136,7 +136,6 @@ pub(super) fn living(records: &[Record]) -> Option<Vec<Record>> {
     (living.len() < records.len()).then_some(living)
 }
 
-/// Whether the record's rules tell uplinks from other devices.
 /// Whether rules of the record depend on what the node has, which may change without a call.
 pub(super) fn concerns_node(record: &Record) -> bool {
     concerns_uplinks(record) || record.backend == BackendKind::Nftables
@@ -149,6 +148,7 @@ pub(super) fn node_problems(record: &Record, known: &NodeFacts, now: &NodeFacts)
     uplinks.into_iter().chain(addresses).collect()
 }
 
+/// Whether the record's rules tell uplinks from other devices.
 fn concerns_uplinks(record: &Record) -> bool {
     Family::ALL.into_iter().any(|family| record.masquerades_neighbours(family))
 }
@@ -156,10 +156,7 @@ fn concerns_uplinks(record: &Record) -> bool {
 /// Where Services' addresses are bound to the node, the table takes none but those that it lists.
 fn address_problem(known: &NodeFacts, now: &NodeFacts) -> Option<String> {
     if now.binds_services && !known.binds_services {
-        return Some(
-            "hostPorts take the ports of Services: these have their addresses on the node by now (IPVS), and the rules do not know"
-                .to_owned(),
-        );
+        return Some(SERVICES_UNKNOWN.to_owned());
     }
     let new = now.addresses.difference(&known.addresses).filter(|_| known.binds_services);
     let new: Vec<String> = new.map(ToString::to_string).collect();

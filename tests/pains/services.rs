@@ -118,7 +118,7 @@ fn pain_08_services_win_where_their_addresses_are_bound_to_the_node() {
                 bind_services(site, proxy);
                 // What is new on the node is seen by the next call, or put right without one.
                 match (service_first, variant) {
-                    (false, Variant::Nftables) => {
+                    (false, Variant::Nftables | Variant::Ebpf) => {
                         let drift = site.drift(0, "a", &mappings);
                         assert!(drift.contains("take the ports of Services"), "{drift}");
                         site.node.restore(true);

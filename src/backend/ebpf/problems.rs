@@ -6,6 +6,7 @@ use super::devices::{self, Matter};
 use super::loaded::Loaded;
 use super::{entries, failed, objects, sockets};
 use crate::error::Result;
+use crate::facts::SERVICES_UNKNOWN;
 use crate::record::Record;
 use crate::sys::Host;
 use crate::sys::netlink::route::Link;
@@ -30,6 +31,9 @@ pub fn of_node(host: &Host, loaded: &Loaded, of: Option<&Record>) -> Result<Vec<
     let now = host.node_facts()?;
     let mut problems = entries::address_problems(&loaded.maps, &objects::addresses(&now))
         .map_err(failed("read the eBPF maps"))?;
+    if now.binds_services && !loaded.takes_listed_only()? {
+        problems.push(SERVICES_UNKNOWN.to_owned());
+    }
     let links = host.links()?;
     let matter = match of {
         Some(record) => Matter::Of(devices_of(host, record, &links)?),

@@ -68,6 +68,11 @@ impl Loaded {
         Ok(config(&self.maps)?.expects(claims))
     }
 
+    /// Whether programs take the node's listed addresses alone from outside.
+    pub fn takes_listed_only(&self) -> Result<bool> {
+        Ok(config(&self.maps)?.flags & config_flags::LISTED_ONLY != 0)
+    }
+
     /// The network namespace that the socket hooks act in, if it is known.
     pub fn cookie(&self) -> Result<Option<u64>> {
         let config = config(&self.maps)?;
