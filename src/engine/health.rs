@@ -2,6 +2,7 @@
 //! runtime: after a reload of the node's firewall, say.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use super::step::Lost;
 use super::{Engine, localnet_path};
@@ -144,7 +145,10 @@ pub(super) fn concerns_node(record: &Record) -> bool {
 /// What the node has got since the rules were told.
 pub(super) fn node_problems(record: &Record, known: &NodeFacts, now: &NodeFacts) -> Vec<String> {
     let uplinks = uplink_problem(known, now).filter(|_| concerns_uplinks(record));
-    let addresses = address_problem(known, now).filter(|_| record.backend == BackendKind::Nftables);
+    let addresses = match record.backend {
+        BackendKind::Nftables => address_problem(record, known, now),
+        BackendKind::Iptables | BackendKind::Ebpf => None,
+    };
     uplinks.into_iter().chain(addresses).collect()
 }
 
@@ -153,13 +157,15 @@ fn concerns_uplinks(record: &Record) -> bool {
     Family::ALL.into_iter().any(|family| record.masquerades_neighbours(family))
 }
 
-/// Where Services' addresses are bound to the node, the table takes none but those that it lists.
-fn address_problem(known: &NodeFacts, now: &NodeFacts) -> Option<String> {
+/// Where Services' addresses are bound to the node, the table takes none but those that it lists, of the
+/// families that somebody needs.
+fn address_problem(record: &Record, known: &NodeFacts, now: &NodeFacts) -> Option<String> {
     if now.binds_services && !known.binds_services {
         return Some(SERVICES_UNKNOWN.to_owned());
     }
+    let is_needed = |ip: &&IpAddr| record.network(Family::of(ip)).is_some();
     let new = now.addresses.difference(&known.addresses).filter(|_| known.binds_services);
-    let new: Vec<String> = new.map(ToString::to_string).collect();
+    let new: Vec<String> = new.filter(is_needed).map(ToString::to_string).collect();
     (!new.is_empty()).then(|| format!("{} is not known as an address of the node", new.join(", ")))
 }
 
@@ -180,4 +186,39 @@ pub(super) fn localnet_problem(record: &Record) -> Option<String> {
     let value = sysctl::read(&localnet_path(device)).unwrap_or_else(|error| error.to_string());
     (value != "1")
         .then(|| format!("127.0.0.1 is not forwarded: net.ipv4.conf.{device}.route_localnet should be 1 and is {value}"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+    use crate::record::samples::record;
+
+    #[test]
+    fn an_address_is_missed_where_lists_count_and_a_pod_has_its_family() {
+        let facts = |addresses: &[&str], binds_services| NodeFacts {
+            addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+            binds_services,
+            ..NodeFacts::default()
+        };
+        let said = |backend, network: &str, known: &NodeFacts, now: &NodeFacts| {
+            let mut pod = record("a", &[network], &["tcp 80 8080"], backend, 1);
+            pod.options.no_snat = true;
+            node_problems(&pod, known, now).join("; ")
+        };
+        let new = ["192.0.2.1", "192.0.2.2", "fd00::1"];
+        let (before, after) = (facts(&["192.0.2.1"], true), facts(&new, true));
+        let found = said(BackendKind::Nftables, "10.0.0.2/24", &before, &after);
+        assert_eq!(found, "192.0.2.2 is not known as an address of the node");
+        let found = said(BackendKind::Nftables, "fd00:1::2/64", &before, &after);
+        assert_eq!(found, "fd00::1 is not known as an address of the node");
+        for backend in [BackendKind::Iptables, BackendKind::Ebpf] {
+            assert_eq!(said(backend, "10.0.0.2/24", &before, &after), "");
+        }
+        let (before, after) = (facts(&["192.0.2.1"], false), facts(&new, false));
+        assert_eq!(said(BackendKind::Nftables, "10.0.0.2/24", &before, &after), "");
+        let found = said(BackendKind::Nftables, "10.0.0.2/24", &before, &facts(&[], true));
+        assert_eq!(found, SERVICES_UNKNOWN);
+        assert_eq!(said(BackendKind::Nftables, "10.0.0.2/24", &facts(&new, true), &before), "");
+    }
 }
