@@ -126,8 +126,15 @@ pub fn old_snat_chain(chain: &str) -> String {
 /// The first hex digits of a digest.
 #[must_use]
 pub fn hex(bytes: &[u8], digits: usize) -> String {
-    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 0xf]).take(digits);
-    nibbles.filter_map(|nibble| char::from_digit(u32::from(nibble), 16)).collect()
+    const DIGITS: [char; 16] =
+        ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9', 'a', 'b', 'c', 'd', 'e', 'f'];
+    let mut text = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        text.push(DIGITS[usize::from(byte >> 4)]);
+        text.push(DIGITS[usize::from(byte & 0xf)]);
+    }
+    text.truncate(digits);
+    text
 }
 
 impl Record {
