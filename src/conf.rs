@@ -317,7 +317,7 @@ fn mappings(envelope: &Envelope) -> Result<Vec<Mapping>> {
 
 /// One claim cannot have two targets. Repetition of the same mapping is harmless.
 fn refuse_contradictions(mappings: &[Mapping]) -> Result<()> {
-    let mut seen = std::collections::HashMap::new();
+    let mut seen = std::collections::BTreeMap::new();
     for mapping in mappings {
         for claim in Family::ALL.into_iter().filter_map(|family| mapping.claim(family)) {
             let port = mapping.container_port;

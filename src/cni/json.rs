@@ -77,16 +77,18 @@ pub fn fold_keys(value: &mut Value, names: &[&str]) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(|item| fold_keys(item, names)),
         Value::Object(members) => {
-            for (key, mut member) in std::mem::take(members) {
-                if member.is_null() {
-                    continue;
-                }
-                fold_keys(&mut member, names);
-                let known = names.iter().find(|name| name.eq_ignore_ascii_case(&key));
-                let exact = known.is_none_or(|name| *name == key);
-                let name = known.map_or(key, |name| (*name).to_owned());
-                if exact || !members.contains_key(&name) {
-                    members.insert(name, member);
+            members.retain(|_, member| !member.is_null());
+            members.values_mut().for_each(|member| fold_keys(member, names));
+            let other_case = |key: &String| {
+                let name = names.iter().find(|name| name.eq_ignore_ascii_case(key))?;
+                (name != key).then(|| (key.clone(), *name))
+            };
+            let misspelt: Vec<(String, &str)> = members.keys().filter_map(other_case).collect();
+            for (key, name) in misspelt {
+                if let Some(member) = members.remove(&key)
+                    && !members.contains_key(name)
+                {
+                    members.insert(name.to_owned(), member);
                 }
             }
         }
@@ -117,5 +119,8 @@ mod tests {
         let mut value = json!({"RuntimeConfig": {"PORTMAPPINGS": [{"HostPort": 1, "hostport": 2, "Other": null}]}});
         fold_keys(&mut value, &["runtimeConfig", "portMappings", "hostPort"]);
         assert_eq!(value["runtimeConfig"]["portMappings"][0], json!({"hostPort": 1}));
+        let mut value = json!([{"HOSTPORT": 1, "HostPort": 2}, {"HOSTPORT": 1, "hostPort": null}]);
+        fold_keys(&mut value, &["hostPort"]);
+        assert_eq!(value, json!([{"hostPort": 1}, {"hostPort": 1}]));
     }
 }
