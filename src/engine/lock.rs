@@ -111,6 +111,9 @@ impl<'a> Engine<'a> {
 
     /// Records of the step that a killed call has begun.
     fn pending(&self) -> Result<Option<Vec<Record>>> {
+        if !self.is_interrupted()? {
+            return Ok(None);
+        }
         // A note is written as a whole; one that cannot be read is another version's.
         let read = |note: String| serde_json::from_str(&note).unwrap_or_default();
         Ok(self.store.note(PENDING_NOTE)?.map(read))
@@ -118,7 +121,7 @@ impl<'a> Engine<'a> {
 
     /// Whether a step was begun and not finished; only to be asked by who has the lock.
     pub fn is_interrupted(&self) -> Result<bool> {
-        Ok(self.store.note(PENDING_NOTE)?.is_some())
+        self.store.has_note(PENDING_NOTE)
     }
 
     pub(super) fn begin(&self, records: &[&Record]) -> Result<()> {

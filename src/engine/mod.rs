@@ -85,6 +85,7 @@ impl<'a> Engine<'a> {
         old.map_or(Ok(()), |old| backend::of(old.backend).admit())?;
         other_backend.map_or(Ok(()), |old| self.backend(old.backend)?.prepare(self.host))?;
         let before = self.store.parts(record.backend)?;
+        let known = self.known_facts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
         let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
         let written = self.begin(&involved).and_then(|()| self.store.put(record, old));
@@ -96,7 +97,7 @@ impl<'a> Engine<'a> {
         }
         let result = self
             .release_unused_localnets("")
-            .and_then(|()| self.apply(Some(record), same_backend, &before, facts, &first))
+            .and_then(|()| self.apply(Some(record), same_backend, &before, &known, facts, &first))
             .and_then(|()| self.enable_localnet(record))
             .and_then(|()| match other_backend {
                 // Only now, so that the port is never without an owner.
@@ -137,7 +138,7 @@ impl<'a> Engine<'a> {
             self.host.warn(format!("{error}: {}", error.details()));
         }
         self.release_unused_localnets(&record.id())?;
-        let removed = self.apply(None, Some(record), &before, &facts, &BTreeSet::new());
+        let removed = self.apply(None, Some(record), &before, &facts, &facts, &BTreeSet::new());
         if removed.as_ref().is_err_and(Error::is_newer) {
             // Nothing has been done that others would have to finish.
             drop(self.finish());

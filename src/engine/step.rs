@@ -31,11 +31,13 @@ impl Lost {
 }
 
 impl Engine<'_> {
+    /// `before` and `known` are the parts and the facts that the kernel has its state from.
     pub(super) fn apply(
         &self,
         added: Option<&Record>,
         removed: Option<&Record>,
         before: &BTreeSet<Part>,
+        known: &NodeFacts,
         facts: &NodeFacts,
         first: &BTreeSet<Part>,
     ) -> Result<()> {
@@ -45,7 +47,6 @@ impl Engine<'_> {
         let kind = record.backend;
         let related = self.related(added, removed)?;
         let after = self.parts_with(kind, added, &record.id(), before)?;
-        let known = self.known_facts(kind)?;
         let kept = self.kept(kind, before)?;
         let change = Change {
             added,
@@ -53,7 +54,7 @@ impl Engine<'_> {
             related: &related,
             parts_before: before,
             parts_after: &after,
-            facts_before: &known,
+            facts_before: known,
             facts,
             kept: &kept,
         };
@@ -62,7 +63,7 @@ impl Engine<'_> {
         // the same record changes nothing on the fast path.
         let is_whole = match (added, removed) {
             (Some(_), Some(old)) => backend
-                .problems(self.host, old, &related, before, &known, true)
+                .problems(self.host, old, &related, before, known, true)
                 .is_ok_and(|problems| problems.is_empty()),
             _ => true,
         };
@@ -73,7 +74,7 @@ impl Engine<'_> {
             Outcome::NeedsRestore("the attachment's rules are not as recorded".into())
         };
         let done = match outcome {
-            Outcome::Done => self.remember_facts(kind, &known, facts),
+            Outcome::Done => self.remember_facts(kind, known, facts),
             Outcome::NeedsRestore(reason) => {
                 let gone = if added.is_none() { Some(record) } else { None };
                 // The note of a DEL may be missing or old, and the slow path writes all of it anew.
@@ -201,7 +202,7 @@ impl Engine<'_> {
     pub(super) fn kept(&self, kind: BackendKind, parts: &BTreeSet<Part>) -> Result<BTreeSet<Part>> {
         let mut kept = BTreeSet::new();
         for part in parts.iter().filter(|part| matches!(part, Part::Base(_) | Part::Mark(..))) {
-            if self.store.note(&kept_note(kind, *part))?.is_some() {
+            if self.store.has_note(&kept_note(kind, *part))? {
                 kept.insert(*part);
             }
         }

@@ -6,6 +6,7 @@ pub mod bpf;
 pub mod command;
 pub mod deadline;
 mod directory;
+mod file;
 pub mod install;
 pub mod iptables;
 pub mod legacy;
@@ -126,7 +127,7 @@ impl Host {
     /// Identifies this boot of the kernel; empty where /proc does not tell.
     #[must_use]
     pub fn boot_id(&self) -> String {
-        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        file::read_to_string("/proc/sys/kernel/random/boot_id")
             .map(|id| id.trim().to_owned())
             .unwrap_or_default()
     }

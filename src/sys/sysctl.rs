@@ -5,6 +5,8 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::file;
+
 const ROOT: &str = "/proc/sys";
 
 /// Reads a parameter, without the newline at its end. The segments of its path are given one by
@@ -17,7 +19,7 @@ const ROOT: &str = "/proc/sys";
 /// that does not exist; what reading returned, with the path.
 pub fn read(segments: &[&str]) -> io::Result<String> {
     let path = path(segments)?;
-    let text = fs::read_to_string(&path).map_err(|error| with_path(&path, &error))?;
+    let text = file::read_to_string(&path).map_err(|error| with_path(&path, &error))?;
     Ok(text.trim_end_matches('\n').to_owned())
 }
 

@@ -67,9 +67,9 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let ipv6 = request.addresses.iter().any(IpNetwork::is_ipv6);
     let kind = engine.choose_backend(request.conf.backend, ipv6)?;
     let facts = host.node_facts()?;
-    let record = Record { view, ..plan(&engine, &request, kind, old.as_ref(), &facts)? };
+    let record = Record { view, ..plan(&engine, &request, kind, old.as_deref(), &facts)? };
     resolve_conflicts(&engine, &request, &record)?;
-    engine.add(&record, old.as_ref(), &facts)?;
+    engine.add(&record, old.as_deref(), &facts)?;
     // By now it is known, without looking again, which ports nobody else has.
     engine.remove_dead_rivals(&record)?;
     adopt_from_other_backends(&engine, &record, &facts)?;

@@ -1,6 +1,7 @@
 //! CHECK: the kernel is compared with what the attachment asked for. Changes nothing.
 
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
@@ -25,9 +26,9 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let (expected, recorded) = match engine.store.get(&id)? {
         Found::Record(record) => {
             problems.extend(differences(&request, &record));
-            (*record, true)
+            (record, true)
         }
-        Found::None => (as_upstream_would(&request, host), false),
+        Found::None => (Rc::new(as_upstream_would(&request, host)), false),
         Found::Newer(format) => return Err(newer_record(&dir, &id, format)),
         Found::Damaged(reason) => {
             return Err(Error::Drift(format!(

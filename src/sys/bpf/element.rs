@@ -4,7 +4,6 @@
 //! when the map is opened is kept beside the descriptor, and every slice is held against it.
 #![allow(unsafe_code, reason = "bpf(2) reads and writes memory through addresses in bpf_attr")]
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,6 +11,7 @@ use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_map_info, bpf_map_type};
 
 use super::map::Definition;
 use super::syscall::{address, address_mut, bpf, bpf_fd, empty, kernel_name, map_info, number};
+use crate::sys::file;
 
 /// A descriptor of a map, and the sizes of what goes through it.
 #[derive(Debug)]
@@ -211,7 +211,7 @@ pub(super) fn is_per_cpu(kind: u32) -> bool {
 /// How many processors this kernel may ever have: so many values an entry of a per-CPU map has.
 pub(super) fn possible_cpus() -> io::Result<usize> {
     let path = "/sys/devices/system/cpu/possible";
-    count_cpus(fs::read_to_string(path)?.trim()).ok_or_else(|| {
+    count_cpus(file::read_to_string(path)?.trim()).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, format!("{path} does not list processors"))
     })
 }

@@ -290,7 +290,7 @@ impl Pins {
 
 /// Names in a directory; none if there is no such directory.
 fn names_in(dir: &Path) -> io::Result<BTreeSet<String>> {
-    directory::names(dir)?.into_iter().flatten().collect()
+    Ok(directory::names(dir)?.into_iter().collect())
 }
 
 fn ensure_bpffs() -> io::Result<()> {

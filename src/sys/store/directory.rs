@@ -1,11 +1,14 @@
 //! The directory as such: whether it can hold state, and what can be told of that without a lock.
 
-use std::fs::{self, DirBuilder};
-use std::io::ErrorKind;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 
-use super::{MOVING, moving_path, record_path};
+use rustix::fs::{Mode, OFlags, open};
+
+use super::index::dir_of;
+use super::{MOVING, moving_name, record_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::IndexKey;
@@ -13,7 +16,8 @@ use crate::record::IndexKey;
 /// Whether there is anything of a record, without a lock: for the calls that have nothing to do.
 #[must_use]
 pub fn is_recorded(dir: &Path, id: &str) -> bool {
-    record_path(dir, id).exists() || MOVING.iter().any(|way| moving_path(dir, id, way).exists())
+    record_path(dir, id).exists()
+        || MOVING.iter().any(|way| dir.join(moving_name(id, way)).exists())
 }
 
 /// Whether there is any record, without a lock: for those who only look, where opening would make the
@@ -34,22 +38,21 @@ pub fn has_records(dir: &Path) -> Result<bool> {
 /// Whether some record has this backend, without a lock: for the calls that have nothing to do.
 #[must_use]
 pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
-    let (directory, name) = IndexKey::Backend(kind).path();
-    fs::read_dir(dir.join("index").join(directory).join(name))
+    fs::read_dir(dir.join(dir_of(&IndexKey::Backend(kind))))
         .is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Whether records can be kept in `dir`, which is made if it is missing.
 pub fn check_usable(dir: &Path) -> Result<()> {
-    create_state_dir(dir)?;
+    open_state_dir(dir)?;
     nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).map_err(|error| {
         Error::io(format!("write to the state directory {}", dir.display()), error.into())
     })
 }
 
-/// Root's alone, whatever the runtime's umask: records become rules. One that others may write to is
-/// refused.
-pub fn create_state_dir(dir: &Path) -> Result<()> {
+/// Opens the state directory, which is made if it is missing. It is root's alone, whatever the runtime's
+/// umask: records become rules. One that others may write to is refused.
+pub fn open_state_dir(dir: &Path) -> Result<File> {
     let create = || {
         let parent = dir.parent().unwrap_or(dir);
         DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
@@ -57,12 +60,18 @@ pub fn create_state_dir(dir: &Path) -> Result<()> {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             other => other,
         }?;
-        fs::metadata(dir)
+        open_dir(dir)
     };
-    let meta = fs::metadata(dir).or_else(|_| create()).map_err(|error| {
-        Error::io(format!("create the state directory {}", dir.display()), error)
-    })?;
-    refusal(dir, &meta).map_or(Ok(()), |reason| Err(Error::Config(reason)))
+    let failed = |error| Error::io(format!("create the state directory {}", dir.display()), error);
+    let opened = open_dir(dir).or_else(|_| create()).map_err(failed)?;
+    let meta = opened.metadata().map_err(failed)?;
+    refusal(dir, &meta).map_or(Ok(opened), |reason| Err(Error::Config(reason)))
+}
+
+/// Opens a directory in order to name what is in it, and for nothing else.
+pub(super) fn open_dir(dir: &Path) -> io::Result<File> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(File::from(open(dir, flags, Mode::empty())?))
 }
 
 /// Why a directory is not used for records, by its owner and mode.

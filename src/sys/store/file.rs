@@ -1,45 +1,174 @@
-//! Reading directories and writing files so that a kill leaves the old or the new content.
+//! The files of the state directory, written so that a kill leaves the old or the new content.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::sys::stat::{Mode, SFlag, mknod};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, fsync, linkat, mkdirat, mknodat, openat, renameat, unlinkat,
+};
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Result};
-use crate::sys::directory;
+use crate::sys::{directory, file};
 
-/// Names in a directory, without those that begin with a dot; none if there is no directory.
-pub(super) fn entries(path: &Path) -> Result<impl Iterator<Item = Result<String>> + use<>> {
-    let failed = |path: &Path, error| Error::io(format!("read {}", path.display()), error);
-    let names = directory::names(path).map_err(|error| failed(path, error))?;
-    let path = path.to_owned();
-    let names =
-        names.into_iter().flatten().map(move |name| name.map_err(|error| failed(&path, error)));
-    Ok(names.filter(|name| name.as_ref().map_or(true, |name| !name.starts_with('.'))))
+/// The state directory, and its files by their names below it. It is open: its own path is walked once
+/// and not for each of them.
+pub(super) struct Files {
+    path: PathBuf,
+    dir: File,
 }
 
-/// Makes an empty file if there is none, and its directory, and says whether that was missing.
-/// mknod(2), because there is nothing to be done with a descriptor.
-pub(super) fn touch(path: &Path) -> io::Result<bool> {
-    let mode = Mode::from_bits_truncate(0o644);
-    let make = || match mknod(path, SFlag::S_IFREG, mode, 0) {
-        Err(Errno::EEXIST) => Ok(()),
-        other => other.map_err(io::Error::from),
-    };
-    with_parent(path, make).map(|((), was_missing)| was_missing)
-}
+impl Files {
+    pub fn new(path: &Path, dir: File) -> Self {
+        Files { path: path.to_owned(), dir }
+    }
 
-/// Makes a file in a directory, which is made first if it turns out to be missing. Says whether it was.
-fn with_parent<T>(path: &Path, make: impl Fn() -> io::Result<T>) -> io::Result<(T, bool)> {
-    match (make(), path.parent()) {
-        (Err(error), Some(parent)) if error.kind() == ErrorKind::NotFound => {
-            fs::create_dir_all(parent)?;
-            Ok((make()?, true))
+    pub fn root(&self) -> &Path {
+        &self.path
+    }
+
+    /// The whole path of a file, for messages.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Opens a file, and makes it and its directory if the flags say so.
+    pub fn open_file(&self, name: &str, flags: OFlags, mode: u32) -> io::Result<File> {
+        let mode = Mode::from_bits_truncate(mode);
+        let open = || Ok(File::from(retry_on_intr(|| openat(&self.dir, name, flags, mode))?));
+        match flags.contains(OFlags::CREATE) {
+            true => self.with_parent(name, open).map(|(file, _)| file),
+            false => open(),
         }
-        (made, _) => Ok((made?, false)),
+    }
+
+    /// The content of a file, if it is there.
+    pub fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match file::read_at(&self.dir, name) {
+            Ok(content) => Ok(Some(content)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The content of a file of text, if it is there.
+    pub fn read_text(&self, name: &str) -> Result<Option<String>> {
+        self.read(name)
+            .and_then(|content| content.map(file::text).transpose())
+            .map_err(|error| self.failed("read", name, error))
+    }
+
+    /// Names in a directory, without those that begin with a dot; none if there is no directory.
+    pub fn names<C: Default + Extend<String>>(&self, name: &str) -> Result<C> {
+        let mut names = C::default();
+        let keep = |name: &str| {
+            names.extend([name.to_owned()]);
+            None::<()>
+        };
+        self.find(name, keep)?;
+        Ok(names)
+    }
+
+    /// Looks at the `names` in a directory until something is found out.
+    pub fn find<T>(
+        &self,
+        name: &str,
+        mut look: impl FnMut(&str) -> Option<T>,
+    ) -> Result<Option<T>> {
+        directory::find_at(
+            &self.dir,
+            name,
+            |name| {
+                if name.starts_with('.') { None } else { look(name) }
+            },
+        )
+        .map_err(|error| self.failed("read", name, error))
+    }
+
+    /// Makes a directory, and those above it, and says whether it was missing.
+    pub fn make_dir(&self, name: &str) -> io::Result<bool> {
+        let make = || match mkdirat(&self.dir, name, Mode::from_bits_truncate(0o777)) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+        self.with_parent(name, make).map(|(made, _)| made)
+    }
+
+    /// Makes an empty file if there is none, and its directory, and says whether that was missing.
+    /// mknod(2), because there is nothing to be done with a descriptor.
+    pub fn touch(&self, name: &str) -> io::Result<bool> {
+        let mode = Mode::from_bits_truncate(0o644);
+        let make = || match mknodat(&self.dir, name, FileType::RegularFile, mode, 0) {
+            Err(Errno::EXIST) => Ok(()),
+            other => other.map_err(io::Error::from),
+        };
+        self.with_parent(name, make).map(|((), was_missing)| was_missing)
+    }
+
+    /// Makes something in a directory, which is made first if it turns out to be missing. Says whether
+    /// it was.
+    fn with_parent<T>(
+        &self,
+        name: &str,
+        make: impl Fn() -> io::Result<T>,
+    ) -> io::Result<(T, bool)> {
+        match (make(), name.rsplit_once('/')) {
+            (Err(error), Some((parent, _))) if error.kind() == ErrorKind::NotFound => {
+                self.make_dir(parent)?;
+                Ok((make()?, true))
+            }
+            (made, _) => Ok((made?, false)),
+        }
+    }
+
+    /// Makes or overwrites a file, and its directory.
+    pub fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        let mut file = self.open_file(name, flags, 0o666)?;
+        file.write_all(content)?;
+        Ok(fsync(&file)?)
+    }
+
+    /// Old or new content, never half: temporary file, fsync, rename. The name of the temporary file is
+    /// fixed, since the lock admits one writer, so a kill leaves at most one behind.
+    pub fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        let dir = name.rfind('/').map_or("", |end| &name[..=end]);
+        let temporary = [dir, ".tmp"].concat();
+        let written = self.write(&temporary, content).and_then(|()| self.rename(&temporary, name));
+        if written.is_err() {
+            // The error of the write is the one to report.
+            drop(self.remove(&temporary));
+        }
+        written
+    }
+
+    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(renameat(&self.dir, from, &self.dir, to)?)
+    }
+
+    /// Gives a file another name beside the one that it has.
+    pub fn link(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(linkat(&self.dir, from, &self.dir, to, AtFlags::empty())?)
+    }
+
+    /// Removes a file, if it is there.
+    pub fn remove(&self, name: &str) -> io::Result<()> {
+        ignore_absent(unlinkat(&self.dir, name, AtFlags::empty()).map_err(Into::into))
+    }
+
+    /// Removes a directory, if it is there and empty.
+    pub fn remove_empty_dir(&self, name: &str) -> io::Result<()> {
+        match unlinkat(&self.dir, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOENT | Errno::NOTEMPTY) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// An error that says what could not be done to a file.
+    pub fn failed(&self, action: &str, name: &str, error: io::Error) -> Error {
+        Error::io(format!("{action} {}", self.path(name).display()), error)
     }
 }
 
@@ -48,23 +177,4 @@ pub(super) fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         other => other,
     }
-}
-
-/// Old or new content, never half: temporary file, fsync, rename. The name of the temporary file is
-/// fixed, since the lock admits one writer, so a kill leaves at most one behind.
-pub(super) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = path.with_file_name(".tmp");
-    let written = write_durably(&temporary, content).and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        // The error of the write is the one to report.
-        drop(fs::remove_file(&temporary));
-    }
-    written
-}
-
-/// Makes or overwrites a file, and its directory.
-pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
-    let (mut file, _) = with_parent(path, || File::create(path))?;
-    file.write_all(content)?;
-    Ok(nix::unistd::fsync(file.as_fd())?)
 }

@@ -1,13 +1,10 @@
 //! Finding records by what they have, without reading all.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::file::{entries, ignore_absent, touch};
 use super::{Found, Store, record_path};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::BackendKind;
 use crate::record::{IndexKey, Part, Record};
 
@@ -15,21 +12,18 @@ impl Store {
     /// Every other record that shares one of the keys, oldest first.
     pub fn sharing(&self, keys: &BTreeSet<IndexKey>, id: &str) -> Result<Vec<Record>> {
         let mut found = BTreeMap::new();
-        for key in keys.iter().filter(|key| !self.is_alone(key, id)) {
-            for other in self.users(key)? {
-                if other == id || found.contains_key(&other) {
+        for key in keys {
+            for other in self.others(key, id)? {
+                if found.contains_key(&other) {
                     continue;
                 }
-                match self.get(&other)?.record().filter(|record| record.index_keys().contains(key))
-                {
-                    Some(record) => {
-                        found.insert(other, record);
+                match self.get(&other)? {
+                    Found::Record(record) if record.index_keys().contains(key) => {
+                        found.insert(other, Record::clone(&record));
                     }
                     // A kill left the entry behind.
-                    None if !record_path(&self.dir, &other).exists() => {
-                        self.index_remove(key, &other)?
-                    }
-                    None => {}
+                    Found::None => self.index_remove(key, &other)?,
+                    _ => {}
                 }
             }
         }
@@ -45,31 +39,24 @@ impl Store {
         if self.looked_up.borrow().iter().any(|(other, record)| other != id && has_key(record)) {
             return Ok(true);
         }
-        let dir = self.index_dir(key);
-        for other in entries(&dir)? {
-            let other = other?;
-            if other == id {
-                continue;
-            }
-            let has_key = match self.get(&other)? {
-                Found::Record(record) => has_key(&record),
-                // Its entry is all that can be read of it.
-                Found::Newer(_) => true,
-                Found::Damaged(_) | Found::None => false,
-            };
-            if has_key {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        let look = |other: &str| match self.get(other) {
+            Ok(Found::Record(record)) => has_key(&record).then_some(Ok(true)),
+            // Its entry is all that can be read of it.
+            Ok(Found::Newer(_)) => Some(Ok(true)),
+            Ok(Found::Damaged(_) | Found::None) => None,
+            Err(error) => Some(Err(error)),
+        };
+        let found =
+            self.files.find(&dir_of(key), |other| if other == id { None } else { look(other) });
+        found?.unwrap_or(Ok(false))
     }
 
     /// A record of a backend that a newer plugin has written in a format of its own, and the format:
     /// what it asks for is not known.
     pub fn newer(&self, backend: BackendKind) -> Result<Option<(PathBuf, u32)>> {
-        for id in self.users(&IndexKey::Backend(backend))? {
+        for id in self.others(&IndexKey::Backend(backend), "")? {
             if let Found::Newer(format) = self.get(&id)? {
-                return Ok(Some((record_path(&self.dir, &id), format)));
+                return Ok(Some((record_path(self.files.root(), &id), format)));
             }
         }
         Ok(None)
@@ -78,8 +65,7 @@ impl Store {
     /// The parts of a backend that records need.
     pub fn parts(&self, backend: BackendKind) -> Result<BTreeSet<Part>> {
         let mut parts = BTreeSet::new();
-        for name in entries(&self.dir.join("index").join(format!("parts-{backend}")))? {
-            let name = name?;
+        for name in self.files.names::<Vec<String>>(&["index/parts-", backend.name()].concat())? {
             if let Some(part) = Part::parse(&name)
                 && self.has_other(&IndexKey::Part(backend, part), "")?
             {
@@ -91,13 +77,10 @@ impl Store {
 
     /// Kinds and names of all keys under which a record is indexed, by whatever there is of it.
     pub fn index_of(&self, id: &str) -> Result<Vec<(String, String)>> {
-        let index = self.dir.join("index");
         let mut keys = Vec::new();
-        for kind in entries(&index)? {
-            let kind = kind?;
-            for name in entries(&index.join(&kind))? {
-                let name = name?;
-                if index.join(&kind).join(&name).join(id).exists() {
+        for kind in self.files.names::<Vec<String>>("index")? {
+            for name in self.files.names::<Vec<String>>(&format!("index/{kind}"))? {
+                if self.files.path(&index_dir(&kind, &name)).join(id).exists() {
                     keys.push((kind.clone(), name));
                 }
             }
@@ -105,51 +88,66 @@ impl Store {
         Ok(keys)
     }
 
-    fn users(&self, key: &IndexKey) -> Result<Vec<String>> {
-        entries(&self.index_dir(key))?.collect()
-    }
-
-    fn index_dir(&self, key: &IndexKey) -> PathBuf {
-        let (kind, name) = key.path();
-        self.dir.join("index").join(kind).join(name)
+    /// Records other than `id` that have a key.
+    fn others(&self, key: &IndexKey, id: &str) -> Result<Vec<String>> {
+        let but_id =
+            |users: &BTreeSet<String>| users.iter().filter(|user| *user != id).cloned().collect();
+        if let Some(users) = self.users.borrow().get(key) {
+            return Ok(but_id(users));
+        }
+        let users = self.files.names(&dir_of(key))?;
+        let others = but_id(&users);
+        self.users.borrow_mut().insert(key.clone(), users);
+        Ok(others)
     }
 
     pub(super) fn index_add(&self, key: &IndexKey, id: &str) -> Result<()> {
-        let path = self.index_dir(key).join(id);
-        let is_first = touch(&path).map_err(|error| {
-            Error::io(format!("write the index entry {}", path.display()), error)
-        })?;
-        let mut alone = self.alone.borrow_mut();
-        match is_first {
-            true => alone.insert(key.clone(), id.to_owned()),
-            false => alone.remove(key),
+        let dir = dir_of(key);
+        let entry = [&dir, "/", id].concat();
+        let made = match key {
+            // Somebody has them as long as the node is busy.
+            IndexKey::Backend(_) | IndexKey::Part(..) => Ok(false),
+            _ => self.files.make_dir(&dir),
         };
+        let is_first = made
+            .and_then(|made| Ok(self.files.touch(&entry)? || made))
+            .map_err(|error| self.files.failed("write the index entry", &entry, error))?;
+        let mut known = self.users.borrow_mut();
+        if is_first {
+            known.insert(key.clone(), BTreeSet::from([id.to_owned()]));
+        } else if let Some(users) = known.get_mut(key) {
+            users.insert(id.to_owned());
+        }
         Ok(())
     }
 
-    /// Whether this call has made the first entry of a key, for this record.
-    fn is_alone(&self, key: &IndexKey, id: &str) -> bool {
-        self.alone.borrow().get(key).is_some_and(|first| first == id)
-    }
-
     pub(super) fn index_remove(&self, key: &IndexKey, id: &str) -> Result<()> {
-        self.index_entry_remove(&self.index_dir(key), id)
+        let others = self.users.borrow().get(key).map(|users| users.iter().any(|user| user != id));
+        self.index_entry_remove(&dir_of(key), id, others == Some(true))?;
+        if let Some(users) = self.users.borrow_mut().get_mut(key) {
+            users.remove(id);
+        }
+        Ok(())
     }
 
-    pub(super) fn index_entry_remove(&self, dir: &Path, id: &str) -> Result<()> {
+    /// Removes an entry, and its directory unless others are known to be there.
+    pub(super) fn index_entry_remove(&self, dir: &str, id: &str, others: bool) -> Result<()> {
         if self.only_reads {
             return Ok(());
         }
-        ignore_absent(fs::remove_file(dir.join(id))).map_err(|error| {
-            Error::io(format!("remove the index entry {}", dir.display()), error)
-        })?;
-        match fs::remove_dir(dir) {
-            Err(error)
-                if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) =>
-            {
-                Err(Error::io(format!("remove the index entry {}", dir.display()), error))
-            }
-            _ => Ok(()),
-        }
+        let removed = self.files.remove(&[dir, "/", id].concat());
+        removed
+            .and_then(|()| if others { Ok(()) } else { self.files.remove_empty_dir(dir) })
+            .map_err(|error| self.files.failed("remove the index entry", dir, error))
     }
+}
+
+/// The directory of a key, with an entry for each record that has it.
+pub(super) fn dir_of(key: &IndexKey) -> String {
+    let (kind, name) = key.path();
+    index_dir(&kind, &name)
+}
+
+pub(super) fn index_dir(kind: &str, name: &str) -> String {
+    ["index/", kind, "/", name].concat()
 }

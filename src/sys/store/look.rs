@@ -1,17 +1,18 @@
 //! Looking at the state without changing anything of it.
 
-use std::cell::RefCell;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use rustix::fs::OFlags;
 
-use super::Store;
-use super::file::entries;
+use super::directory::open_dir;
+use super::file::Files;
 use super::holder::holder;
+use super::{Store, lock};
 use crate::error::{Error, Result};
 
 /// How long somebody who only looks waits for the lock: most calls have it for milliseconds.
@@ -34,47 +35,33 @@ impl Store {
     /// Opens the directory for reading: nothing there is made, written or cleared away, and the lock
     /// keeps out those who would.
     pub fn look(dir: &Path, boot_id: &str) -> Result<Looked> {
-        match fs::metadata(dir) {
+        let files = match open_dir(dir) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Looked::Absent),
             Err(error) => return Err(Error::io(format!("look at {}", dir.display()), error)),
-            Ok(_) => {}
-        }
-        let path = dir.join("lock");
-        let held = match File::open(&path) {
+            Ok(opened) => Files::new(dir, opened),
+        };
+        let failed = |action, error| files.failed(action, lock::NAME, error);
+        let held = match files.open_file(lock::NAME, OFlags::RDONLY | OFlags::CLOEXEC, 0) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
-            Err(error) => {
-                return Err(Error::io(format!("open the lock {}", path.display()), error));
-            }
+            Err(error) => return Err(failed("open the lock", error)),
             Ok(file) => match share(file) {
                 Ok(Some(lock)) => Some(lock),
                 Ok(None) => {
-                    return Ok(Looked::Busy { holder: holder(&path), seconds: PATIENCE.as_secs() });
+                    let holder = holder(&files.path(lock::NAME));
+                    return Ok(Looked::Busy { holder, seconds: PATIENCE.as_secs() });
                 }
-                Err(error) => {
-                    return Err(Error::io(format!("lock {}", path.display()), error.into()));
-                }
+                Err(error) => return Err(failed("lock", error.into())),
             },
         };
-        let store = Store {
-            dir: dir.to_owned(),
-            looked_up: RefCell::default(),
-            alone: RefCell::default(),
-            only_reads: true,
-            _lock: held,
-        };
-        let boot = dir.join("boot");
-        match fs::read_to_string(&boot) {
+        let store = Store { only_reads: true, ..Store::new(files, held) };
+        match store.files.read_text("boot")? {
             // Who cannot tell the boot, now or then, has not seen another one.
-            Ok(known) if known == boot_id || known.is_empty() || boot_id.is_empty() => {
-                Ok(Looked::Store(store))
-            }
-            Ok(_) => {
-                let names = entries(&dir.join("records"))?.collect::<Result<Vec<String>>>()?;
+            Some(known) if known != boot_id && !known.is_empty() && !boot_id.is_empty() => {
+                let names: Vec<String> = store.files.names("records")?;
                 let records = names.iter().filter(|name| name.ends_with(".json")).count();
                 Ok(Looked::OtherBoot(records))
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Looked::Store(store)),
-            Err(error) => Err(Error::io(format!("read {}", boot.display()), error)),
+            _ => Ok(Looked::Store(store)),
         }
     }
 }
@@ -98,6 +85,8 @@ fn share(mut file: File) -> Result<Option<Flock<File>>, Errno> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::model::BackendKind;
     use crate::record::samples::record;

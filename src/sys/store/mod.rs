@@ -24,8 +24,8 @@ mod notes;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use nix::fcntl::Flock;
@@ -33,9 +33,10 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::record::{FORMAT, IndexKey, Record, View};
-use directory::create_state_dir;
+use directory::open_state_dir;
 pub use directory::{check_usable, has_records, is_recorded, refusal, uses_backend};
-use file::{entries, ignore_absent, write_atomically, write_durably};
+use file::{Files, ignore_absent};
+use index::index_dir;
 use lock::{LOCK_DEADLINE, lock};
 pub use look::Looked;
 
@@ -47,11 +48,13 @@ const MOVING: [&str; 2] = ["in", "out"];
 
 /// The state directory, locked until dropped.
 pub struct Store {
-    dir: PathBuf,
-    /// Records that were looked up, which the lock keeps from changing: one is asked for by many keys.
-    looked_up: RefCell<BTreeMap<String, Record>>,
-    /// Keys that nobody had before, and the record that has.
-    alone: RefCell<BTreeMap<IndexKey, String>>,
+    files: Files,
+    /// What has been read, which the lock keeps from changing: records, by their ids; ...
+    looked_up: RefCell<BTreeMap<String, Rc<Record>>>,
+    /// ... the records that have a key; ...
+    users: RefCell<BTreeMap<IndexKey, BTreeSet<String>>>,
+    /// ... and the names of all notes.
+    notes: RefCell<Option<BTreeSet<String>>>,
     /// Opened by [`Store::look`]: what a kill has left is skipped, not cleared away.
     only_reads: bool,
     /// `None` where nobody has ever locked it, and only readers are.
@@ -62,7 +65,7 @@ pub struct Store {
 #[derive(Debug)]
 pub enum Found {
     None,
-    Record(Box<Record>),
+    Record(Rc<Record>),
     /// Not readable as a record: cut off or damaged.
     Damaged(String),
     /// Written by a newer version of this plugin.
@@ -71,9 +74,9 @@ pub enum Found {
 
 impl Found {
     #[must_use]
-    pub fn record(self) -> Option<Record> {
+    pub fn record(self) -> Option<Rc<Record>> {
         match self {
-            Found::Record(record) => Some(*record),
+            Found::Record(record) => Some(record),
             _ => None,
         }
     }
@@ -107,35 +110,39 @@ impl Store {
 
     /// As [`Store::open`], with another time to wait.
     pub fn open_within(dir: &Path, boot_id: &str, patience: Duration) -> Result<Self> {
-        create_state_dir(dir)?;
-        let held = Some(lock(&dir.join("lock"), patience)?);
-        let store = Store {
-            dir: dir.to_owned(),
+        let files = Files::new(dir, open_state_dir(dir)?);
+        let held = lock(&files, patience)?;
+        let store = Store::new(files, Some(held));
+        match store.files.read_text("boot")? {
+            Some(known) if known == boot_id => return Ok(store),
+            // A call that cannot tell the boot has not seen another one.
+            Some(_) if boot_id.is_empty() => return Ok(store),
+            Some(known) if known.is_empty() => {}
+            Some(_) => store.discard()?,
+            None => {}
+        }
+        store
+            .files
+            .replace("boot", boot_id.as_bytes())
+            .map_err(|error| store.files.failed("write", "boot", error))?;
+        Ok(store)
+    }
+
+    fn new(files: Files, held: Option<Flock<File>>) -> Self {
+        Store {
+            files,
             looked_up: RefCell::default(),
-            alone: RefCell::default(),
+            users: RefCell::default(),
+            notes: RefCell::default(),
             only_reads: false,
             _lock: held,
-        };
-        let boot = store.dir.join("boot");
-        match fs::read_to_string(&boot) {
-            Ok(known) if known == boot_id => return Ok(store),
-            // A call that cannot tell the boot has not seen another one.
-            Ok(_) if boot_id.is_empty() => return Ok(store),
-            Ok(known) if known.is_empty() => {}
-            Ok(_) => store.discard()?,
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io(format!("read {}", boot.display()), error)),
         }
-        write_atomically(&boot, boot_id.as_bytes())
-            .map_err(|error| Error::io(format!("write {}", boot.display()), error))?;
-        Ok(store)
     }
 
     fn discard(&self) -> Result<()> {
         for name in ["index", "notes", "records"] {
-            let path = self.dir.join(name);
-            ignore_absent(fs::remove_dir_all(&path))
-                .map_err(|error| Error::io(format!("remove {}", path.display()), error))?;
+            ignore_absent(fs::remove_dir_all(self.files.path(name)))
+                .map_err(|error| self.files.failed("remove", name, error))?;
         }
         Ok(())
     }
@@ -143,23 +150,20 @@ impl Store {
     /// The record called `id`.
     pub fn get(&self, id: &str) -> Result<Found> {
         if let Some(record) = self.looked_up.borrow().get(id) {
-            return Ok(Found::Record(Box::new(record.clone())));
+            return Ok(Found::Record(Rc::clone(record)));
         }
         let found = self.read(id)?;
         if let Found::Record(record) = &found {
-            self.looked_up.borrow_mut().insert(id.to_owned(), Record::clone(record));
+            self.looked_up.borrow_mut().insert(id.to_owned(), Rc::clone(record));
         }
         Ok(found)
     }
 
     fn read(&self, id: &str) -> Result<Found> {
-        let path = record_path(&self.dir, id);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::None),
-            Err(error) => return Err(Error::io(format!("read record {}", path.display()), error)),
-        };
-        Ok(parse(&text))
+        let name = record_name(id);
+        let text = self.files.read(&name);
+        let text = text.map_err(|error| self.files.failed("read record", &name, error))?;
+        Ok(text.map_or(Found::None, |text| parse(&text)))
     }
 
     /// Writes a record, durably and as a whole, and then takes back the index entries that only
@@ -167,22 +171,24 @@ impl Store {
     pub fn put(&self, record: &Record, replaced: Option<&Record>) -> Result<()> {
         let id = record.id();
         self.clear_moving(&id)?;
-        let path = record_path(&self.dir, &id);
-        let [incoming, outgoing] = MOVING.map(|way| moving_path(&self.dir, &id, way));
-        let failed = |error| Error::io(format!("write record {}", path.display()), error);
-        let text = serde_json::to_vec(record)
-            .map_err(|error| Error::Record { path: path.clone(), reason: error.to_string() })?;
-        write_durably(&incoming, &text).map_err(failed)?;
+        let name = record_name(&id);
+        let [incoming, outgoing] = MOVING.map(|way| moving_name(&id, way));
+        let failed = |error| self.files.failed("write record", &name, error);
+        let text = serde_json::to_vec(record).map_err(|error| Error::Record {
+            path: self.files.path(&name),
+            reason: error.to_string(),
+        })?;
+        self.files.write(&incoming, &text).map_err(failed)?;
         let keys = record.index_keys();
         for key in &keys {
             self.index_add(key, &id)?;
         }
         let former = if replaced.is_some() { self.get(&id)?.record() } else { None };
         if former.is_some() {
-            ignore_absent(fs::hard_link(&path, &outgoing)).map_err(failed)?;
+            ignore_absent(self.files.link(&name, &outgoing)).map_err(failed)?;
         }
         self.looked_up.borrow_mut().remove(&id);
-        fs::rename(&incoming, &path).map_err(failed)?;
+        self.files.rename(&incoming, &name).map_err(failed)?;
         former.map_or(Ok(()), |former| self.finish_moving(&outgoing, &id, &former, &keys))
     }
 
@@ -193,11 +199,11 @@ impl Store {
         let Some(record) = self.get(&id)?.record() else {
             return self.remove_file(&id);
         };
-        let path = record_path(&self.dir, &id);
-        let [_, outgoing] = MOVING.map(|way| moving_path(&self.dir, &id, way));
+        let name = record_name(&id);
+        let [_, outgoing] = MOVING.map(|way| moving_name(&id, way));
         self.looked_up.borrow_mut().remove(&id);
-        ignore_absent(fs::rename(&path, &outgoing))
-            .map_err(|error| Error::io(format!("remove record {}", path.display()), error))?;
+        ignore_absent(self.files.rename(&name, &outgoing))
+            .map_err(|error| self.files.failed("remove record", &name, error))?;
         self.finish_moving(&outgoing, &id, &record, &BTreeSet::new())
     }
 
@@ -208,20 +214,19 @@ impl Store {
             return Ok(());
         }
         for way in MOVING {
-            let path = moving_path(&self.dir, id, way);
-            let text = match fs::read(&path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                Err(error) => return Err(Error::io(format!("read {}", path.display()), error)),
+            let name = moving_name(id, way);
+            let text = self.files.read(&name);
+            let Some(text) = text.map_err(|error| self.files.failed("read", &name, error))? else {
+                continue;
             };
             // One that was cut off has no index entries yet.
             let Some(moving) = parse(&text).record() else {
-                remove(&path)?;
+                self.remove_name(&name)?;
                 continue;
             };
             let present = self.get(id)?.record();
             let kept = present.map(|record| record.index_keys()).unwrap_or_default();
-            self.finish_moving(&path, id, &moving, &kept)?;
+            self.finish_moving(&name, id, &moving, &kept)?;
         }
         Ok(())
     }
@@ -229,7 +234,7 @@ impl Store {
     /// Removes the file of a moving record, after its index entries but those `kept`.
     fn finish_moving(
         &self,
-        path: &Path,
+        name: &str,
         id: &str,
         moving: &Record,
         kept: &BTreeSet<IndexKey>,
@@ -237,20 +242,23 @@ impl Store {
         for key in moving.index_keys().difference(kept) {
             self.index_remove(key, id)?;
         }
-        remove(path)
+        self.remove_name(name)
     }
 
     /// Removes a record's file alone: for one that cannot be read.
     pub fn remove_file(&self, id: &str) -> Result<()> {
         self.looked_up.borrow_mut().remove(id);
-        remove(&record_path(&self.dir, id))
+        self.remove_name(&record_name(id))
+    }
+
+    fn remove_name(&self, name: &str) -> Result<()> {
+        self.files.remove(name).map_err(|error| self.files.failed("remove", name, error))
     }
 
     /// Every record, oldest first, and what is wrong with the files that are none.
     pub fn all(&self) -> Result<(Vec<Record>, Vec<String>)> {
         let (mut records, mut problems) = (Vec::new(), Vec::new());
-        for name in entries(&self.dir.join("records"))? {
-            let name = name?;
+        for name in self.files.names::<Vec<String>>("records")? {
             let Some(id) = name.strip_suffix(".json") else {
                 if let Some((id, way)) = name.split_once('.')
                     && MOVING.contains(&way)
@@ -260,7 +268,7 @@ impl Store {
                 continue;
             };
             match self.read(id)? {
-                Found::Record(record) => records.push(*record),
+                Found::Record(record) => records.push(Rc::unwrap_or_clone(record)),
                 Found::None => {}
                 Found::Damaged(reason) => {
                     problems.push(format!("record {id} is damaged: {reason}"))
@@ -276,8 +284,7 @@ impl Store {
     /// The records that cannot be read, and those that only a newer version can read.
     pub fn unreadable(&self) -> Result<(Vec<Damaged>, Vec<Newer>)> {
         let (mut found, mut newer) = (Vec::new(), Vec::new());
-        for name in entries(&self.dir.join("records"))? {
-            let name = name?;
+        for name in self.files.names::<Vec<String>>("records")? {
             let Some(id) = name.strip_suffix(".json") else {
                 continue;
             };
@@ -285,7 +292,7 @@ impl Store {
                 Found::None | Found::Record(_) => {}
                 Found::Newer(format) => newer.push(Newer { id: id.to_owned(), format }),
                 Found::Damaged(reason) => {
-                    let text = fs::read(record_path(&self.dir, id)).unwrap_or_default();
+                    let text = self.files.read(&record_name(id)).ok().flatten().unwrap_or_default();
                     let value: serde_json::Value =
                         serde_json::from_slice(&text).unwrap_or_default();
                     let netns = value.get("netns").and_then(|netns| netns.as_str());
@@ -304,21 +311,16 @@ impl Store {
     pub fn forget(&self, id: &str, keys: &[(String, String)]) -> Result<()> {
         self.clear_moving(id)?;
         self.remove_file(id)?;
-        keys.iter().try_for_each(|(kind, name)| {
-            self.index_entry_remove(&self.dir.join("index").join(kind).join(name), id)
-        })
+        self.users.borrow_mut().clear();
+        keys.iter()
+            .try_for_each(|(kind, name)| self.index_entry_remove(&index_dir(kind, name), id, false))
     }
-}
-
-fn remove(path: &Path) -> Result<()> {
-    ignore_absent(fs::remove_file(path))
-        .map_err(|error| Error::io(format!("remove {}", path.display()), error))
 }
 
 /// The file of a record.
 #[must_use]
 pub fn record_path(dir: &Path, id: &str) -> PathBuf {
-    dir.join("records").join(format!("{id}.json"))
+    dir.join(record_name(id))
 }
 
 /// A record that a newer version of this plugin has written.
@@ -328,8 +330,12 @@ pub fn newer_record(dir: &Path, id: &str, format: u32) -> Error {
     Error::Record { path: record_path(dir, id), reason }
 }
 
-fn moving_path(dir: &Path, id: &str, way: &str) -> PathBuf {
-    dir.join("records").join(format!("{id}.{way}"))
+fn record_name(id: &str) -> String {
+    ["records/", id, ".json"].concat()
+}
+
+fn moving_name(id: &str, way: &str) -> String {
+    ["records/", id, ".", way].concat()
 }
 
 fn parse(text: &[u8]) -> Found {
@@ -338,7 +344,7 @@ fn parse(text: &[u8]) -> Found {
         format: u32,
     }
     match serde_json::from_slice::<Record>(text) {
-        Ok(record) if record.format <= FORMAT => Found::Record(Box::new(record)),
+        Ok(record) if record.format <= FORMAT => Found::Record(Rc::new(record)),
         Ok(record) => Found::Newer(record.format),
         Err(error) => match serde_json::from_slice(text) {
             Ok(Format { format }) if format > FORMAT => Found::Newer(format),

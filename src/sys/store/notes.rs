@@ -1,28 +1,27 @@
 //! Notes: small facts that hold until the next boot.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::collections::BTreeSet;
 
 use super::Store;
-use super::file::{entries, ignore_absent, write_atomically};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 impl Store {
     /// A note, if it was made since boot.
     pub fn note(&self, name: &str) -> Result<Option<String>> {
-        let path = self.dir.join("notes").join(name);
-        match fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io(format!("read {}", path.display()), error)),
-        }
+        self.files.read_text(&path(name))
+    }
+
+    /// Whether there is a note. Those who change something ask for several that are not there: they are
+    /// known after the first question.
+    pub fn has_note(&self, name: &str) -> Result<bool> {
+        self.with_notes(|notes| notes.contains(name))
     }
 
     /// Names of the notes that begin with `prefix`.
     pub fn notes(&self, prefix: &str) -> Result<Vec<String>> {
-        let dir = self.dir.join("notes");
-        let names = entries(&dir)?;
-        names.filter(|name| name.as_ref().map_or(true, |name| name.starts_with(prefix))).collect()
+        self.with_notes(|notes| {
+            notes.iter().filter(|name| name.starts_with(prefix)).cloned().collect()
+        })
     }
 
     /// Makes a note, or removes it; a store that is only read keeps none.
@@ -30,11 +29,32 @@ impl Store {
         if self.only_reads {
             return Ok(());
         }
-        let path = self.dir.join("notes").join(name);
+        let path = path(name);
         let result = match text {
-            Some(text) => write_atomically(&path, text.as_bytes()),
-            None => ignore_absent(fs::remove_file(&path)),
+            Some(text) => self.files.replace(&path, text.as_bytes()),
+            None => self.files.remove(&path),
         };
-        result.map_err(|error| Error::io(format!("write {}", path.display()), error))
+        result.map_err(|error| self.files.failed("write", &path, error))?;
+        if let Some(known) = &mut *self.notes.borrow_mut() {
+            match text {
+                Some(_) => known.insert(name.to_owned()),
+                None => known.remove(name),
+            };
+        }
+        Ok(())
     }
+
+    /// Answers from the names of all notes, which are read once: the lock keeps them from changing.
+    fn with_notes<T>(&self, answer: impl FnOnce(&BTreeSet<String>) -> T) -> Result<T> {
+        let mut known = self.notes.borrow_mut();
+        let names = match known.take() {
+            Some(names) => names,
+            None => self.files.names("notes")?,
+        };
+        Ok(answer(known.insert(names)))
+    }
+}
+
+fn path(name: &str) -> String {
+    ["notes/", name].concat()
 }
