@@ -67,7 +67,7 @@ impl Former {
     /// Who has one of these by now.
     #[must_use]
     pub fn ports(&self) -> BTreeSet<IndexKey> {
-        self.claims.iter().map(|claim| IndexKey::port(claim.protocol, claim.port)).collect()
+        self.claims.iter().map(|claim| IndexKey::Port(claim.protocol, claim.port)).collect()
     }
 }
 
@@ -274,7 +274,7 @@ mod tests {
             let flush = Flush::former(&former, &[], &facts);
             assert_eq!(flush.ports(Family::V4), [(Protocol::Udp, 53)]);
             assert_eq!(flush.ports(Family::V6), []);
-            assert_eq!(former.ports(), BTreeSet::from([IndexKey::port(Protocol::Udp, 53)]));
+            assert_eq!(former.ports(), BTreeSet::from([IndexKey::Port(Protocol::Udp, 53)]));
             for (to, now_at, taken) in [
                 ("192.0.2.1:53", "10.0.0.2:53", true),
                 ("192.0.2.1:53", "192.0.2.1:53", false),

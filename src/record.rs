@@ -3,6 +3,7 @@
 //! Desired state is a pure function of all records, so a record holds everything that rendering
 //! needs. It is written before the kernel is changed and removed after.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
@@ -253,16 +254,23 @@ impl Record {
     /// What other records are found by: everything two records could compete for or share.
     #[must_use]
     pub fn index_keys(&self) -> BTreeSet<IndexKey> {
-        let ports =
-            self.mappings.iter().map(|mapping| IndexKey::port(mapping.protocol, mapping.host_port));
-        let pods = self.addresses.iter().map(|network| IndexKey::Pod(network.ip()));
         let devices = self.localnet_device.iter().map(|device| IndexKey::Localnet(device.clone()));
-        ports
-            .chain(pods)
+        self.rival_keys()
             .chain(devices)
             .chain([IndexKey::Chain(self.chain.clone()), IndexKey::Backend(self.backend)])
             .chain(self.parts().into_iter().map(|part| IndexKey::Part(self.backend, part)))
             .collect()
+    }
+
+    /// Those of the `index_keys` by which records are in each other's way: ports and pods' addresses.
+    pub fn rival_keys(&self) -> impl Iterator<Item = IndexKey> + '_ {
+        let pods = self.addresses.iter().map(|network| IndexKey::Pod(network.ip()));
+        self.port_keys().chain(pods)
+    }
+
+    /// Those of the `index_keys` that stand for ports.
+    pub fn port_keys(&self) -> impl Iterator<Item = IndexKey> + '_ {
+        self.mappings.iter().map(|mapping| IndexKey::Port(mapping.protocol, mapping.host_port))
     }
 
     /// The shared pieces of the backend's rules that the attachment needs.
@@ -371,8 +379,8 @@ impl Part {
 /// A way to find records without reading all.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IndexKey {
-    /// Protocol and hostPort, such as `tcp-8080`.
-    Port(String),
+    /// Protocol and hostPort.
+    Port(Protocol, u16),
     Pod(IpAddr),
     Chain(String),
     Localnet(String),
@@ -381,13 +389,7 @@ pub enum IndexKey {
 }
 
 impl IndexKey {
-    /// The key of a hostPort.
-    #[must_use]
-    pub fn port(protocol: Protocol, port: u16) -> Self {
-        IndexKey::Port(format!("{protocol}-{port}"))
-    }
-
-    /// Reads the name of what `port` made.
+    /// Reads the name of a port's key.
     #[must_use]
     pub fn parse_port(name: &str) -> Option<(Protocol, u16)> {
         let (protocol, port) = name.split_once('-')?;
@@ -396,14 +398,14 @@ impl IndexKey {
 
     /// Directory and name of the key.
     #[must_use]
-    pub fn path(&self) -> (String, String) {
+    pub fn path(&self) -> (Cow<'_, str>, Cow<'_, str>) {
         match self {
-            IndexKey::Port(port) => ("ports".into(), port.clone()),
-            IndexKey::Pod(ip) => ("pods".into(), ip.to_string()),
-            IndexKey::Chain(chain) => ("chains".into(), chain.clone()),
-            IndexKey::Localnet(device) => ("localnet".into(), device.clone()),
+            IndexKey::Port(protocol, port) => ("ports".into(), format!("{protocol}-{port}").into()),
+            IndexKey::Pod(ip) => ("pods".into(), ip.to_string().into()),
+            IndexKey::Chain(chain) => ("chains".into(), chain.into()),
+            IndexKey::Localnet(device) => ("localnet".into(), device.into()),
             IndexKey::Backend(kind) => ("backends".into(), kind.name().into()),
-            IndexKey::Part(kind, part) => (format!("parts-{kind}"), part.name()),
+            IndexKey::Part(kind, part) => (format!("parts-{kind}").into(), part.name().into()),
         }
     }
 }

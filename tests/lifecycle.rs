@@ -197,11 +197,7 @@ fn parts(records: &[Record]) -> BTreeSet<Part> {
 }
 
 fn related(live: &[Record], pair: [Option<&Record>; 2]) -> Vec<Record> {
-    let keys = |record: &Record| -> BTreeSet<IndexKey> {
-        let mut keys = record.index_keys();
-        keys.retain(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)));
-        keys
-    };
+    let keys = |record: &Record| -> BTreeSet<IndexKey> { record.rival_keys().collect() };
     let wanted: BTreeSet<IndexKey> = pair.into_iter().flatten().flat_map(keys).collect();
     let own: Vec<String> = pair.into_iter().flatten().map(Record::id).collect();
     live.iter()

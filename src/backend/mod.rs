@@ -208,10 +208,8 @@ pub trait Observe {
 fn related(records: &[Record]) -> Vec<Vec<Record>> {
     let mut users: BTreeMap<IndexKey, BTreeSet<usize>> = BTreeMap::new();
     for (index, record) in records.iter().enumerate() {
-        for key in record.index_keys() {
-            if matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)) {
-                users.entry(key).or_default().insert(index);
-            }
+        for key in record.rival_keys() {
+            users.entry(key).or_default().insert(index);
         }
     }
     let mut related: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); records.len()];

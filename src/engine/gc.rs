@@ -1,10 +1,8 @@
 //! What is left of attachments whose network namespace is gone, without any call of a runtime.
 
-use std::collections::BTreeSet;
-
 use super::Engine;
 use crate::error::{Error, Result};
-use crate::record::{IndexKey, Record};
+use crate::record::Record;
 use crate::sys::namespace::{self, Life};
 use crate::sys::store::{Damaged, Newer};
 
@@ -71,12 +69,7 @@ impl Engine<'_> {
     /// pod's claim of an address would go before a living one's of any, and an older one would have the
     /// port back with the newer one's DEL.
     pub fn remove_dead_rivals(&self, record: &Record) -> Result<()> {
-        let ports: BTreeSet<IndexKey> = record
-            .index_keys()
-            .into_iter()
-            .filter(|key| matches!(key, IndexKey::Port(_)))
-            .collect();
-        for other in self.store.sharing(&ports, &record.id())? {
+        for other in self.store.sharing(&record.port_keys().collect(), &record.id())? {
             if namespace::life(&other) != Life::Gone {
                 continue;
             }

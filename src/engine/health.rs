@@ -10,7 +10,7 @@ use crate::backend::Observe;
 use crate::error::{Error, Result};
 use crate::facts::{NodeFacts, SERVICES_UNKNOWN};
 use crate::model::{BackendKind, Family};
-use crate::record::{IndexKey, Record};
+use crate::record::Record;
 use crate::sys::namespace::{self, Life};
 use crate::sys::sysctl;
 
@@ -31,12 +31,7 @@ impl Engine<'_> {
     /// Where the kernel differs from what an attachment asks for, in the field's terms. `recorded` is
     /// false for one that upstream's plugin made.
     pub fn problems(&self, record: &Record, recorded: bool) -> Result<Vec<String>> {
-        let keys: BTreeSet<IndexKey> = record
-            .index_keys()
-            .into_iter()
-            .filter(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)))
-            .collect();
-        let mut related = self.store.sharing(&keys, &record.id())?;
+        let mut related = self.store.sharing(&record.rival_keys().collect(), &record.id())?;
         related.retain(|other| other.backend == record.backend);
         let parts = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;

@@ -169,12 +169,7 @@ impl Engine<'_> {
         added: Option<&Record>,
         removed: Option<&Record>,
     ) -> Result<Vec<Record>> {
-        let keys: BTreeSet<IndexKey> = added
-            .iter()
-            .chain(&removed)
-            .flat_map(|record| record.index_keys())
-            .filter(|key| matches!(key, IndexKey::Port(_) | IndexKey::Pod(_)))
-            .collect();
+        let keys = added.into_iter().chain(removed).flat_map(Record::rival_keys).collect();
         let (id, kind) = added.or(removed).map(|record| (record.id(), record.backend)).unzip();
         let mut records = self.store.sharing(&keys, &id.unwrap_or_default())?;
         records.retain(|record| Some(record.backend) == kind);

@@ -1,6 +1,5 @@
 //! ADD: the attachment's mappings become its record and rules; prevResult goes out as it came in.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
@@ -238,9 +237,7 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
         return Ok(());
     }
     let claims = record.claims();
-    let keys: BTreeSet<IndexKey> =
-        record.index_keys().into_iter().filter(|key| matches!(key, IndexKey::Port(_))).collect();
-    for other in engine.store.sharing(&keys, &record.id())? {
+    for other in engine.store.sharing(&record.port_keys().collect(), &record.id())? {
         // The same container on another network asks for the same ports (podman does).
         if other.attachment.container_id == record.attachment.container_id {
             continue;
@@ -263,12 +260,7 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
 fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts) -> Result<()> {
     let mut todo = vec![record.clone()];
     while let Some(record) = todo.pop() {
-        let keys: BTreeSet<IndexKey> = record
-            .index_keys()
-            .into_iter()
-            .filter(|key| matches!(key, IndexKey::Port(_)))
-            .collect();
-        for other in engine.store.sharing(&keys, &record.id())? {
+        for other in engine.store.sharing(&record.port_keys().collect(), &record.id())? {
             if other.backend == record.backend {
                 continue;
             }

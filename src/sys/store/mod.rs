@@ -360,7 +360,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::model::BackendKind;
+    use crate::model::{BackendKind, Protocol};
     use crate::record::Part;
     use crate::record::samples::record;
 
@@ -408,7 +408,7 @@ mod tests {
         let new = record("b", &["10.0.0.3/24"], &["tcp 80 81"], BackendKind::Iptables, 2);
         store.put(&old, None).unwrap();
         store.put(&new, None).unwrap();
-        let port = BTreeSet::from([IndexKey::Port("tcp-80".into())]);
+        let port = BTreeSet::from([IndexKey::Port(Protocol::Tcp, 80)]);
         assert_eq!(store.sharing(&port, &new.id()).unwrap(), std::slice::from_ref(&old));
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
         assert!(store.has_other(&IndexKey::Backend(BackendKind::Iptables), &new.id()).unwrap());
@@ -422,7 +422,7 @@ mod tests {
         let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
         store.put(&moved, Some(&new)).unwrap();
         assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
-        let port = IndexKey::Port("tcp-80".into());
+        let port = IndexKey::Port(Protocol::Tcp, 80);
         assert!(store.has_other(&port, "").unwrap());
         assert!(!store.has_other(&port, &old.id()).unwrap());
         store.remove(&old).unwrap();
@@ -436,7 +436,7 @@ mod tests {
     fn what_a_kill_leaves_in_the_index_is_not_believed() {
         let dir = Dir::new("stale");
         let store = Store::open(&dir.0, "boot").unwrap();
-        let key = IndexKey::Port("tcp-80".into());
+        let key = IndexKey::Port(Protocol::Tcp, 80);
         let before = dir.files();
         store.index_add(&key, "gone").unwrap();
         assert!(!store.has_other(&key, "").unwrap());
