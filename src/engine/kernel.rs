@@ -39,7 +39,8 @@ impl Engine<'_> {
 
     /// Notes what the host knows of the kernel and of the programs that are loaded.
     pub(super) fn remember_kernel(&self) -> Result<()> {
-        let known = Known { features: self.host.kernel()?.clone(), programs: self.host.programs() };
+        let programs = Numbers::clone(&self.host.programs());
+        let known = Known { features: self.host.kernel()?.clone(), programs };
         let text =
             serde_json::to_string(&known).map_err(|error| Error::Decode(error.to_string()))?;
         self.store.set_note(NOTE, Some(&text))

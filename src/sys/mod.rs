@@ -23,7 +23,7 @@ pub mod terminal;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::ops::RangeInclusive;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
@@ -41,7 +41,7 @@ pub struct Host {
     warnings: Mutex<Vec<String>>,
     kernel: OnceLock<Features>,
     /// eBPF programs that are known to be loaded.
-    programs: Mutex<Numbers>,
+    programs: Mutex<Arc<Numbers>>,
     cilium: OnceLock<bool>,
     /// Of the iptables tools in PATH.
     variants: iptables::Variants,
@@ -49,7 +49,7 @@ pub struct Host {
     /// One socket for all questions about devices and routes.
     routes: Mutex<Option<RouteReader>>,
     /// The devices as `node_facts` saw them last.
-    links: Mutex<Option<Vec<Link>>>,
+    links: Mutex<Option<Arc<Vec<Link>>>>,
 }
 
 impl Host {
@@ -102,13 +102,13 @@ impl Host {
     }
 
     /// The numbers of eBPF programs, as somebody has found them; they may be others by now.
-    pub fn programs(&self) -> Numbers {
-        self.programs.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn programs(&self) -> Arc<Numbers> {
+        Arc::clone(&self.programs.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes over what was found.
     pub fn remember_programs(&self, numbers: Numbers) {
-        *self.programs.lock().unwrap_or_else(PoisonError::into_inner) = numbers;
+        *self.programs.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(numbers);
     }
 
     /// Whether Cilium runs here. Its agent pins its maps in the node's bpffs, all of them under this
@@ -185,24 +185,27 @@ impl Host {
             |reader| {
                 let links = reader.links()?;
                 let facts = NodeFacts::new(&links, &reader.addresses()?, &reader.default_routes()?);
-                *self.links.lock().unwrap_or_else(PoisonError::into_inner) = Some(links);
+                *self.links.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(links));
                 Ok(facts)
             },
         )
     }
 
     /// The devices as `node_facts` saw them last, or as they are.
-    pub fn links(&self) -> Result<Vec<Link>> {
+    pub fn links(&self) -> Result<Arc<Vec<Link>>> {
         match self.links.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             Some(links) => Ok(links),
-            None => self.ask(|| "list the node's devices (netlink)".into(), RouteReader::links),
+            None => Ok(Arc::new(self.list_links()?)),
         }
+    }
+
+    fn list_links(&self) -> Result<Vec<Link>> {
+        self.ask(|| "list the node's devices (netlink)".into(), RouteReader::links)
     }
 
     /// Indices of the devices that there are now.
     pub fn devices_now(&self) -> Result<BTreeSet<u32>> {
-        let links = self.ask(|| "list the node's devices (netlink)".into(), RouteReader::links)?;
-        Ok(links.iter().map(|link| link.index).collect())
+        Ok(self.list_links()?.iter().map(|link| link.index).collect())
     }
 
     /// Indices of the devices at the other ends of a pod's links; none where its network namespace is not
@@ -233,8 +236,9 @@ impl Host {
         let Some(route) = self.route_to(ip)? else {
             return Ok(None);
         };
-        let known = self.links()?.into_iter().find(|link| link.index == route.device);
-        Ok(known.map(|link| link.name))
+        let links = self.links()?;
+        let known = links.iter().find(|link| link.index == route.device);
+        Ok(known.map(|link| link.name.clone()))
     }
 
     fn route_to(&self, ip: std::net::IpAddr) -> Result<Option<Route>> {

@@ -1,5 +1,6 @@
 //! ADD: the attachment's mappings become its record and rules; prevResult goes out as it came in.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
@@ -14,7 +15,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::facts::{NodeFacts, is_bridge_of_pods};
 use crate::model::{BackendKind, Family};
-use crate::record::{IndexKey, Record, chain_name, chain_name_of_interface, record_id};
+use crate::record::{IndexKey, Record, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
 use crate::sys::namespace::Life;
@@ -99,14 +100,9 @@ fn plan(
     facts: &NodeFacts,
 ) -> Result<Record> {
     let host = engine.host;
-    let chain = match old {
-        Some(old) => old.chain.clone(),
-        None => free_chain(engine, request)?,
-    };
     let mut record = Record {
         netns: request.netns.clone(),
         pod: request.pod.clone(),
-        chain,
         order: host.since_boot(),
         time: host.now(),
         ..Record::new(
@@ -117,6 +113,10 @@ fn plan(
             kind,
         )
     };
+    match old {
+        Some(old) => record.chain.clone_from(&old.chain),
+        None => ensure_free_chain(engine, &mut record)?,
+    }
     if kind == BackendKind::Iptables {
         for family in Family::ALL {
             validate_conditions(host, &record, family)?;
@@ -183,14 +183,13 @@ fn fit_to_backend(host: &Host, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// Upstream's chain name, unless another interface of the container on this network has it.
-fn free_chain(engine: &Engine, request: &Request) -> Result<String> {
-    let attachment = &request.attachment;
-    let chain = chain_name(&attachment.network, &attachment.container_id);
-    if engine.store.has_other(&IndexKey::Chain(chain.clone()), &record_id(attachment))? {
-        return Ok(chain_name_of_interface(attachment));
+/// Leaves the record upstream's chain name, unless another interface of the container on this network
+/// has it.
+fn ensure_free_chain(engine: &Engine, record: &mut Record) -> Result<()> {
+    if engine.store.has_other(&IndexKey::Chain(record.chain.clone()), &record.id())? {
+        record.chain = chain_name_of_interface(&record.attachment);
     }
-    Ok(chain)
+    Ok(())
 }
 
 /// Has iptables read the conditions without acting on them, so that a mistake is found before anything
@@ -258,7 +257,7 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
 /// share other ports with them, so that precedence is decided in one place. Rules in one backend's own
 /// syntax cannot move.
 fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts) -> Result<()> {
-    let mut todo = vec![record.clone()];
+    let mut todo = vec![Cow::Borrowed(record)];
     while let Some(record) = todo.pop() {
         for other in engine.store.sharing(&record.port_keys().collect(), &record.id())? {
             if other.backend == record.backend {
@@ -277,7 +276,7 @@ fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts
                 let done = fit_to_backend(engine.host, &mut moved)
                     .and_then(|()| engine.add(&moved, Some(&other), facts));
                 match done {
-                    Ok(()) => todo.push(moved),
+                    Ok(()) => todo.push(Cow::Owned(moved)),
                     // Its tools may have left the node, and the pod be dead: a port that is asked for
                     // now does not wait for it.
                     Err(error) => engine.host.warn(format!(

@@ -51,7 +51,7 @@ impl Plan {
         let mut chains = BTreeMap::new();
         // Numbers are not used again, so that what an earlier call has seen was and is this plugin's.
         let mut known: BTreeMap<u32, bool> =
-            host.programs().programs.into_values().map(|id| (id, true)).collect();
+            host.programs().programs.values().map(|id| (*id, true)).collect();
         let looked_at: Vec<&Link> =
             links.iter().filter(|link| scope.has(link) && !link.loopback).collect();
         for link in &looked_at {
