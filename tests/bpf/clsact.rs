@@ -141,3 +141,37 @@ fn nothing_stays_of_a_device_that_is_gone() {
         }
     });
 }
+
+/// The kernel makes room for a page of answers at first.
+#[test]
+#[ignore = "privileged: needs bpf(2) and network namespaces"]
+fn a_filter_larger_than_a_page_is_listed() {
+    isolated(|| {
+        let device = veth();
+        let mut clsact = Clsact::open().unwrap();
+        clsact.ensure(device).unwrap();
+        let length = 1000;
+        let code = format!("{length},{}6 0 0 0,", "0 0 0 0,".repeat(length - 1));
+        let file = std::env::temp_dir().join(format!("portmap-bytecode-{}", std::process::id()));
+        std::fs::write(&file, code).unwrap();
+        run(&format!("tc filter add dev pm0 ingress prio 1 bpf bytecode-file {}", file.display()));
+        std::fs::remove_file(file).unwrap();
+        tc(&[
+            "filter",
+            "add",
+            "dev",
+            "pm0",
+            "ingress",
+            "prio",
+            "2",
+            "bpf",
+            "bytecode",
+            "1,6 0 0 0",
+        ]);
+        for _ in 0..2 {
+            let filters = clsact.filters(device, Direction::Ingress).unwrap();
+            let kinds: Vec<&str> = filters.iter().map(|filter| filter.kind.as_str()).collect();
+            assert_eq!(kinds, ["bpf", "bpf"]);
+        }
+    });
+}

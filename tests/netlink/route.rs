@@ -1,4 +1,5 @@
 use portmap::model::Family;
+use portmap::sys::bpf::cookie;
 use portmap::sys::netlink::route::{DefaultRoute, RouteReader};
 use portmap::sys::sysctl;
 
@@ -34,6 +35,12 @@ fn links_addresses_and_routes() {
         let mac = v0.mac.unwrap().map(|byte| format!("{byte:02x}")).join(":");
         assert!(run("ip -o link show v0").contains(&format!("link/ether {mac} ")));
         assert_eq!(named("br0").kind.as_deref(), Some("bridge"));
+        let indices = reader.indices(["br0", "v9", "v1"]).unwrap();
+        assert_eq!(indices, [Some(bridge), None, Some(v1.index)]);
+        let many =
+            reader.indices(std::array::from_fn::<_, 40, _>(|n| ["lo", "v9"][n % 2])).unwrap();
+        assert!(many.chunks(2).all(|pair| pair == [Some(lo.index), None]));
+        assert_eq!(reader.netns_cookie().unwrap(), cookie::own().unwrap());
         let listed = run("ip -o link").lines().count();
         assert_eq!(links.len(), listed);
 

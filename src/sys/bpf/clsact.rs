@@ -60,7 +60,7 @@ impl Clsact {
     ///
     /// What making the socket returned.
     pub fn open() -> io::Result<Self> {
-        Ok(Self { socket: NetlinkSocket::open(NETLINK_ROUTE)? })
+        Ok(Self { socket: NetlinkSocket::open_for_short(NETLINK_ROUTE)? })
     }
 
     /// Makes the clsact qdisc of the device with index `device` if it has none, and says whether it

@@ -3,6 +3,7 @@
 
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::os::fd::AsFd;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
@@ -13,8 +14,16 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 ///
 /// What making a socket returns.
 pub fn own() -> io::Result<Option<u64>> {
-    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    match super::syscall::netns_cookie(&socket) {
+    of(&socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// [`own`], of the network namespace of a socket of whichever kind.
+///
+/// # Errors
+///
+/// What getsockopt(2) returns.
+pub fn of(socket: &impl AsFd) -> io::Result<Option<u64>> {
+    match super::syscall::netns_cookie(socket) {
         Ok(cookie) => Ok(Some(cookie)),
         Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
         Err(error) => Err(error),

@@ -1,14 +1,20 @@
 //! Taking attributes (`struct nlattr`) apart.
 
-use netlink_packet_core::NlasIterator;
+use netlink_packet_core::{NLA_F_NESTED, NLA_F_NET_BYTEORDER};
 
 /// The attributes in `bytes` as (number, value), in order. The flags in the upper two bits of the
 /// number are removed. What does not parse ends the iteration: the kernel sends no such thing.
-pub(in crate::sys) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    NlasIterator::new(bytes).map_while(|attribute| {
-        let attribute = attribute.ok()?;
-        let (kind, length) = (attribute.kind(), usize::from(attribute.length()));
-        Some((kind, attribute.into_inner().get(4..length)?))
+///
+/// Not `NlasIterator` of netlink-packet-core, which checks each length several times: a device has some
+/// 60 attributes.
+pub(in crate::sys) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let ([first, second, third, fourth], _) = bytes.split_first_chunk()?;
+        let length = usize::from(u16::from_ne_bytes([*first, *second]));
+        let kind = u16::from_ne_bytes([*third, *fourth]) & !(NLA_F_NESTED | NLA_F_NET_BYTEORDER);
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
     })
 }
 
@@ -21,7 +27,11 @@ pub(crate) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
 /// UTF-8 (names of devices may have any) is a question mark: no name becomes longer than the kernel's are.
 pub(in crate::sys) fn text(value: &[u8]) -> String {
     let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
-    let chunks = value.get(..end).unwrap_or_default().utf8_chunks();
+    let text = value.get(..end).unwrap_or_default();
+    if let Ok(text) = str::from_utf8(text) {
+        return text.to_owned();
+    }
+    let chunks = text.utf8_chunks();
     chunks.map(|chunk| chunk.valid().to_owned() + &"?".repeat(chunk.invalid().len())).collect()
 }
 

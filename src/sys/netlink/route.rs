@@ -13,6 +13,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::attributes::{attributes, find, text};
 use super::socket::{Message, NetlinkSocket};
 use crate::model::Family;
+use crate::sys::bpf::cookie;
 
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
@@ -110,6 +111,39 @@ impl RouteReader {
         })
     }
 
+    /// The indices of the devices with these names, in their order; `None` for one that is not there.
+    ///
+    /// # Errors
+    ///
+    /// As [`NetlinkSocket::request`].
+    pub fn indices<const N: usize>(&mut self, names: [&str; N]) -> io::Result<[Option<u32>; N]> {
+        let requests = names.map(|name| {
+            let name = DefaultNla::new(libc::IFLA_IFNAME, [name.as_bytes(), &[0]].concat());
+            Message::new(libc::RTM_GETLINK, &LinkHeader::default(), &[name])
+        });
+        let answers = self.socket.ask_all(&requests, |kind, payload| {
+            (kind == libc::RTM_NEWLINK).then(|| LinkHeader::parse(payload).ok())?
+        })?;
+        let mut indices = [None; N];
+        for (index, answer) in indices.iter_mut().zip(answers) {
+            *index = match answer {
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => None,
+                other => other?.map(|header| header.index),
+            };
+        }
+        Ok(indices)
+    }
+
+    /// The cookie of the network namespace that the questions are about; `None` from a kernel that does
+    /// not tell processes (before 5.14).
+    ///
+    /// # Errors
+    ///
+    /// What getsockopt(2) returns.
+    pub fn netns_cookie(&self) -> io::Result<Option<u64>> {
+        cookie::of(&self.socket.descriptor())
+    }
+
     /// All addresses of both families.
     ///
     /// # Errors
@@ -170,11 +204,11 @@ impl RouteReader {
     /// As [`NetlinkSocket::request`].
     pub fn route_to(&mut self, ip: IpAddr) -> io::Result<Option<Route>> {
         let request = route_request(ip);
-        let answer = self.socket.request(&request, 0, |kind, payload| {
-            (kind == libc::RTM_NEWROUTE).then(|| route(payload))
-        });
+        let answer = self
+            .socket
+            .ask(&request, |kind, payload| (kind == libc::RTM_NEWROUTE).then(|| route(payload))?);
         match answer {
-            Ok(routes) => Ok(routes.into_iter().flatten().next()),
+            Ok(route) => Ok(route),
             // Routes of type prohibit, blackhole and throw answer with these three, in this order
             // (`fib_props`, `ip6_rt_type_to_error`); the first two errors mean no or an unreachable
             // route. EAFNOSUPPORT and EOPNOTSUPP: a kernel without IPv6.

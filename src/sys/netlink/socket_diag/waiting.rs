@@ -54,17 +54,30 @@ const SOCKADDR_STORAGE: usize = 128;
 ///
 /// The `errno` of opening the netlink socket, or with which the kernel refuses to answer.
 pub fn served(claims: &BTreeSet<Claim>, own: &BTreeSet<IpAddr>) -> io::Result<BTreeSet<Claim>> {
-    let mut socket = NetlinkSocket::open(NETLINK_SOCK_DIAG)?;
+    let mut socket = NetlinkSocket::open_for_short(NETLINK_SOCK_DIAG)?;
     let mut served = BTreeSet::new();
+    let (mut asked, mut lookups) = (Vec::new(), Vec::new());
     // In a request, source port 0 is every port.
     for claim in claims.iter().filter(|claim| claim.port != 0) {
-        let is_served = match claim.protocol {
-            // It can look up associations, and no sockets that listen (`sctp_diag_dump_one`).
-            Protocol::Sctp => has_waiting(&mut socket, claim),
-            Protocol::Tcp | Protocol::Udp => has_receiver(&mut socket, claim, own),
-        };
-        if is_served? {
-            served.insert(*claim);
+        match addresses(claim, own) {
+            Some(addresses) => {
+                let lookup = |ip: &IpAddr| lookup(claim.protocol, *ip, claim.port);
+                asked.resize(asked.len() + addresses.len(), claim);
+                lookups.extend(addresses.iter().map(lookup));
+            }
+            None if has_waiting(&mut socket, claim)? => drop(served.insert(*claim)),
+            None => {}
+        }
+    }
+    let answers =
+        socket.ask_all(&lookups, |kind, _| (kind == SOCK_DIAG_BY_FAMILY).then_some(()))?;
+    for (claim, answer) in asked.into_iter().zip(answers) {
+        match answer {
+            Ok(Some(())) => drop(served.insert(*claim)),
+            Ok(None) => {}
+            // No socket, or no kernel that could say: EINVAL is one without IPv6.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(served)
@@ -80,11 +93,8 @@ fn has_waiting(socket: &mut NetlinkSocket, claim: &Claim) -> io::Result<bool> {
     Ok(false)
 }
 
-fn has_receiver(
-    socket: &mut NetlinkSocket,
-    claim: &Claim,
-    own: &BTreeSet<IpAddr>,
-) -> io::Result<bool> {
+/// The addresses to look up for a claim; `None` where a dump tells more, or sooner.
+fn addresses(claim: &Claim, own: &BTreeSet<IpAddr>) -> Option<BTreeSet<IpAddr>> {
     let loopback = match claim.family {
         Family::V4 => IpAddr::from(Ipv4Addr::LOCALHOST),
         Family::V6 => Ipv6Addr::LOCALHOST.into(),
@@ -97,21 +107,11 @@ fn has_receiver(
             std::iter::once(loopback).chain(own).collect()
         }
     };
-    if addresses.len() > LOOKUPS || addresses.len() > 1 && claim.port == DNS {
-        return has_waiting(socket, claim);
-    }
-    for address in addresses {
-        let request = lookup(claim.protocol, address, claim.port);
-        let answer = |kind, _: &[u8]| (kind == SOCK_DIAG_BY_FAMILY).then_some(());
-        match socket.request(&request, 0, answer) {
-            Ok(found) if found.is_empty() => {}
-            Ok(_) => return Ok(true),
-            // No socket, or no kernel that could say: EINVAL is one without IPv6.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(false)
+    // It can look up associations of SCTP, and no sockets that listen (`sctp_diag_dump_one`).
+    let is_for_dump = claim.protocol == Protocol::Sctp
+        || addresses.len() > LOOKUPS
+        || addresses.len() > 1 && claim.port == DNS;
+    (!is_for_dump).then_some(addresses)
 }
 
 /// Asks for the socket that a packet from nobody to this address and port would reach. The kernel
