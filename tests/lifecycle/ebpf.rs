@@ -99,10 +99,12 @@ impl Table for Fake {
         let former = plan::losers(&self.0, &keys, &after);
         let mut present = self.0.clone();
         // The fast path looks at nothing else.
-        present
-            .claims
-            .retain(|key, _| keys.contains(key) || keys.iter().any(|other| other.of_any() == *key));
-        present.uses.retain(|port, _| keys.iter().any(|key| key.port() == *port));
+        present.claims.retain(|key, _| keys.contains(key));
+        let asked = plan::also_asked(&present.claims, &keys, &after);
+        let ports = plan::counted_anew(&present.claims, &keys, &after);
+        let also = before.iter().filter(|(key, _)| asked.contains(key));
+        present.claims.extend(also.map(|(key, value)| (*key, *value)));
+        present.uses.retain(|port, _| ports.contains(port));
         present.watched.clear();
         present.counted.clear();
         assert_eq!(plan::losers(&present, &keys, &after), former);

@@ -31,11 +31,13 @@ pub fn in_effect(maps: &Maps, called: &ClaimKey) -> io::Result<Option<(ClaimKey,
 /// connections.
 pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Vec<Former>> {
     let mut present = Present::default();
-    let asked: BTreeSet<ClaimKey> = keys.iter().flat_map(|key| [*key, key.of_any()]).collect();
-    for key in asked {
+    for key in keys {
+        present.claims.extend(get(maps, key)?.map(|value| (*key, value)));
+    }
+    for key in plan::also_asked(&present.claims, keys, after) {
         present.claims.extend(get(maps, &key)?.map(|value| (key, value)));
     }
-    for port in keys.iter().map(ClaimKey::port).collect::<BTreeSet<u16>>() {
+    for port in plan::counted_anew(&present.claims, keys, after) {
         present.uses.insert(port, read_uses(maps, port)?);
     }
     let former = losers(maps, &present, keys, after)?;

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::layout::{Addr, ClaimKey, ClaimValue, claim_flags};
 use crate::facts::NodeFacts;
-use crate::model::{Family, Protocol};
+use crate::model::{Family, Forward, Protocol};
 use crate::record::Record;
 
 /// The entries of the map of claims.
@@ -57,7 +57,14 @@ pub fn claims_at(keys: &BTreeSet<ClaimKey>, related: &[Record], own: Option<&Rec
 /// The keys that a record has entries at, its own or another record's.
 #[must_use]
 pub fn keys(record: &Record) -> BTreeSet<ClaimKey> {
-    entries(record).into_iter().map(|(key, _)| key).collect()
+    let forwards = Family::ALL.into_iter().flat_map(|family| record.forwards(family));
+    forwards.flat_map(|forward| keys_of(&forward)).collect()
+}
+
+/// That of the pod, and that of the claim.
+fn keys_of(forward: &Forward) -> [ClaimKey; 2] {
+    let Forward { claim, target } = forward;
+    [ClaimKey::new(target.ip().into(), claim.protocol, target.port()), ClaimKey::of(claim)]
 }
 
 /// Who flows belong to: the beginning of the record's id.
@@ -90,10 +97,9 @@ fn entries(record: &Record) -> Vec<(ClaimKey, ClaimValue)> {
             value
         };
         for forward in record.forwards(family) {
-            let (claim, target) = (forward.claim, forward.target);
-            let own = ClaimKey::new(target.ip().into(), claim.protocol, target.port());
-            entries.push((own, value(target, claim_flags::SELF)));
-            entries.push((ClaimKey::of(&claim), value(target, 0)));
+            let [own, claim] = keys_of(&forward);
+            entries.push((own, value(forward.target, claim_flags::SELF)));
+            entries.push((claim, value(forward.target, 0)));
         }
     }
     entries

@@ -117,8 +117,31 @@ pub fn restore(present: &Present, wanted: &Claims) -> Vec<Write> {
     writes
 }
 
+/// Further keys that [`losers`] has to know the claims of, with what is present at `keys`: a claim of an
+/// address that comes or goes takes the place of that of any, or leaves it its own.
+#[must_use]
+pub fn also_asked(
+    present: &Claims,
+    keys: &BTreeSet<ClaimKey>,
+    after: &Claims,
+) -> BTreeSet<ClaimKey> {
+    let comes_or_goes = |key: &&ClaimKey| match (present.get(key), after.get(key)) {
+        (Some(only), None) | (None, Some(only)) => only.flags & claim_flags::SELF == 0,
+        _ => false,
+    };
+    let any = keys.iter().filter(comes_or_goes).map(ClaimKey::of_any);
+    any.filter(|any| !keys.contains(any)).collect()
+}
+
+/// The ports that more or fewer claims will have than now.
+#[must_use]
+pub fn counted_anew(present: &Claims, keys: &BTreeSet<ClaimKey>, after: &Claims) -> BTreeSet<u16> {
+    let comes_or_goes = |key: &&ClaimKey| present.contains_key(key) != after.contains_key(key);
+    keys.iter().filter(comes_or_goes).map(ClaimKey::port).collect()
+}
+
 /// Who is reached at one of `keys` and will not be. The claim of an address takes the place of one
-/// of any address, and leaves its place to it. `present` has what is at [`ClaimKey::of_any`] of them, too.
+/// of any address, and leaves its place to it. `present` has what is at those of [`also_asked`], too.
 #[must_use]
 pub fn losers(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> Vec<Former> {
     let will_be = |key: &ClaimKey| match keys.contains(key) {

@@ -81,15 +81,19 @@ impl Plan {
                     }
                     chained.push(Chained { id, ours });
                 }
-                chains.insert((link.index, direction), chained);
+                if !chained.is_empty() {
+                    chains.insert((link.index, direction), chained);
+                }
             }
         }
         // Masters outside of the scope are still masters.
         let mut hooks = hooks::hooks(links, facts, &means);
-        hooks.retain(|hook| looked_at.iter().any(|link| link.index == hook.index));
+        let within: BTreeSet<u32> = looked_at.iter().map(|link| link.index).collect();
+        hooks.retain(|hook| within.contains(&hook.index));
+        let hooked: BTreeSet<u32> = hooks.iter().map(|hook| hook.index).collect();
         let others = looked_at
             .iter()
-            .filter(|link| hooks.iter().all(|hook| hook.index != link.index))
+            .filter(|link| !hooked.contains(&link.index))
             .map(|link| (link.index, link.name.clone()))
             .collect();
         Ok(Plan { tcx, hooks, chains, others })
