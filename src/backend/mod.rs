@@ -227,7 +227,7 @@ fn related(records: &[Record]) -> Vec<Vec<Record>> {
 /// Writing.
 pub trait Apply {
     /// Fails where nothing may be changed: what there is, is a newer portmap's.
-    fn admit(&self) -> Result<()> {
+    fn admit(&self, _host: &Host) -> Result<()> {
         Ok(())
     }
 

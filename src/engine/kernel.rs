@@ -28,6 +28,14 @@ impl Engine<'_> {
         Ok(backend::of(kind))
     }
 
+    /// [`Engine::backend`], which knows no more than what was found out earlier.
+    pub(super) fn known(&self, kind: BackendKind) -> Result<&'static dyn Backend> {
+        if kind == BackendKind::Ebpf {
+            self.recall_kernel()?;
+        }
+        Ok(backend::of(kind))
+    }
+
     /// Tells the host what was found out about the kernel earlier, or finds it out.
     fn know_kernel(&self) -> Result<()> {
         if self.recall_kernel()? {

@@ -82,7 +82,7 @@ impl<'a> Engine<'a> {
             old => (old, None),
         };
         self.backend(record.backend)?.prepare(self.host)?;
-        old.map_or(Ok(()), |old| backend::of(old.backend).admit())?;
+        old.map_or(Ok(()), |old| self.known(old.backend)?.admit(self.host))?;
         other_backend.map_or(Ok(()), |old| self.backend(old.backend)?.prepare(self.host))?;
         let before = self.store.parts(record.backend)?;
         let known = self.known_facts(record.backend)?;
@@ -130,7 +130,7 @@ impl<'a> Engine<'a> {
     ///
     /// One that [`Error::is_newer`], and nothing has changed, where only a newer portmap can do that.
     pub fn remove(&self, record: &Record) -> Result<()> {
-        backend::of(record.backend).admit()?;
+        self.known(record.backend)?.admit(self.host)?;
         let before = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
         if let Err(error) = self.begin(&[record]) {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::Duration;
 
 use aya_obj::generated::bpf_map_type;
 use portmap::sys::bpf::map::{Definition, Map};
@@ -85,6 +86,55 @@ fn maps_and_programs_are_named_and_found() {
         assert_eq!(pins.list().unwrap().layouts, [2, 10]);
         pins.remove_all().unwrap();
         assert!(!Path::new(ROOT).exists());
+    });
+}
+
+/// By what a call sees that nothing has changed since an earlier one.
+#[test]
+#[ignore = "privileged: needs bpf(2) and a mount namespace"]
+fn stamps_tell_that_names_have_come_or_gone() {
+    isolated(|| {
+        let pins = Pins::open().unwrap();
+        pins.create_maps(1, &definitions(), nothing).unwrap();
+        pins.add_programs("abc", [("pm_in", &classifier("pm_in", 0))]).unwrap();
+        let now = || {
+            let pins = Pins::open().unwrap();
+            [pins.stamp(), pins.maps_stamp(1), pins.programs_stamp("abc")]
+        };
+        let settled = || {
+            // Of a change just now nobody knows whether another one has followed.
+            assert!(now().contains(&None));
+            std::thread::sleep(Duration::from_millis(150));
+            let stamps = now();
+            assert!(stamps.iter().all(Option::is_some));
+            stamps
+        };
+        let first = settled();
+        assert_eq!(now(), first);
+
+        fs::remove_file(Path::new(ROOT).join("m1/pm_one")).unwrap();
+        let second = settled();
+        assert_eq!([first[0], first[2]], [second[0], second[2]]);
+        assert_ne!(first[1], second[1]);
+
+        pins.add_programs("abc", [("pm_out", &classifier("pm_out", 0))]).unwrap();
+        let third = settled();
+        assert_eq!([second[0], second[1]], [third[0], third[1]]);
+        assert_ne!(second[2], third[2]);
+
+        fs::create_dir(Path::new(ROOT).join("m2")).unwrap();
+        let fourth = settled();
+        assert_eq!(third[1..], fourth[1..]);
+        assert_ne!(third[0], fourth[0]);
+
+        // Another directory with the name.
+        let dir = Path::new(ROOT).join("p-def");
+        fs::create_dir(&dir).unwrap();
+        fs::remove_dir_all(Path::new(ROOT).join("p-abc")).unwrap();
+        fs::rename(dir, Path::new(ROOT).join("p-abc")).unwrap();
+        assert_ne!(third[2], settled()[2]);
+        pins.remove_programs("abc").unwrap();
+        assert_eq!(pins.programs_stamp("abc"), None);
     });
 }
 

@@ -5,6 +5,7 @@ use portmap::backend::ebpf::devices::{self, Matter};
 use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::sys::Host;
+use portmap::sys::bpf::pins::Numbers;
 
 use super::support::PORTMAP;
 use super::{Scene, lab};
@@ -57,7 +58,7 @@ fn a_link_that_has_gone_is_no_problem_anywhere() {
     scene.ok("ADD", 0);
     let look = || {
         let host = Host::new(None);
-        let Found::Loaded(loaded) = Loaded::open(&OWN, true).unwrap() else {
+        let Found::Loaded(loaded) = Loaded::open(&OWN, true, &Numbers::default()).unwrap() else {
             panic!("nothing is loaded");
         };
         let facts = host.node_facts().unwrap();

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount, umount};
 use portmap::backend::ebpf::layout::{Addr, ClaimKey, ClaimValue, Config, port_bit};
@@ -13,6 +14,7 @@ use portmap::model::{Family, Protocol};
 use portmap::sys::bpf::features::Features;
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, tcx};
+use serde_json::Value;
 use zerocopy::IntoBytes;
 
 use super::support::Variant;
@@ -268,8 +270,20 @@ impl Scene<'_> {
         self.lab.node.run(|| act(&self.place())).unwrap();
     }
 
+    /// Lets an ADD note what has its name in the bpffs, so that later ones need not look for it by name:
+    /// of a change just now it would not know whether another one follows.
+    fn settle(&self) {
+        std::thread::sleep(Duration::from_millis(150));
+        self.ok("ADD", 2);
+        self.ok("DEL", 2);
+        let note = std::fs::read(self.node.state_dir.join("notes/kernel")).unwrap();
+        let note: Value = serde_json::from_slice(&note).unwrap();
+        assert!(note["programs"]["seen"].is_object(), "{note}");
+    }
+
     fn bear(&self, damage: &Damage, whole: &[String]) {
         let what = damage.name;
+        self.settle();
         self.inflict(damage.act);
         let (config, attachment) = &self.pods[0];
         let (code, text) = self.node.fails("CHECK", config, attachment);

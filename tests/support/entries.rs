@@ -7,7 +7,7 @@ use portmap::backend::ebpf::loaded::{Flows, Found, Loaded, Maps, OWN};
 use portmap::backend::ebpf::objects::Claims;
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::cgroup;
-use portmap::sys::bpf::pins::Pins;
+use portmap::sys::bpf::pins::{Numbers, Pins};
 use portmap::sys::bpf::program::{Program, SocketHook};
 use zerocopy::FromBytes;
 
@@ -28,7 +28,7 @@ pub struct Entries {
 /// The maps of a node, if it has them.
 pub fn maps(node: &Netns) -> Option<(Maps, Flows)> {
     let open = || {
-        let Found::Loaded(loaded) = Loaded::open(&OWN, true).unwrap() else {
+        let Found::Loaded(loaded) = Loaded::open(&OWN, true, &Numbers::default()).unwrap() else {
             return None;
         };
         let flows = loaded.flows().unwrap();

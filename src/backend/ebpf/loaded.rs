@@ -6,19 +6,21 @@
 //! cost of a first call.
 
 mod config;
+mod known;
 mod upgrade;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use super::layout::{LAYOUT, REVISION};
+use super::layout::{Config, LAYOUT, REVISION};
 use crate::error::{Error, Result};
 use crate::sys::bpf::map::Map;
 use crate::sys::bpf::object::{self, Aligned, Object};
-use crate::sys::bpf::pins::{Numbers, Pins};
+use crate::sys::bpf::pins::{Numbers, Pins, Stamp};
 use crate::sys::bpf::program::Program;
 use config::config;
+pub use known::is_as_seen;
 use upgrade::make_maps;
 
 /// An object, and what this and other versions of the plugin know it by.
@@ -71,9 +73,15 @@ pub struct Loaded {
     /// Directories that programs are looked for in, a newer plugin's first: it is left in place.
     digests: Vec<String>,
     batches: bool,
+    /// What programs were told, as this call knows it.
+    config: Cell<Config>,
     programs: RefCell<BTreeMap<String, Program>>,
     /// Numbers of programs by name, of those that are open or known from an earlier call.
     ids: RefCell<BTreeMap<String, u32>>,
+    /// Those from an earlier call are of programs that still have their names.
+    exact: Cell<bool>,
+    /// The directories of pins: the one above all, that of the maps, and that of the programs.
+    stamps: Cell<[Option<Stamp>; 3]>,
 }
 
 /// What a look at the pins came to.
@@ -84,25 +92,39 @@ pub enum Found {
 }
 
 impl Loaded {
-    /// What is there, if no map is missing.
+    /// What is there, if no map is missing. Where the directory is as an earlier call has seen it, which
+    /// [`is_as_seen`] has said of the one above, the maps are opened by their numbers: walking the path of
+    /// one takes longer than anything else that is done with it.
     ///
     /// # Errors
     ///
     /// `Error::NewerMaps` where a newer plugin has changed the layout: nothing can be said of its maps.
-    pub fn open(build: &Build, batches: bool) -> Result<Found> {
-        let pins = pins()?;
-        if let Some(missing) = missing_map(&pins, build.layout)? {
-            return Ok(Found::Missing(missing));
-        }
-        let maps = pins.maps(build.layout, WORKED_ON).map_err(failed("open the eBPF maps"))?;
-        let loaded = Self::with(build, pins, maps.unwrap_or_default(), batches)?;
+    pub fn open(build: &Build, batches: bool, known: &Numbers) -> Result<Found> {
+        let before = Pins::opened_before();
+        let stamp = before.maps_stamp(build.layout);
+        let seen = known::seen_by(build, known).filter(|seen| stamp == Some(seen.maps));
+        let (pins, root, maps) = match seen.zip(known::maps(known)) {
+            Some((seen, maps)) => (before, Some(seen.root), maps),
+            None => {
+                let pins = pins()?;
+                if let Some(missing) = missing_map(&pins, build.layout)? {
+                    return Ok(Found::Missing(missing));
+                }
+                let maps = pins.maps(build.layout, WORKED_ON);
+                let maps = maps.map_err(failed("open the eBPF maps"))?.unwrap_or_default();
+                let root = pins.stamp();
+                (pins, root, maps)
+            }
+        };
+        let loaded = Self::with(build, pins, maps, batches)?;
+        loaded.stamps.set([root, stamp, None]);
         Ok(Found::Loaded(Box::new(loaded)))
     }
 
     /// What is there, made complete.
     pub fn ensure(build: &Build, batches: bool) -> Result<Self> {
         let pins = pins()?;
-        refuse_newer_than(&pins, build.layout)?;
+        admitted(&pins, build.layout)?;
         let object = Object::parse(build.object).map_err(failed("read the eBPF object"))?;
         let maps =
             make_maps(&pins, build.layout, &object.maps()).map_err(failed("make the eBPF maps"))?;
@@ -127,8 +149,9 @@ impl Loaded {
             addresses: take("pm_addresses")?,
             config: take("pm_config")?,
         };
+        let config = config(&maps)?;
         let mut digests = vec![build.digest.to_owned()];
-        if config(&maps)?.revision > build.revision {
+        if config.revision > build.revision {
             let present = pins.list().map_err(failed("list the pinned eBPF programs"))?.revisions;
             let newer = present.into_iter().filter(|digest| digest != build.digest);
             digests.splice(0..0, newer);
@@ -139,33 +162,12 @@ impl Loaded {
             build: *build,
             digests,
             batches,
+            config: Cell::new(config),
             programs: RefCell::default(),
             ids: RefCell::default(),
+            exact: Cell::default(),
+            stamps: Cell::default(),
         })
-    }
-
-    /// Takes the numbers of programs from what an earlier call knew, as far as they still have their
-    /// pins: opening a dozen of them is a good part of what a call costs.
-    pub fn trust(&self, known: &Numbers) -> Result<()> {
-        if known.revision != self.digest() || known.claims != self.maps.claims.id() {
-            return Ok(());
-        }
-        let present = self
-            .pins
-            .program_names(self.digest())
-            .map_err(failed("list the pinned eBPF programs"))?;
-        let known = known.programs.iter().filter(|(name, _)| present.contains(*name));
-        self.ids.borrow_mut().extend(known.map(|(name, id)| (name.clone(), *id)));
-        Ok(())
-    }
-
-    /// For later calls' [`Loaded::trust`].
-    pub fn numbers(&self) -> Numbers {
-        Numbers {
-            revision: self.digest().to_owned(),
-            claims: self.maps.claims.id(),
-            programs: self.ids.borrow().clone(),
-        }
     }
 
     /// The revision whose programs go before others'.
@@ -245,10 +247,14 @@ impl Loaded {
         name: &str,
         action: impl FnOnce(&Program) -> Result<T>,
     ) -> Result<T> {
-        if !self.programs.borrow().contains_key(name)
-            && let Some(program) = self.open_program(name)?
-        {
-            self.adopt(name, program);
+        if !self.programs.borrow().contains_key(name) {
+            let known = self.ids.borrow().get(name).copied().filter(|_| self.exact.get());
+            let known = known.and_then(|id| Program::from_id(id).ok()?);
+            if let Some(program) =
+                known.map_or_else(|| self.open_program(name), |it| Ok(Some(it)))?
+            {
+                self.adopt(name, program);
+            }
         }
         match self.programs.borrow().get(name) {
             Some(program) => action(program),
@@ -287,25 +293,15 @@ pub fn unpin() -> Result<()> {
     pins()?.remove_all().map_err(failed("remove the pinned eBPF maps and programs"))
 }
 
-/// Fails where a newer plugin has changed the layout: its maps and programs are not for this one.
-pub fn refuse_newer() -> Result<()> {
-    refuse_newer_than(&pins()?, LAYOUT)
-}
-
-/// Whether maps have been made here.
-///
-/// # Errors
-///
-/// As [`Loaded::open`].
-pub fn has_maps() -> Result<bool> {
-    let pins = pins()?;
-    refuse_newer_than(&pins, LAYOUT)?;
-    Ok(pins.has_layout(LAYOUT))
+/// Fails where a newer plugin has changed the layout: its maps and programs are not for this one. Says
+/// whether maps have been made here.
+pub fn refuse_newer() -> Result<bool> {
+    Ok(admitted(&pins()?, LAYOUT)?.contains(&LAYOUT))
 }
 
 /// Which map is not there, in words.
 fn missing_map(pins: &Pins, layout: u32) -> Result<Option<String>> {
-    refuse_newer_than(pins, layout)?;
+    admitted(pins, layout)?;
     let present = pins.map_names(layout).map_err(failed("look for the eBPF maps"))?;
     let dir = pins.maps_dir(layout);
     let mut expected = WORKED_ON.iter().chain(&OTHERS);
@@ -316,11 +312,12 @@ fn missing_map(pins: &Pins, layout: u32) -> Result<Option<String>> {
     }))
 }
 
-fn refuse_newer_than(pins: &Pins, own: u32) -> Result<()> {
-    let newest = pins.list().map_err(failed("list the pinned eBPF maps"))?.layouts.pop();
-    match newest.filter(|newest| *newest > own) {
+/// The layouts that there are, none of which is newer.
+fn admitted(pins: &Pins, own: u32) -> Result<Vec<u32>> {
+    let layouts = pins.list().map_err(failed("list the pinned eBPF maps"))?.layouts;
+    match layouts.last().copied().filter(|newest| *newest > own) {
         Some(newest) => Err(Error::NewerMaps { newest, own }),
-        None => Ok(()),
+        None => Ok(layouts),
     }
 }
 

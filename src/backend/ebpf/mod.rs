@@ -49,6 +49,7 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{Claim, Forward, Protocol};
 use crate::record::{Part, Record};
+use crate::sys::bpf::pins::Numbers;
 use crate::sys::netlink::socket_diag;
 use crate::sys::{Host, monotonic};
 
@@ -148,16 +149,16 @@ impl Observe for Ebpf {
 }
 
 impl Apply for Ebpf {
-    fn admit(&self) -> Result<()> {
-        loaded::refuse_newer()
+    fn admit(&self, host: &Host) -> Result<()> {
+        has_maps(host).map(drop)
     }
 
-    fn prepare(&self, _host: &Host) -> Result<()> {
-        trial::prepare()
+    fn prepare(&self, host: &Host) -> Result<()> {
+        trial::prepare(host)
     }
 
     fn change(&self, host: &Host, change: &Change) -> Result<Outcome> {
-        let loaded = match open(host)? {
+        let loaded = match open_admitted(host)? {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
@@ -279,7 +280,7 @@ impl Apply for Ebpf {
     }
 
     fn unload(&self, host: &Host) -> Result<()> {
-        self.admit()?;
+        self.admit(host)?;
         // Where eBPF does not work nothing can be attached, unless it was by somebody who may more.
         if host.kernel().is_err() && !loaded::is_pinned() {
             return Ok(());
@@ -317,7 +318,23 @@ pub fn socket_places(host: &Host) -> Result<Vec<String>, String> {
 }
 
 fn open(host: &Host) -> Result<Found> {
-    Loaded::open(&OWN, host.kernel()?.batches)
+    has_maps(host)?;
+    open_admitted(host)
+}
+
+/// Whether maps have been made here. Fails where a newer plugin has made its own.
+fn has_maps(host: &Host) -> Result<bool> {
+    let known = host.programs();
+    if loaded::is_as_seen(&known)? {
+        return Ok(true);
+    }
+    host.remember_programs(Numbers { seen: None, ..Numbers::clone(&known) });
+    loaded::refuse_newer()
+}
+
+/// [`open`], after [`Apply::admit`] or [`Apply::prepare`].
+fn open_admitted(host: &Host) -> Result<Found> {
+    Loaded::open(&OWN, host.kernel()?.batches, &host.programs())
 }
 
 /// What was remembered of claims that changed hands goes, and sockets of the node that are connected

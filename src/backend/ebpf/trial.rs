@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::filters::Filters;
-use super::loaded::{self, Found, Loaded, OWN};
+use super::loaded::{Found, Loaded, OWN};
 use crate::backend::Unusable;
 use crate::error::{Error, Result};
 use crate::sys::Host;
@@ -25,10 +25,10 @@ const LOOPBACK: u32 = 1;
 const AWS_MARK: (u32, u32) = (0x80, 0x80);
 
 /// Finds out whether there is what an ADD needs from its beginning. Changes nothing.
-pub fn prepare() -> Result<()> {
+pub fn prepare(host: &Host) -> Result<()> {
     let failed = |error| Error::io("use eBPF", error);
     require_capabilities().map_err(failed)?;
-    if !loaded::has_maps()? {
+    if !super::has_maps(host)? {
         Pins::open().and_then(|pins| pins.try_out()).map_err(failed)?;
     }
     Ok(())
@@ -42,8 +42,9 @@ pub fn probe(host: &Host) -> Result<(), Unusable> {
         details => Unusable::Broken(format!("{error}: {details}")),
     };
     let kernel = host.kernel().map_err(broken)?;
-    prepare().map_err(broken)?;
-    if let Found::Loaded(loaded) = Loaded::open(&OWN, kernel.batches).map_err(broken)?
+    prepare(host).map_err(broken)?;
+    if let Found::Loaded(loaded) =
+        Loaded::open(&OWN, kernel.batches, &host.programs()).map_err(broken)?
         && !loaded.loaded(&BTreeSet::from([SAMPLE])).map_err(broken)?.is_empty()
     {
         let attach = || loaded.with_program(SAMPLE, |program| Ok(try_to_attach(program)));

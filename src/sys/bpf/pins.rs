@@ -15,6 +15,7 @@ use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
@@ -34,10 +35,36 @@ const BPFFS: &str = "/sys/fs/bpf";
 const DIRECTORY: &str = "portmap";
 const TEMPORARY: &str = "tmp-";
 
+/// How long a change of a directory has to be over before its time tells it from the next one: a tick of
+/// the kernel's clock takes 10 ms at most (`CONFIG_HZ=100`).
+const SETTLED: Duration = Duration::from_millis(100);
+
 /// The plugin's directory in the bpffs of this mount namespace.
 #[derive(Debug, Clone)]
 pub struct Pins {
     root: PathBuf,
+    stamp: Option<Stamp>,
+}
+
+/// Which directory it is, and when a name came to it or went last. While that is the same, it has the
+/// same names for the same maps and programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    device: u64,
+    inode: u64,
+    /// Seconds and nanoseconds since 1970.
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    /// `None` if the last change is too new.
+    fn of(meta: &fs::Metadata) -> Option<Self> {
+        let (seconds, nanoseconds) = (meta.ctime(), meta.ctime_nsec());
+        let changed = Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        now.checked_sub(changed).filter(|age| *age >= SETTLED)?;
+        Some(Self { device: meta.dev(), inode: meta.ino(), changed: (seconds, nanoseconds) })
+    }
 }
 
 /// What has names.
@@ -60,6 +87,23 @@ pub struct Numbers {
     pub claims: u32,
     /// By name.
     pub programs: BTreeMap<String, u32>,
+    /// Those of the maps that every call works on.
+    #[serde(default)]
+    pub maps: BTreeMap<String, u32>,
+    /// The directories when all of these had their names there.
+    #[serde(default)]
+    pub seen: Option<Seen>,
+}
+
+/// The directories when everything was there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// The object, of whose maps none was missing, by the name of its directory.
+    pub object: String,
+    /// There were no maps of a newer layout.
+    pub root: Stamp,
+    pub maps: Stamp,
+    pub programs: Stamp,
 }
 
 impl Pins {
@@ -71,6 +115,7 @@ impl Pins {
     /// a bpffs that is mounted without a mode, and maps decide where packets go.
     pub fn open() -> io::Result<Self> {
         let root = Path::new(BPFFS).join(DIRECTORY);
+        let mut stamp = None;
         match fs::symlink_metadata(&root) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
@@ -86,21 +131,39 @@ impl Pins {
                     ),
                 ));
             }
-            Ok(_) => {}
+            Ok(meta) => stamp = Stamp::of(&meta),
         }
-        Ok(Self { root })
+        Ok(Self { root, stamp })
+    }
+
+    /// As [`Pins::open`], for who has asked that before.
+    #[must_use]
+    pub fn opened_before() -> Self {
+        Self { root: Path::new(BPFFS).join(DIRECTORY), stamp: None }
+    }
+
+    /// The directory's own stamp when it was opened.
+    #[must_use]
+    pub fn stamp(&self) -> Option<Stamp> {
+        self.stamp
+    }
+
+    /// The stamp of the directory with a layout's maps.
+    #[must_use]
+    pub fn maps_stamp(&self, layout: u32) -> Option<Stamp> {
+        Stamp::of(&fs::symlink_metadata(self.maps_dir(layout)).ok()?)
+    }
+
+    /// The stamp of the directory with a revision's programs.
+    #[must_use]
+    pub fn programs_stamp(&self, revision: &str) -> Option<Stamp> {
+        Stamp::of(&fs::symlink_metadata(self.programs_dir(revision)).ok()?)
     }
 
     /// Where a layout's maps are.
     #[must_use]
     pub fn maps_dir(&self, layout: u32) -> PathBuf {
         self.root.join(format!("m{layout}"))
-    }
-
-    /// Whether there are maps of a layout.
-    #[must_use]
-    pub fn has_layout(&self, layout: u32) -> bool {
-        self.maps_dir(layout).is_dir()
     }
 
     /// Where a revision's programs are.

@@ -33,6 +33,8 @@ impl Loaded {
 
     /// After that connection: what was learnt holds from now on, if anything was.
     pub fn trust_learnt_cookie(&self) -> Result<()> {
+        // A program has changed it.
+        self.config.set(config(&self.maps)?);
         self.reconfigure(|config| {
             if config.has_learnt() {
                 config.flags |= config_flags::COOKIE;
@@ -79,17 +81,24 @@ impl Loaded {
         Ok((config.flags & config_flags::COOKIE != 0).then_some(config.netns_cookie))
     }
 
-    pub(super) fn reconfigure(&self, change: impl FnOnce(&mut Config)) -> Result<()> {
-        let before = config(&self.maps)?;
-        let mut after = before;
-        change(&mut after);
-        if before == after {
+    pub(super) fn reconfigure(&self, change: impl Fn(&mut Config)) -> Result<()> {
+        let changes = |config: &mut Config| {
+            let before = *config;
+            change(config);
+            *config != before
+        };
+        if !changes(&mut self.config.get()) {
             return Ok(());
         }
-        self.maps
-            .config
-            .put(0_u32.as_bytes(), after.as_bytes())
-            .map_err(failed("write the configuration of the eBPF programs"))
+        let mut after = config(&self.maps)?;
+        if changes(&mut after) {
+            self.maps
+                .config
+                .put(0_u32.as_bytes(), after.as_bytes())
+                .map_err(failed("write the configuration of the eBPF programs"))?;
+        }
+        self.config.set(after);
+        Ok(())
     }
 }
 
