@@ -34,6 +34,8 @@ pub const SERVICES_UNKNOWN: &str = "hostPorts take the ports of Services: these 
 const IPVS_DEVICE: &str = "kube-ipvs0";
 /// Kubernetes' NodeLocal DNSCache binds the address of the cluster's DNS Service to this one.
 const DNS_DEVICE: &str = "nodelocaldns";
+/// Devices whose addresses are not the node's own.
+pub const SPECIAL_DEVICES: [&str; 2] = [IPVS_DEVICE, DNS_DEVICE];
 
 impl NodeFacts {
     /// Sorts devices by where they lead: out of the node are those with the default route, and those
@@ -60,18 +62,28 @@ impl NodeFacts {
             }),
             _ => true,
         };
-        let on = |name: &str| {
+        let special = SPECIAL_DEVICES.map(|name| {
             let link = links.iter().find(|link| link.name == name);
             link.map(|link| link.index)
-        };
-        let (services, dns) = (on(IPVS_DEVICE), on(DNS_DEVICE));
-        let is_on = |address: &Address, device: Option<u32>| device == Some(address.index);
+        });
         NodeFacts {
             uplinks: links
                 .iter()
                 .filter(|link| leads_out(link))
                 .map(|link| link.name.clone())
                 .collect(),
+            ..NodeFacts::of_addresses(addresses, special)
+        }
+    }
+
+    /// What addresses tell, without `uplinks`. `special` are the indices of [`SPECIAL_DEVICES`], as far as
+    /// they are there.
+    #[must_use]
+    pub fn of_addresses(addresses: &[Address], special: [Option<u32>; 2]) -> Self {
+        let [services, dns] = special;
+        let is_on = |address: &Address, device: Option<u32>| device == Some(address.index);
+        NodeFacts {
+            uplinks: BTreeSet::new(),
             addresses: addresses
                 .iter()
                 .filter(|address| !is_on(address, services) && !is_on(address, dns))

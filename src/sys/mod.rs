@@ -29,7 +29,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::error::{Error, Result};
-use crate::facts::NodeFacts;
+use crate::facts::{NodeFacts, SPECIAL_DEVICES};
 use bpf::features::Features;
 use bpf::pins::Numbers;
 use command::Tools;
@@ -188,6 +188,26 @@ impl Host {
                 *self.links.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(links));
                 Ok(facts)
             },
+        )
+    }
+
+    /// [`Host::node_facts`] without the devices that lead out: who does not ask for these needs no list of
+    /// all devices, of which a node has as many as pods.
+    pub fn node_addresses(&self) -> Result<NodeFacts> {
+        self.ask(
+            || "read the node's addresses (netlink)".into(),
+            |reader| {
+                let special = reader.indices(SPECIAL_DEVICES)?;
+                Ok(NodeFacts::of_addresses(&reader.addresses()?, special))
+            },
+        )
+    }
+
+    /// The cookie of the node's network namespace, as far as the kernel tells it.
+    pub fn netns_cookie(&self) -> Result<Option<u64>> {
+        self.ask(
+            || "find the cookie of the network namespace".into(),
+            |reader| reader.netns_cookie(),
         )
     }
 

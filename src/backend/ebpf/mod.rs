@@ -195,7 +195,7 @@ impl Apply for Ebpf {
             .collect();
         let after = objects::claims_at(&keys, change.related, change.added);
         // A DEL is told what was noted before. An address that has left the node must not stay taken.
-        let now = if change.added.is_none() { host.node_facts().ok() } else { None };
+        let now = if change.added.is_none() { host.node_addresses().ok() } else { None };
         let facts = now.as_ref().unwrap_or(change.facts);
         let write = || -> io::Result<(Vec<Former>, Addresses)> {
             let described = loaded.describe(host.ephemeral_ports(), facts, &after);

@@ -154,7 +154,7 @@ fn own(host: &Host, loaded: Option<&Loaded>) -> Result<Own> {
         return Ok(Own::Everywhere);
     }
     let cookie = match loaded {
-        _ if kernel.cookie_option => cookie::own().map_err(no_cookie)?,
+        _ if kernel.cookie_option => host.netns_cookie()?,
         Some(loaded) => loaded.cookie()?,
         None => None,
     };
