@@ -65,15 +65,23 @@ impl Engine<'_> {
         Ok(collected)
     }
 
-    /// Removes attachments that share a port with the record and whose network namespace is gone. A dead
-    /// pod's claim of an address would go before a living one's of any, and an older one would have the
-    /// port back with the newer one's DEL.
-    pub fn remove_dead_rivals(&self, record: &Record) -> Result<()> {
-        for other in self.store.sharing(&record.port_keys().collect(), &record.id())? {
-            if namespace::life(&other) != Life::Gone {
-                continue;
-            }
-            if let Err(error) = self.remove(&other) {
+    /// Other attachments that share a port with the record, whatever their backends.
+    pub fn rivals(&self, record: &Record) -> Result<Vec<Record>> {
+        self.store.sharing(&record.port_keys().collect(), &record.id())
+    }
+
+    /// Removes `rivals` whose network namespace is gone, and returns the others. A dead pod's claim of an
+    /// address would go before a living one's of any, and an older one would have the port back with the
+    /// newer one's DEL.
+    pub fn remove_dead_rivals(&self, record: &Record) -> Result<Vec<Record>> {
+        let rivals = self.rivals(record)?;
+        let is_dead = |other: &&Record| namespace::life(other) == Life::Gone;
+        let dead: Vec<&Record> = rivals.iter().filter(is_dead).collect();
+        if dead.is_empty() {
+            return Ok(rivals);
+        }
+        for other in dead {
+            if let Err(error) = self.remove(other) {
                 self.host.warn(format!(
                     "{} is dead, has the same port, and cannot be removed: {error}: {}",
                     other.attachment,
@@ -81,6 +89,6 @@ impl Engine<'_> {
                 ));
             }
         }
-        Ok(())
+        self.rivals(record)
     }
 }

@@ -1,6 +1,5 @@
 //! ADD: the attachment's mappings become its record and rules; prevResult goes out as it came in.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use ipnetwork::IpNetwork;
@@ -71,8 +70,8 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     resolve_conflicts(&engine, &request, &record)?;
     engine.add(&record, old.as_deref(), &facts)?;
     // By now it is known, without looking again, which ports nobody else has.
-    engine.remove_dead_rivals(&record)?;
-    adopt_from_other_backends(&engine, &record, &facts)?;
+    let rivals = engine.remove_dead_rivals(&record)?;
+    adopt_from_other_backends(&engine, record.backend, rivals, &facts)?;
     warn_about_shadows(host, &record, &facts);
     warn_about_host_routing(host, &record);
     Ok(reply)
@@ -236,7 +235,7 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
         return Ok(());
     }
     let claims = record.claims();
-    for other in engine.store.sharing(&record.port_keys().collect(), &record.id())? {
+    for other in engine.rivals(record)? {
         // The same container on another network asks for the same ports (podman does).
         if other.attachment.container_id == record.attachment.container_id {
             continue;
@@ -256,11 +255,16 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
 /// through several, the older attachments move to the backend of the newest, and with them those that
 /// share other ports with them, so that precedence is decided in one place. Rules in one backend's own
 /// syntax cannot move.
-fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts) -> Result<()> {
-    let mut todo = vec![Cow::Borrowed(record)];
-    while let Some(record) = todo.pop() {
-        for other in engine.store.sharing(&record.port_keys().collect(), &record.id())? {
-            if other.backend == record.backend {
+fn adopt_from_other_backends(
+    engine: &Engine,
+    backend: BackendKind,
+    mut rivals: Vec<Record>,
+    facts: &NodeFacts,
+) -> Result<()> {
+    let mut todo = Vec::new();
+    loop {
+        for other in rivals {
+            if other.backend == backend {
                 continue;
             }
             let options = &other.options;
@@ -268,29 +272,31 @@ fn adopt_from_other_backends(engine: &Engine, record: &Record, facts: &NodeFacts
                 || Family::ALL.iter().any(|family| !options.conditions(*family).is_empty());
             if fixed {
                 engine.host.warn(format!(
-                    "{} claims the same port through {} with options that {} has not: the order of the hooks decides which one is reached",
-                    other.attachment, other.backend, record.backend
+                    "{} claims the same port through {} with options that {backend} has not: the order of the hooks decides which one is reached",
+                    other.attachment, other.backend
                 ));
-            } else {
-                let mut moved = Record { backend: record.backend, ..other.clone() };
-                let done = fit_to_backend(engine.host, &mut moved)
-                    .and_then(|()| engine.add(&moved, Some(&other), facts));
-                match done {
-                    Ok(()) => todo.push(Cow::Owned(moved)),
-                    // Its tools may have left the node, and the pod be dead: a port that is asked for
-                    // now does not wait for it.
-                    Err(error) => engine.host.warn(format!(
-                        "{} claims the same port through {} and cannot be moved to {}: {error}: {}",
-                        other.attachment,
-                        other.backend,
-                        record.backend,
-                        error.details()
-                    )),
-                }
+                continue;
+            }
+            let mut moved = Record { backend, ..other.clone() };
+            let done = fit_to_backend(engine.host, &mut moved)
+                .and_then(|()| engine.add(&moved, Some(&other), facts));
+            match done {
+                Ok(()) => todo.push(moved),
+                // Its tools may have left the node, and the pod be dead: a port that is asked for
+                // now does not wait for it.
+                Err(error) => engine.host.warn(format!(
+                    "{} claims the same port through {} and cannot be moved to {backend}: {error}: {}",
+                    other.attachment,
+                    other.backend,
+                    error.details()
+                )),
             }
         }
+        let Some(moved) = todo.pop() else {
+            return Ok(());
+        };
+        rivals = engine.rivals(&moved)?;
     }
-    Ok(())
 }
 
 /// What the operator would otherwise search for: a hostIP that no packet has, a server of the node

@@ -35,7 +35,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     match engine.store.get(&id)? {
         // What is a newer version's, its GC will do: an error would be repeated for ever.
         Found::Record(record) => {
-            return match engine.remove_dead_rivals(&record).and_then(|()| engine.remove(&record)) {
+            return match engine.remove_dead_rivals(&record).and_then(|_| engine.remove(&record)) {
                 Err(error) if error.is_newer() => {
                     host.warn(format!("{attachment} is left alone: {error}"));
                     Ok(())
