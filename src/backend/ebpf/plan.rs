@@ -48,7 +48,7 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
         value.is_some_and(|value| value.flags & claim_flags::SELF != 0)
     };
     let mut todo: Vec<&ClaimKey> = keys.iter().collect();
-    todo.sort_by_key(|key| match after.get(key) {
+    todo.sort_by_cached_key(|key| match after.get(key) {
         None => (true, is_pod(present.claims.get(key))),
         wanted => (false, !is_pod(wanted)),
     });
