@@ -118,11 +118,13 @@ fn of_calls(results: &Results) -> Vec<Aim> {
         let worst = greatest(cells.map(|c| wall(&c.series)));
         aims.push(Aim::new(what, Wanted::Below(1.0), worst));
     }
-    for verb in [Verb::Add, Verb::Del] {
-        let cells = ebpf().filter(|c| c.verb == verb);
-        let what = format!("ebpf {} with any number of others, ms", verb.name());
-        let worst = greatest(cells.map(|c| wall(&c.series)));
-        aims.push(Aim::new(what, Wanted::Below(1.0), worst));
+    for ports in [1, 10] {
+        for verb in [Verb::Add, Verb::Del] {
+            let cells = ebpf().filter(|c| c.ports == ports && c.verb == verb);
+            let what = format!("ebpf {} of {ports} port(s) beside any others, ms", verb.name());
+            let worst = greatest(cells.map(|c| wall(&c.series)));
+            aims.push(Aim::new(what, Wanted::Below(1.0), worst));
+        }
     }
     for fresh in &results.starts.fresh {
         let what = format!("ebpf ADD with a new pod link beside {}, ms", fresh.links);
