@@ -215,10 +215,12 @@ fi
 matrix=
 kernels=
 netlink=
+bpf=
 for test in $tests; do
     case ${test##*/} in
         matrix-*) matrix=$test ;;
         netlink-*) netlink=$test ;;
+        bpf-*) bpf=$test ;;
         # For guests: this kernel may lack what it needs.
         kernels-*)
             kernels=$test
@@ -258,7 +260,7 @@ installed=
 heading 'Other kernels'
 release=$(as_caller cargo build --release --locked --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
-as_caller tests/kernels/run.sh "$release" "$matrix" "$kernels" "$netlink"
+as_caller tests/kernels/run.sh "$release" "$matrix" "$kernels" "$netlink" "$bpf"
 
 heading 'Summary'
 printf '%s%5ds  all of it\n' "$timings" "$(($(date +%s) - started))"

@@ -1,14 +1,15 @@
 #!/bin/sh
 # Shows the eBPF backend on other kernels: in a guest of each the demonstration, with no tool in reach
 # of the plugin, what of the traffic matrix kernels can differ in, and what not every machine's kernel
-# can do (SCTP, VLAN, ipvlan, netkit), and what they say of sockets.
+# can do (SCTP, VLAN, ipvlan, netkit), and what they say of sockets and of the bpffs.
 #
-# usage: run.sh PORTMAP MATRIX KERNELS NETLINK [KERNEL...]
+# usage: run.sh PORTMAP MATRIX KERNELS NETLINK BPF [KERNEL...]
 #
 #   PORTMAP  the plugin, a static binary
 #   MATRIX   the test program of tests/matrix
 #   KERNELS  the test program of tests/kernels
 #   NETLINK  the test program of tests/netlink
+#   BPF      the test program of tests/bpf
 #   KERNEL   as boot.sh takes it; by default Debian's from the oldest to the newest. One with options
 #            gets the demonstration alone; one whose name ends in -without-ipv6 or -without-netfilter what
 #            is to be tried there, too.
@@ -23,7 +24,8 @@ portmap=$1
 matrix=$2
 kernels=$3
 netlink=$4
-shift 4
+bpf=$5
+shift 5
 # By default also: cgroup v2 mounted nowhere, a kernel without netfilter, and one without IPv6. What takes longest goes first.
 [ $# -gt 0 ] || set -- newest 5.10 6.12 6.1 \
     '5.10,cgroup=v1,name=5.10-cgroup-v1' \
@@ -37,6 +39,7 @@ strip -o "$payload/portmap" "$portmap"
 strip -o "$payload/matrix" "$matrix"
 strip -o "$payload/kernels" "$kernels"
 strip -o "$payload/netlink" "$netlink"
+strip -o "$payload/bpf" "$bpf"
 cp -R -- testdata/samples "$payload/samples"
 # Where the test programs look for the plugin (beside the directory that cargo put them into) and for
 # recordings. Not shipped to these paths: the guest may mount something over them.
@@ -89,6 +92,8 @@ export TESTS_TIMEOUT=20
 # The kernel loads it for no rule and no device.
 modprobe br_netfilter
 tests 9 ./netlink socket_diag
+# Times of directories are what calls go by.
+tests 1 ./bpf pins::stamps
 case \$(uname -r) in
     5.* | 6.[0-7].*) tests 3 ./kernels --skip netkit --skip ipv6:: ;;
     *) tests 4 ./kernels --skip ipv6:: ;;
