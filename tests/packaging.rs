@@ -8,6 +8,13 @@
     reason = "these tests run scripts and look at the files that they leave"
 )]
 
+#[path = "../build.rs"]
+#[allow(
+    dead_code,
+    clippy::print_stdout,
+    reason = "what cargo runs has a main, which tells it by stdout"
+)]
+mod build;
 #[path = "support/executable.rs"]
 mod executable;
 
@@ -313,6 +320,38 @@ fn the_image_is_the_binary_and_runs() {
         said.ends_with(concat!("portmap\nportmap ", env!("CARGO_PKG_VERSION"), "\n")),
         "{said}"
     );
+}
+
+#[test]
+fn only_gnu_ld_is_given_an_order_of_functions() {
+    let dir = Dir::new("linker");
+    for (index, (version, knows)) in [
+        ("GNU ld (GNU Binutils for Debian) 2.40", true),
+        ("GNU gold (GNU Binutils for Debian 2.40) 1.16", false),
+        ("mold 2.40.4 (compatible with GNU ld)", false),
+        ("LLD 22.1.2 (compatible with GNU linkers)", false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let linker = dir.0.join(format!("cc{index}"));
+        write_executable(
+            &linker,
+            format!("#!/bin/sh\n[ \"$*\" = -Wl,--version ] && echo '{version}'\n"),
+        );
+        assert_eq!(build::knows_insert(linker.to_str().unwrap(), ""), knows, "{version}");
+    }
+    assert!(!build::knows_insert(dir.0.join("none").to_str().unwrap(), ""));
+    let gnu = dir.0.join("cc0");
+    for (flags, knows) in [
+        ("-C\x1ftarget-feature=+crt-static\x1f--remap-path-prefix\x1f/linker=/x", true),
+        ("-C\x1fopt-level=3\x1f-C\x1flink-arg=-fuse-ld=mold", false),
+        ("-Clinker=/usr/bin/mold", false),
+        ("--codegen=link-args=-fuse-ld=gold", false),
+        ("-Zlinker-features=+lld", false),
+    ] {
+        assert_eq!(build::knows_insert(gnu.to_str().unwrap(), flags), knows, "{flags}");
+    }
 }
 
 /// The script around cargo: what is built is the business of the compiler.
