@@ -41,6 +41,9 @@ portmap=$2
 out=$3
 mount -t bpf bpf /sys/fs/bpf
 mount -t tmpfs tmpfs /run
+# Programs at the root of cgroup v2 would outlive the namespaces. Not before both are mounted: what is there
+# otherwise is the machine's.
+trap '"$portmap" flush --all --yes >/dev/null' EXIT
 mkdir /run/netns
 ip link set lo up
 ip link add eth0 type veth peer name outside

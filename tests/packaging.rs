@@ -15,6 +15,8 @@
     reason = "what cargo runs has a main, which tells it by stdout"
 )]
 mod build;
+#[path = "support/cgroups.rs"]
+mod cgroups;
 #[path = "support/executable.rs"]
 mod executable;
 
@@ -352,6 +354,26 @@ fn only_gnu_ld_is_given_an_order_of_functions() {
     ] {
         assert_eq!(build::knows_insert(gnu.to_str().unwrap(), flags), knows, "{flags}");
     }
+}
+
+/// All else goes with the namespaces that the script makes.
+#[test]
+#[ignore = "privileged: programs at the root of cgroup v2"]
+fn a_profile_that_fails_leaves_no_programs() {
+    let dir = Dir::new("functions");
+    let bin = dir.0.join("bin");
+    fs::create_dir(&bin).unwrap();
+    write_executable(&bin.join("valgrind"), "#!/bin/sh\nexit 3\n");
+    let output = isolated(&format!(
+        "programs() {{ bpftool cgroup show {group} | awk '$NF ~ /^pm_/' | sort; }}
+         before=$(programs); status=0
+         PATH={bin}:$PATH unshare --net --mount --pid --fork --mount-proc sh {ROOT}/scripts/functions.sh inside {PORTMAP} {dir} || status=$?
+         [ $status = 3 ]; programs; [ \"$(programs)\" = \"$before\" ]",
+        group = cgroups::mounted().display(),
+        bin = bin.display(),
+        dir = dir.0.display(),
+    ));
+    succeeds(&output);
 }
 
 /// The script around cargo: what is built is the business of the compiler.
