@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
-use portmap::backend::ebpf::layout::{Addr, ClaimKey, Config, Traffic, config_flags};
+use portmap::backend::ebpf::layout::{Addr, ClaimKey, Traffic, config_flags};
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Lab;
 use portmap::demo::traffic::{Call, Failure, Session, Transport, reach};
@@ -36,13 +36,18 @@ impl Scene<'_> {
 
     /// Connections to hostPort 8080 that programs have seen begin.
     fn begun(&self) -> u64 {
+        self.counted(0, |traffic| traffic.connections)
+    }
+
+    /// What programs have counted of a pod's hostPort.
+    pub fn counted(&self, pod: usize, what: impl Fn(Traffic) -> u64 + Sync) -> u64 {
         let read = || {
             let entries = ebpf::map("pm_traffic").entries().unwrap();
             let of_port = entries.iter().filter(|(key, _)| {
-                ClaimKey::read_from_bytes(key).unwrap().port() == Scene::port(0)
+                ClaimKey::read_from_bytes(key).unwrap().port() == Scene::port(pod)
             });
             let per_cpu = of_port.flat_map(|(_, values)| values.chunks_exact(size_of::<Traffic>()));
-            per_cpu.map(|value| Traffic::read_from_bytes(value).unwrap().connections).sum()
+            per_cpu.map(|value| what(Traffic::read_from_bytes(value).unwrap())).sum()
         };
         self.lab.node.run(read).unwrap()
     }
@@ -524,17 +529,11 @@ fn a_del_looks_at_the_nodes_addresses_again() {
         let status = lab.node.spawn(command.args(arguments.split(' '))).unwrap().wait().unwrap();
         assert!(status.success(), "ip {arguments}");
     };
-    let config = || {
-        let value = ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap();
-        Config::read_from_bytes(&value).unwrap()
-    };
     let is_known = |address: &str| {
         let address = Addr::from(address.parse::<IpAddr>().unwrap());
-        let known = || {
-            let value = ebpf::map("pm_addresses").get(address.as_bytes()).unwrap();
-            (value, config().flags & config_flags::LISTED_ONLY != 0)
-        };
-        lab.node.run(known).unwrap()
+        let known = || ebpf::map("pm_addresses").get(address.as_bytes()).unwrap();
+        let listed_only = scene.told().flags & config_flags::LISTED_ONLY != 0;
+        (lab.node.run(known).unwrap(), listed_only)
     };
     let own = Some(1_u32.to_ne_bytes().to_vec());
     // kube-proxy's name is all that the device has of it.

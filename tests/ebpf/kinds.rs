@@ -11,18 +11,31 @@ use super::support::bare::mapping;
 use super::support::{ebpf, prev_result, strace};
 use super::{Scene, lab};
 
+/// No peer gets a port that a socket may get by itself. Which these are may change between calls.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn programs_are_told_which_ports_sockets_get() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    for (pod, ports) in [20_000..=30_000, 40_000..=50_000].into_iter().enumerate() {
+        let text = format!("{} {}", ports.start(), ports.end());
+        lab.node.set_sysctl("ipv4/ip_local_port_range", &text).unwrap();
+        scene.ok("ADD", pod);
+        let mut right = scene.told();
+        right.keep_free(&ports);
+        assert_eq!(scene.told(), right, "{text}");
+    }
+    (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
+}
+
 /// Programs ask less for each packet while nobody has masqAll or a hostIP.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn programs_are_told_what_kinds_of_claims_there_are() {
     let lab = lab(2);
     let scene = Scene::new(&lab);
-    let config = || {
-        let value = lab.node.run(|| ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap()).unwrap();
-        Config::read_from_bytes(&value).unwrap()
-    };
     let ruled_out = || {
-        let flags = config().flags;
+        let flags = scene.told().flags;
         [config_flags::NO_MASQUERADE, config_flags::NO_HOST_ADDRESS].map(|bit| flags & bit != 0)
     };
     scene.ok("ADD", 0);
@@ -35,7 +48,7 @@ fn programs_are_told_what_kinds_of_claims_there_are() {
     };
     scene.node.ok("ADD", &with(1, &specific), &scene.key(1));
     assert_eq!(ruled_out(), [true, false]);
-    let mut wrong = config();
+    let mut wrong = scene.told();
     wrong.rule_out();
     let put = || ebpf::map("pm_config").put(&[0; 4], wrong.as_bytes()).unwrap();
     lab.node.run(put).unwrap();

@@ -29,6 +29,7 @@ mod upgrade;
 
 use std::time::Duration;
 
+use portmap::backend::ebpf::layout::Config;
 use portmap::backend::ebpf::loaded::OWN;
 use portmap::demo::plugin::Attachment;
 use portmap::demo::server::Servers;
@@ -36,7 +37,8 @@ use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::sys::bpf::object::Object;
 use portmap::sys::bpf::pins::Pins;
 use serde_json::{Value, json};
-use support::{Node, Variant, attachment, prev_result};
+use support::{Node, Variant, attachment, ebpf, prev_result};
+use zerocopy::FromBytes;
 
 /// Long enough for a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -90,6 +92,12 @@ impl<'a> Scene<'a> {
             pins.create_maps(OWN.layout, definitions.values(), |_| Ok(())).unwrap();
         };
         self.lab.node.run(make).unwrap();
+    }
+
+    /// What programs are told.
+    fn told(&self) -> Config {
+        let read = || ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap();
+        Config::read_from_bytes(&self.lab.node.run(read).unwrap()).unwrap()
     }
 
     fn ok(&self, verb: &str, pod: usize) -> String {
