@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use portmap::backend::ebpf::loaded::{Build, OWN};
+use portmap::demo::traffic::{Call, Transport, reach};
+use portmap::model::Family;
 use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::pins::{Contents, Pins};
 use portmap::sys::bpf::program::{Program, SocketHook};
@@ -13,7 +15,7 @@ use super::flows::Ends;
 use super::support::ebpf::{self, PINS};
 use super::support::{entries, programs, versions};
 use super::talks::Talks;
-use super::{Scene, lab};
+use super::{Scene, TIMEOUT, lab};
 
 /// The plugin's own object as another revision: the same programs in a file with another digest.
 fn other_revision(revision: u32) -> Build {
@@ -142,6 +144,8 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     scene.node.ok("ADD", &scene.config_with(2, 40_000), &scene.key(2));
     scene.loaded_by(&older);
     let mut talks = Talks::open(&lab);
+    let call = Call::new(Transport::Tcp, lab.node_socket(Family::V4, Scene::port(1)), TIMEOUT);
+    reach(&lab.client, call).unwrap();
     let mut ends = Ends::open(&lab, 40_000);
     ends.node_speaks();
     let (maps, programs) = scene.ids();
@@ -163,6 +167,7 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     remembered
         .retain(|key, old| now.get(key).is_none_or(|new| new[..COMMON - 8] != old[..COMMON - 8]));
     assert!(remembered.is_empty(), "forgotten: {remembered:?}");
+    assert!(scene.counted(1, |traffic| traffic.packets_in) > 0);
     talks.go_on();
     ends.client_speaks();
     scene.ok("DEL", 2);

@@ -12,8 +12,10 @@ use crate::sys::bpf::map::{Definition, Map};
 use crate::sys::bpf::pins::Pins;
 use crate::sys::monotonic;
 
-/// Maps whose entries an upgrade takes along: connections, and what was counted.
-const CARRIED: [&str; 5] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams", "pm_traffic"];
+/// Maps whose entries an upgrade takes along: connections, and what was counted, which begins anew for a
+/// claim whose former owner is not known.
+const CARRIED: [&str; 6] =
+    ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams", "pm_traffic", "pm_claims"];
 /// Those that programs make entries in. Of claims that are gone there would be counters again.
 const CONNECTIONS: [&str; 4] = ["pm_flows", "pm_remaps", "pm_sockets", "pm_streams"];
 
