@@ -1,19 +1,24 @@
 //! Programs of another version than the plugin's own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use portmap::backend::ebpf::loaded::{Build, OWN};
+use portmap::demo::topology::Lab;
 use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::Family;
+use portmap::sys::bpf::clsact::Clsact;
 use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::pins::{Contents, Pins};
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cgroup, tcx};
+use portmap::sys::netlink::route::RouteReader;
 
 use super::flows::Ends;
 use super::support::ebpf::{self, PINS};
-use super::support::{entries, programs, versions};
+use super::support::{entries, programs, strace, versions};
 use super::talks::Talks;
 use super::{Scene, TIMEOUT, lab};
 
@@ -174,6 +179,93 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     scene.ok("DEL", 0);
 }
 
+/// Numbers of the programs at all devices: at ingress, and at egress.
+fn at_devices(lab: &Lab) -> [BTreeSet<u32>; 2] {
+    let read = || {
+        let links = RouteReader::open().unwrap().links().unwrap();
+        let mut clsact = Clsact::open().unwrap();
+        Direction::ALL.map(|direction| {
+            let mut ids = BTreeSet::new();
+            for link in &links {
+                ids.extend(tcx::query(link.index, direction).unwrap().programs);
+                let filters = clsact.filters(link.index, direction).unwrap();
+                ids.extend(filters.into_iter().filter_map(|filter| filter.program));
+            }
+            ids
+        })
+    };
+    lab.node.run(read).unwrap()
+}
+
+/// While programs of two versions are at work, those at egress know what they do not know, and those at
+/// ingress make no connections that these have never heard of.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs strace"]
+fn egress_goes_before_ingress_and_answers_are_held() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let mut mixed = [0; 2];
+    for number in (1 + std::process::id() as usize % 4..).step_by(4) {
+        scene.loaded_by(&versions::older());
+        let [ingress, egress] = at_devices(&lab);
+        let (command, input) = (scene.command(&[], "ADD", 1), scene.config(1).to_string());
+        let how = format!("signal=SIGKILL:when={number}");
+        let (output, _) = strace::tampered(&lab.node, &command, &input, "sendto,sendmsg", &how);
+        if output.status.is_some() {
+            break;
+        }
+        let [now_in, now_out] = at_devices(&lab);
+        let changed = [now_in != ingress, now_out != egress];
+        let done = [now_in.is_disjoint(&ingress), now_out.is_disjoint(&egress)];
+        assert!(!changed[0] || done[1], "before netlink's call {number}: ingress has changed");
+        if changed.contains(&true) && !done[0] {
+            assert_ne!(scene.told().hold_until, 0, "before netlink's call {number}");
+            mixed[usize::from(changed[0])] += 1;
+        }
+    }
+    assert!(!mixed.contains(&0), "strace has not traced: {mixed:?}");
+    scene.ok("ADD", 1);
+    assert_eq!(scene.told().hold_until, 0);
+    (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
+}
+
+/// Hooks of cgroups at which a command attaches or detaches programs, in its order.
+fn in_turn(scene: &Scene, command: &Command, input: &str, action: &str) -> Vec<String> {
+    let (output, log) = strace::traced(&scene.lab.node, command, input, "bpf");
+    assert!(output.success(), "{}", output.reason());
+    let done = log.lines().filter(|line| line.contains(action) && line.ends_with(" = 0"));
+    let hook = |line: &str| {
+        let (_, rest) = line.split_once("attach_type=BPF_CGROUP_")?;
+        Some(rest.split([',', '}']).next()?.to_owned())
+    };
+    done.filter_map(hook).collect()
+}
+
+/// Nodes in containers share the root cgroup, and tell by the programs at some hooks whose the others are:
+/// with each look they find one of these, with the same maps as any other of its node.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs strace"]
+fn programs_that_tell_whose_others_are_come_first_and_go_last() {
+    const FIRST: &str = "INET4_CONNECT";
+    const TELLING: [&str; 3] = ["INET6_CONNECT", "UDP4_SENDMSG", "UDP6_SENDMSG"];
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    let add = |pod: usize| {
+        let (command, input) = (scene.command(&[], "ADD", pod), scene.config(pod).to_string());
+        in_turn(&scene, &command, &input, "BPF_PROG_ATTACH")
+    };
+    let hooks = add(0);
+    assert_eq!((hooks.len(), hooks[0].as_str()), (SocketHook::ALL.len(), FIRST), "{hooks:?}");
+    scene.loaded_by(&versions::older());
+    // The former one stays until all others have changed.
+    let hooks = add(1);
+    assert_eq!((hooks.len(), hooks.last().unwrap().as_str()), (SocketHook::ALL.len(), FIRST));
+    assert!(TELLING.iter().all(|hook| hooks[..3].iter().any(|one| one == hook)), "{hooks:?}");
+    let hooks = in_turn(&scene, &scene.node.flush_command(), "", "BPF_PROG_DETACH");
+    assert_eq!((hooks.len(), hooks.last().unwrap().as_str()), (SocketHook::ALL.len(), FIRST));
+}
+
 /// A pod that goes may be the first one that the new version is called for.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
@@ -227,6 +319,7 @@ fn newer_programs_of_the_same_layout_are_left_in_place() {
     let lab = lab(3);
     let scene = Scene::new(&lab);
     scene.ok("ADD", 0);
+    assert_eq!(scene.told().revision, OWN.revision);
     let newer = other_revision(OWN.revision + 1);
     scene.loaded_by(&newer);
     let ids = scene.ids();
@@ -253,6 +346,27 @@ fn newer_programs_of_the_same_layout_are_left_in_place() {
     // The newer plugin takes it back.
     scene.loaded_by(&newer);
     scene.ok("CHECK", 0);
+}
+
+/// A newer plugin was killed before it took the former maps' names away, which are as they were seen last.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_newer_layout_is_noticed_beside_maps_that_are_known() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    let settle = || std::thread::sleep(Duration::from_millis(150));
+    scene.ok("ADD", 0);
+    settle();
+    scene.ok("ADD", 1);
+    let newer = Path::new(PINS).join("m2");
+    lab.node.run(|| std::fs::create_dir(&newer).unwrap()).unwrap();
+    for _ in 0..2 {
+        let (code, text) = scene.fails("ADD", 1);
+        assert!(code == 104 && text.contains("layout 2 of a newer portmap"), "{code} {text}");
+        settle();
+    }
+    lab.node.run(|| std::fs::remove_dir(&newer).unwrap()).unwrap();
+    (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
 }
 
 /// Maps of a newer layout cannot be understood: an older plugin says so and keeps its hands off.
