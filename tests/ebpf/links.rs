@@ -1,7 +1,7 @@
 //! Whose matter a link is: an attachment's CHECK looks at its own, at the uplinks, and for what is wrong with
 //! programs that are there.
 
-use portmap::backend::ebpf::devices::{self, Matter};
+use portmap::backend::ebpf::devices::{self, Matter, Mode, Scope};
 use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::sys::Host;
@@ -76,6 +76,11 @@ fn a_link_that_has_gone_is_no_problem_anywhere() {
         scene.node.shell(&format!("ip link del {gone}"));
         assert_eq!([find(&Matter::All), find(&none)], [const { Vec::<String>::new() }; 2]);
         assert!(hooked().iter().all(|(device, found)| device != gone && *found));
+        // Nor does it keep an ADD from what the other links need.
+        for mode in [Mode::Extend, Mode::Restore] {
+            let sync = devices::sync(&host, &loaded, &links, &facts, Scope::All, mode);
+            assert!(sync.unwrap(), "{mode:?}");
+        }
     };
     lab.node.run(look).unwrap();
     scene.node.flush();
