@@ -181,6 +181,9 @@ fn kernels_that_refuse_are_explained() {
             scene.assert_refused(&scene.failing("bpf", how, verb, 0), code, &[reason]);
         }
     }
+    // Modules may be missing, which are needed for no more than the last step.
+    let refused = scene.failing("sendto", "error=EOPNOTSUPP", "STATUS", 0);
+    scene.assert_refused(&refused, 50, &["attaching a program to a device (clsact, cls_bpf)"]);
     // Kernels that were locked down before 5.4, by patches of distributions, have no bpf(2).
     in_node(&lab, || {
         let at = "/sys/kernel/security";
