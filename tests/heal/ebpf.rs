@@ -1,5 +1,6 @@
 //! Damage to maps, programs, their names and their places.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -32,6 +33,9 @@ struct Place {
     pod: IpAddr,
 }
 
+/// After so long a change of a directory of pins is told from another one.
+const SETTLED: Duration = Duration::from_millis(150);
+
 struct Damage {
     name: &'static str,
     /// Done inside the node.
@@ -50,7 +54,7 @@ const fn damage(by: By, name: &'static str, act: fn(&Place), named: &'static str
     Damage { name, act, named, by, after: |_| {}, counted: None }
 }
 
-const DAMAGES: [Damage; 32] = [
+const DAMAGES: [Damage; 33] = [
     damage(By::Any, "the map of claims unpinned", |_| unpin("pm_claims"), "pm_claims is missing"),
     damage(By::Any, "the ports unpinned", |_| unpin("pm_ports"), "pm_ports is missing"),
     damage(By::Any, "the uses unpinned", |_| unpin("pm_port_uses"), "pm_port_uses is missing"),
@@ -188,6 +192,21 @@ const DAMAGES: [Damage; 32] = [
         },
         "eth0: program pm_uplink_in expected at the head of tcx ingress, found another version's",
     ),
+    Damage {
+        after: |_| detach(UPLINK, Direction::Ingress),
+        ..damage(
+            By::Any,
+            "another version's program behind a foreign one",
+            |_| {
+                let device = ebpf::index_of(UPLINK);
+                detach(UPLINK, Direction::Ingress);
+                for name in ["pm_uplink_in", "foreign"] {
+                    tcx::attach_first(device, Direction::Ingress, &foreign(name)).unwrap();
+                }
+            },
+            "eth0: program pm_uplink_in expected at the head of tcx ingress, found another version's",
+        )
+    },
     damage(
         By::Any,
         "socket programs detached",
@@ -273,7 +292,7 @@ impl Scene<'_> {
     /// Lets an ADD note what has its name in the bpffs, so that later ones need not look for it by name:
     /// of a change just now it would not know whether another one follows.
     fn settle(&self) {
-        std::thread::sleep(Duration::from_millis(150));
+        std::thread::sleep(SETTLED);
         self.ok("ADD", 2);
         self.ok("DEL", 2);
         let note = std::fs::read(self.node.state_dir.join("notes/kernel")).unwrap();
@@ -359,6 +378,26 @@ fn check_names_and_add_repairs_damage_to_ebpf() {
         scene.bear(damage, &whole);
     }
     scene.ok("DEL", 1);
+    scene.ok("DEL", 0);
+}
+
+/// What an earlier call has seen is looked at again, however long ago it has changed.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_add_puts_back_what_lost_its_name_a_while_ago() {
+    let lab = lab();
+    let scene = Scene::new(&lab, Variant::Ebpf);
+    scene.ok("ADD", 0);
+    let whole = ebpf::state(&lab.node);
+    for damage in DAMAGES.iter().filter(|damage| damage.name.ends_with("unpinned")) {
+        scene.settle();
+        scene.inflict(damage.act);
+        std::thread::sleep(SETTLED);
+        scene.ok("ADD", 2);
+        scene.ok("CHECK", 0);
+        scene.ok("DEL", 2);
+        assert_eq!(ebpf::state(&lab.node), whole, "{}", damage.name);
+    }
     scene.ok("DEL", 0);
 }
 
@@ -505,14 +544,22 @@ fn open_connections_survive_repairs() {
             }
         }
     }
+    let flows = || {
+        let entries = || ebpf::map("pm_flows").entries().unwrap();
+        let keys = lab.node.run(entries).unwrap().into_iter().map(|(key, _)| key);
+        keys.collect::<BTreeSet<_>>()
+    };
     for act in [
         (|_| unpin("pm_port_uses")) as fn(&Place),
         |_| unpin("pm_claims"),
         |_| unpin("pm_out"),
         |_| remove("p-"),
     ] {
+        let before = flows();
         scene.inflict(act);
         scene.ok("ADD", 1);
+        // A pod may be the first to say something.
+        assert!(before.is_subset(&flows()));
         for (what, session) in &mut sessions {
             session.ask().unwrap_or_else(|failure| panic!("{what}: {failure}"));
         }
