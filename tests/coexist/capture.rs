@@ -113,6 +113,7 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
     let lab = &stage.lab;
     let node = Node::new(&lab.node, Variant::Ebpf);
     let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
+    let other = Container::new(&node, lab, 1, mapped(PORT + 1, INSIDE));
     container.add();
     for family in Family::ALL {
         let ip = lab.second_node_address(family);
@@ -150,7 +151,11 @@ fn an_address_that_has_left_the_node_is_not_taken_any_more() {
         let (_, reason) = node.fails("CHECK", &container.config, &container.attachment);
         let expected = format!("{ip} is known as an address of the node, and is none");
         assert!(reason.contains(&expected), "{reason}");
-        container.add();
+        // One that repairs what it finds, and one that has only its own to add.
+        match family {
+            Family::V4 => container.add(),
+            Family::V6 => other.add(),
+        }
         let now = reaches(Place::Node, ip, PORT, "client", Source::Node);
         assert_calls("after the next call", lab, now);
         assert_eq!(talk.ask().unwrap().server, "client", "a flow to {ip} goes on");
