@@ -141,7 +141,36 @@ fn a_device_that_does_not_forward_is_no_obstacle() {
         std::fs::write(&setting, "0").unwrap();
         rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
         rig.stays(At::UplinkIn, &call.to(rig.elsewhere(8080)));
+        // Nor is what was the node's, or has come to it, since the plugin ran last.
+        rig.list_address(rig.elsewhere(0).ip(), 1);
+        rig.stays(At::UplinkIn, &call.to(rig.elsewhere(8080)));
+        rig.maps["pm_addresses"].remove(Addr::from(rig.second(0).ip()).as_bytes()).unwrap();
+        let new = call.from(rig.client(40001)).to(rig.second(8080));
+        rig.becomes(At::UplinkIn, &new, &new.to(rig.pod(80)));
         std::fs::write(&setting, "1").unwrap();
+    });
+}
+
+/// Where forwarding is on for pods' links alone, no route can be asked for: the plugin's list is what there is.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn listed_addresses_are_taken_where_routes_are_not_told() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        let family = if rig.is_v4() { "ipv4" } else { "ipv6" };
+        let set = |value: &str| {
+            for device in ["eth0", "lo"] {
+                let setting = format!("/proc/sys/net/{family}/conf/{device}/forwarding");
+                std::fs::write(&setting, value).unwrap();
+            }
+        };
+        set("0");
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.node(8080));
+        rig.becomes(At::UplinkIn, &call, &call.to(rig.pod(80)));
+        rig.stays(At::UplinkIn, &call.to(rig.elsewhere(8080)));
+        rig.maps["pm_addresses"].remove(Addr::from(rig.second(0).ip()).as_bytes()).unwrap();
+        rig.stays(At::UplinkIn, &call.to(rig.second(8080)));
+        set("1");
     });
 }
 
