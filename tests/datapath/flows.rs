@@ -225,6 +225,23 @@ fn a_port_is_used_again_after_the_connection() {
     });
 }
 
+/// A pod that has said its last may still listen: only what begins a connection takes the entry over.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn a_half_closed_connection_is_not_taken_over() {
+    on_node(|rig| {
+        rig.claim_any(8080, rig.pod(80));
+        let call = Packet::new(Kind::Tcp(SYN), rig.client(40000), rig.node(8080));
+        let direct = call.to(rig.pod(80));
+        rig.becomes(At::UplinkIn, &call, &direct);
+        let last = direct.turned().with(Kind::Tcp(FIN | ACK));
+        rig.becomes(At::Out, &last, &last.from(rig.node(8080)));
+        let other = direct.with(Kind::Tcp(ACK));
+        rig.with_new_port(At::UplinkIn, &other, &other);
+        assert_eq!(rig.flow(&direct).unwrap().host, rig.node(8080));
+    });
+}
+
 #[test]
 #[ignore = "privileged: loads BPF programs"]
 fn a_silent_flow_makes_room() {
