@@ -2,11 +2,13 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
 use portmap::backend::ebpf::layout::{
     Addr, ClaimKey, ClaimValue, Config, SocketKey, claim_flags, config_flags,
 };
@@ -131,7 +133,10 @@ impl Inside {
 
     /// hostPort to the first pod's port 80, or the second's, for TCP and UDP.
     fn claim(&self, object: &Object, family: Family, addr: Addr, port: u16, pod: usize) {
-        let pod = SocketAddr::new(self.pods[pod][family as usize], 80);
+        self.claim_at(object, addr, port, SocketAddr::new(self.pods[pod][family as usize], 80));
+    }
+
+    fn claim_at(&self, object: &Object, addr: Addr, port: u16, pod: SocketAddr) {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let mut value = ClaimValue::new(pod, 1);
             let key = ClaimKey::new(addr, protocol, port);
@@ -279,6 +284,35 @@ fn sockets_of_the_node_reach_pods() {
             assert!(keys.iter().all(|key| key.protocol == protocol.number()), "{map}: {keys:?}");
         }
     });
+}
+
+/// A socket may call again after it was refused, and then the pod itself.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn what_a_socket_called_before_is_forgotten_with_a_direct_call() {
+    in_a_process(
+        "what_a_socket_called_before_is_forgotten_with_a_direct_call",
+        |inside, object| {
+            inside.attach(&object, "_any");
+            inside.listed(&object);
+            // Nobody listens there.
+            let pod = SocketAddr::new(inside.pods[0][0], 81);
+            inside.claim_at(&object, Addr::any(Family::V4), 28080, pod);
+            object.mark_port(pod.port());
+            let called = SocketAddr::new(inside.node[0], 28080);
+            for (kind, map) in
+                [(SockType::Stream, "pm_streams"), (SockType::Datagram, "pm_sockets")]
+            {
+                let fd = socket(AddressFamily::Inet, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+                let known = [called, pod].map(|to| {
+                    let result = connect(fd.as_raw_fd(), &SockaddrStorage::from(to));
+                    assert_eq!(result.is_err(), kind == SockType::Stream, "{kind:?} to {to}");
+                    object.maps[map].entries().unwrap().len()
+                });
+                assert_eq!(known, [1, 0], "{kind:?}");
+            }
+        },
+    );
 }
 
 #[test]
