@@ -12,10 +12,11 @@ use nix::sys::time::TimeVal;
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::Shape;
 use portmap::model::Family;
+use portmap::sys::netlink::route::RouteReader;
 use serde_json::json;
 
 use crate::packet::{Kind, Packet, SCTP_INIT};
-use crate::rig::{Container, Stage, TIMEOUT};
+use crate::rig::{Container, Stage, TIMEOUT, shell};
 use crate::support::{Node, Variant};
 
 on_each_variant_with_rules! {
@@ -65,6 +66,9 @@ const OWNER: &str = "comment \"container-of-pod-a eth0 portmap\"";
 
 const SCTP: u8 = 132;
 
+/// Bytes of data for which a packet has all the bits of its length that a link with jumbo frames allows.
+const LARGE: usize = 8150;
+
 /// Everything that passes the devices of a namespace from now on, beginning with the IP header.
 fn listen(inside: &Netns) -> OwnedFd {
     let make = || {
@@ -89,7 +93,7 @@ fn send(from: &Netns, packet: &Packet) {
 /// Waits for an SCTP packet to this address, and takes it apart: who it is from, and all behind the IP
 /// header.
 fn receive(at: &OwnedFd, to: SocketAddr) -> (SocketAddr, Vec<u8>) {
-    let mut buffer = [0; 2048];
+    let mut buffer = [0; 2 * LARGE];
     loop {
         let length = recv(at.as_raw_fd(), &mut buffer, MsgFlags::empty())
             .unwrap_or_else(|error| panic!("no SCTP packet for {to}: {error}"));
@@ -114,7 +118,7 @@ fn receive(at: &OwnedFd, to: SocketAddr) -> (SocketAddr, Vec<u8>) {
 
 /// Both ways, with the same port on both sides and with another one, from outside and from a pod. What
 /// arrives is byte for byte what a sender with those addresses and ports would have sent, and so is its
-/// CRC32c.
+/// CRC32c, also of packets that are larger than what a test run of a program takes.
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn packets_are_forwarded_by_ebpf() {
@@ -130,6 +134,12 @@ fn packets_are_forwarded_by_ebpf() {
     container.add();
     container.check();
     let pod = &lab.pods[0];
+    for netns in [&lab.node, &lab.client, &pod.netns, &lab.pods[1].netns] {
+        let links = netns.run(|| RouteReader::open().unwrap().links().unwrap()).unwrap();
+        for link in links {
+            shell(netns, &format!("ip link set {} mtu 9000", link.name));
+        }
+    }
     for family in Family::ALL {
         let callers = [
             (&lab.client, lab.client_address(family)),
@@ -143,16 +153,21 @@ fn packets_are_forwarded_by_ebpf() {
                     SocketAddr::new(pod.address(family).unwrap(), port),
                 ];
                 let (at_pod, at_caller) = (listen(&pod.netns), listen(caller));
-                let init = Packet::new(Kind::Sctp(SCTP_INIT), caller_socket, called);
-                send(caller, &init);
-                let (source, bytes) = receive(&at_pod, inside);
-                assert_eq!(source, caller_socket);
-                assert_eq!(bytes, init.to(inside).transport(), "{called} from {}", caller.name());
-                let answer = Packet::new(Kind::Sctp(SCTP_INIT), inside, caller_socket);
-                send(&pod.netns, &answer);
-                let (source, bytes) = receive(&at_caller, caller_socket);
-                assert_eq!(source, called);
-                assert_eq!(bytes, answer.from(called).transport(), "{called}: the answer");
+                for size in [0, 4096, LARGE] {
+                    let what = format!("{called} from {}, {size} bytes", caller.name());
+                    let init = Packet::new(Kind::Sctp(SCTP_INIT), caller_socket, called);
+                    let init = init.sized(size);
+                    send(caller, &init);
+                    let (source, bytes) = receive(&at_pod, inside);
+                    assert_eq!(source, caller_socket);
+                    assert!(bytes == init.to(inside).transport(), "{what}");
+                    let answer = Packet::new(Kind::Sctp(SCTP_INIT), inside, caller_socket);
+                    let answer = answer.sized(size);
+                    send(&pod.netns, &answer);
+                    let (source, bytes) = receive(&at_caller, caller_socket);
+                    assert_eq!(source, called);
+                    assert!(bytes == answer.from(called).transport(), "{what}: the answer");
+                }
             }
         }
     }
