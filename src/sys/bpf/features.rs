@@ -156,3 +156,20 @@ fn exit() -> bpf_insn {
 fn call(helper: bpf_func_id) -> bpf_insn {
     instruction(BPF_JMP | BPF_CALL, helper as i32)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn want_of_memory_says_nothing_of_the_kernel() {
+        let tried = |number| lasting::<()>(Err(io::Error::from_raw_os_error(number)));
+        for passing in [libc::ENOMEM, libc::EMFILE, libc::ENOBUFS, libc::EINTR] {
+            assert_eq!(tried(passing).unwrap_err().raw_os_error(), Some(passing));
+        }
+        for lasting in [libc::EINVAL, libc::EPERM, libc::ENOENT] {
+            assert_eq!(tried(lasting).unwrap().unwrap_err().raw_os_error(), Some(lasting));
+        }
+    }
+}
