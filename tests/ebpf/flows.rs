@@ -497,6 +497,30 @@ fn udp_that_is_open_during_a_takeover_follows_or_is_told() {
     reach(&lab.node, call).unwrap_err();
 }
 
+/// Whoever brings all in order again looks at every connection, and finds that these are right.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn connections_to_a_claim_of_an_address_go_on_when_all_is_restored() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    let outer = lab.node_socket(Family::V4, 8080);
+    let mapping = json!(
+        {"hostPort": 8080, "containerPort": 53, "protocol": "udp", "hostIP": outer.ip()}
+    );
+    let config = scene.node.config(json!([mapping]), prev_result(&lab, 0, "1.1.0"));
+    scene.node.ok("ADD", &config, &scene.key(0));
+    let mut sessions = [&lab.client, &lab.node].map(|from| udp_session(from, outer, "pod-a"));
+    let before = scene.flows();
+    assert!(!before.is_empty());
+    scene.node.shell(&format!("tc filter del dev {} ingress", lab.pods[0].host_link));
+    scene.node.restore(false);
+    assert!(before.is_subset(&scene.flows()));
+    for session in &mut sessions {
+        assert_eq!(session.ask().unwrap().server, "pod-a");
+    }
+    scene.node.ok("DEL", &config, &scene.key(0));
+}
+
 /// TCP has its own end: connections to a pod that is gone end with it, and those to a pod that lost its
 /// port go on.
 #[test]
