@@ -144,3 +144,32 @@ fn connections_go_on_when_the_call_is_killed_between_the_names_of_maps() {
         scene.ok("DEL", pod);
     }
 }
+
+/// A map has lost its name, so that all are made anew. Of many calls a run takes every third.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs strace"]
+fn connections_go_on_when_the_call_that_makes_maps_anew_is_killed() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let mut talks = Talks::open(&lab);
+    let before = scene.flows_to(0);
+    assert!(before > 0);
+    let mut tried = 0;
+    for (calls, step) in [("unlinkat", 3), ("?rename,?renameat", 1)] {
+        for number in (1 + std::process::id() as usize % step..).step_by(step) {
+            let unpin = || std::fs::remove_file(ebpf::map_path("pm_ports")).unwrap();
+            lab.node.run(unpin).unwrap();
+            let killed = scene.killed_before("ADD", &scene.config(1), 1, calls, number);
+            scene.ok("ADD", 1);
+            assert_eq!(scene.flows_to(0), before, "{calls} {number}");
+            if !killed {
+                break;
+            }
+            tried += 1;
+        }
+    }
+    assert!(tried > 10, "strace has not traced");
+    talks.go_on();
+    (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
+}
