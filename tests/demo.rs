@@ -41,3 +41,23 @@ fn says_why_where_the_backend_cannot_work() {
     assert!(!held);
     assert!(text.contains("iptables"), "{text}");
 }
+
+/// As on an image that is being built, or on a disk that is being repaired: the root is no mount point, which
+/// the kernel refuses to keep private.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn holds_in_a_plain_directory_as_root() {
+    let root = Scratch::new();
+    for dir in ["proc", "sys", "tmp"] {
+        std::fs::create_dir(root.0.join(dir)).unwrap();
+    }
+    std::fs::copy(PORTMAP, root.0.join("portmap")).unwrap();
+    // What is mounted in the test's mount namespace, whose root is one, goes with it.
+    let script = "mount --rbind /proc proc && mount --rbind /sys sys && exec chroot . /portmap demo --backend ebpf";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", script]);
+    let output = command.current_dir(&root.0).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("All held."), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success());
+}

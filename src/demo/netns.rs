@@ -6,24 +6,38 @@
 
 use std::fs::File;
 use std::io;
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::{chroot, fchdir};
 
 use super::LabError;
+use crate::sys::namespace::keep_mounts_private;
 
 /// Where pinned eBPF objects live; one mount is shared by every network namespace of the machine.
 const BPFFS: &str = "/sys/fs/bpf";
+
+/// How long the kernel may take to make an address usable.
+const READY: Duration = Duration::from_secs(10);
 
 /// A network namespace, with a private mount namespace where pins must not reach the real node.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
     net: OwnedFd,
-    mounts: Option<OwnedFd>,
+    mounts: Option<Mounts>,
+}
+
+/// A mount namespace, and the root directory in it of who made it: in a chroot that is not the namespace's own.
+#[derive(Debug)]
+struct Mounts {
+    namespace: OwnedFd,
+    root: OwnedFd,
 }
 
 impl Netns {
@@ -49,11 +63,10 @@ impl Netns {
             flags.set(CloneFlags::CLONE_NEWNS, private_bpffs);
             unshare(flags)?;
             let mounts = if private_bpffs {
-                // Without this, shared propagation would show our mount to the whole machine.
-                let none = None::<&str>;
-                mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-                mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none)?;
-                Some(File::open("/proc/thread-self/ns/mnt")?.into())
+                keep_mounts_private(Path::new(BPFFS))?;
+                mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)?;
+                let namespace = File::open("/proc/thread-self/ns/mnt")?.into();
+                Some(Mounts { namespace, root: File::open("/")?.into() })
             } else {
                 None
             };
@@ -92,7 +105,10 @@ impl Netns {
             if let Some(mounts) = &self.mounts {
                 // setns(2) refuses a thread that shares its root directory with others.
                 unshare(CloneFlags::CLONE_FS)?;
-                setns(mounts, CloneFlags::CLONE_NEWNS)?;
+                setns(&mounts.namespace, CloneFlags::CLONE_NEWNS)?;
+                // setns(2) has moved it to the root of the namespace.
+                fchdir(&mounts.root)?;
+                chroot(".")?;
             }
             Ok(work())
         })?
@@ -102,6 +118,21 @@ impl Netns {
     /// forks it.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
         self.run(|| command.spawn())?
+    }
+
+    /// Waits until an address of this namespace can be used. An IPv6 address gets its route from a work queue
+    /// of the kernel (`addrconf_dad_work`), also without a search for others that have it.
+    pub fn wait_for_address(&self, ip: IpAddr) -> Result<(), LabError> {
+        let is_local = || UdpSocket::bind((ip, 0)).and_then(|socket| socket.connect((ip, 9)));
+        let deadline = Instant::now() + READY;
+        while let Err(source) = self.run(is_local).and_then(|is_local| is_local) {
+            if Instant::now() > deadline {
+                let step = format!("{}: waiting for its address {ip}", self.name);
+                return Err(LabError::Step { step, source });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Reads `/proc/sys/net/<key>`, without the final newline.

@@ -3,9 +3,8 @@
 //! The client and the node share an uplink subnet; the client routes the pods and the node's second
 //! address through the node's first. See [`Shape`] for what lies between node and pods.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
@@ -23,9 +22,6 @@ pub const UPLINK: &str = "eth0";
 pub const POD_LINK: &str = "eth0";
 /// The bridge of [`Shape::Bridge`].
 pub const BRIDGE: &str = "cni0";
-
-/// How long the kernel may take to make an address usable.
-const READY: Duration = Duration::from_secs(10);
 
 /// Both ends of every pod's link have it where packets bypass the node: a redirected frame keeps its
 /// destination MAC, and the receiver must take it for its own. Cilium rewrites it.
@@ -155,8 +151,6 @@ impl Lab {
         Ok(lab)
     }
 
-    /// An IPv6 address gets its route from a work queue of the kernel (`addrconf_dad_work`), also without a
-    /// search for others that have it.
     fn wait_for_addresses(&self) -> Result<(), LabError> {
         let mut expected = Vec::new();
         for family in &self.options.families {
@@ -167,18 +161,7 @@ impl Lab {
             let pods = self.pods.iter();
             expected.extend(pods.filter_map(|pod| Some((&pod.netns, pod.address(*family)?))));
         }
-        for (netns, ip) in expected {
-            let is_local = || UdpSocket::bind((ip, 0)).and_then(|socket| socket.connect((ip, 9)));
-            let deadline = Instant::now() + READY;
-            while let Err(source) = netns.run(is_local).and_then(|is_local| is_local) {
-                if Instant::now() > deadline {
-                    let step = format!("{}: waiting for its address {ip}", netns.name());
-                    return Err(LabError::Step { step, source });
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        Ok(())
+        expected.into_iter().try_for_each(|(netns, ip)| netns.wait_for_address(ip))
     }
 
     /// The node's address on its uplink: where clients call.
@@ -276,9 +259,9 @@ impl Lab {
         for family in &self.options.families {
             let Ends { near, far, prefix } = addresses::UPLINK[*family as usize];
             let second = self.second_node_address(*family);
-            node.add_address(UPLINK, network(near, prefix)?, Subnet::OnLink)?;
+            node.add_address(UPLINK, addresses::network(near, prefix)?, Subnet::OnLink)?;
             node.add_address(UPLINK, second.into(), Subnet::OnLink)?;
-            client.add_address(UPLINK, network(far, prefix)?, Subnet::OnLink)?;
+            client.add_address(UPLINK, addresses::network(far, prefix)?, Subnet::OnLink)?;
             client.add_route(second.into(), Some(near), UPLINK)?;
             for pods in self.pod_nets(*family) {
                 client.add_route(pods.subnet()?, Some(near), UPLINK)?;
@@ -310,7 +293,7 @@ impl Lab {
                 Subnet::OnLink => pod_net.prefix,
                 Subnet::NoRoute => family.max_prefix(),
             };
-            node.add_address(link, network(pod_net.gateway, prefix)?, subnet)?;
+            node.add_address(link, addresses::network(pod_net.gateway, prefix)?, subnet)?;
         }
         Ok(())
     }
@@ -349,7 +332,7 @@ impl Lab {
                 Shape::Cilium => family.max_prefix(),
                 Shape::Ptp | Shape::Bridge | Shape::Mixed => pod_net.prefix,
             };
-            let address = network(ip, prefix)?;
+            let address = addresses::network(ip, prefix)?;
             pod.addresses.push(address);
             let gateway = pod_net.gateway;
             if shape == Shape::Bridge {
@@ -409,8 +392,4 @@ fn prepare(netns: &Netns) -> Result<(), LabError> {
         }
     }
     Ok(())
-}
-
-fn network(ip: IpAddr, prefix: u8) -> Result<IpNetwork, LabError> {
-    addresses::network(ip, prefix)
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -147,15 +148,35 @@ pub fn in_netns<T: Send>(path: &str, action: impl FnOnce() -> T + Send) -> Resul
     })
 }
 
-/// Runs `action` in a mount namespace of its own: nobody else sees what it mounts.
-pub fn in_scratch_mounts<T: Send>(action: impl FnOnce() -> T + Send) -> Result<T, String> {
+/// Runs `action` in a mount namespace of its own: nobody else sees what it mounts at `target`.
+pub fn in_scratch_mounts<T: Send>(
+    target: &Path,
+    action: impl FnOnce() -> T + Send,
+) -> Result<T, String> {
     in_scratch(|| {
-        let none = None::<&str>;
         unshare(CloneFlags::CLONE_NEWNS)
-            .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+            .map_err(io::Error::from)
+            .and_then(|()| keep_mounts_private(target))
             .map_err(|error| format!("no mount namespace to try it in (CAP_SYS_ADMIN): {error}"))?;
         Ok(action())
     })
+}
+
+/// Keeps what is mounted at `target` from now on within the mount namespace of the calling thread. A new
+/// mount namespace still hands it on to the one that it was copied from, where that has shared mounts, as
+/// systemd makes them.
+///
+/// # Errors
+///
+/// What mount(2) returns.
+pub fn keep_mounts_private(target: &Path) -> io::Result<()> {
+    let none = None::<&str>;
+    let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    // What is mounted goes the ways of the mount that holds `target`. EINVAL: no mount point, which in a chroot
+    // not even the root needs to be.
+    let mut tried = target.ancestors().map(|dir| mount(none, dir, none, flags, none));
+    let done = tried.find(|made| *made != Err(Errno::EINVAL));
+    done.unwrap_or(Err(Errno::EINVAL)).map_err(io::Error::from)
 }
 
 fn in_scratch<T: Send>(action: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {

@@ -184,7 +184,7 @@ impl Pins {
                 named(error.into(), &format!("cannot write to {}", dir.display()))
             });
         }
-        in_scratch_mounts(mount_bpffs).map_err(io::Error::other)?
+        in_scratch_mounts(Path::new(BPFFS), mount_bpffs).map_err(io::Error::other)?
     }
 
     /// One of a layout's maps; `None` if it, or the layout, is not there.
