@@ -7,7 +7,7 @@ use crate::backend::{self, Backend};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::sys::bpf::features::Features;
-use crate::sys::bpf::pins::Numbers;
+use crate::sys::bpf::numbers::Numbers;
 
 /// Name of the note with what is known of eBPF here. State of an earlier boot is discarded, and so is this.
 const NOTE: &str = "kernel";

@@ -31,7 +31,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::error::{Error, Result};
 use crate::facts::{NodeFacts, SPECIAL_DEVICES};
 use bpf::features::Features;
-use bpf::pins::Numbers;
+use bpf::numbers::Numbers;
 use command::Tools;
 use netlink::route::{Link, Route, RouteReader};
 

@@ -5,7 +5,7 @@ use portmap::backend::ebpf::devices::{self, Matter, Mode, Scope};
 use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::demo::topology::{Lab, Options, Shape};
 use portmap::sys::Host;
-use portmap::sys::bpf::pins::Numbers;
+use portmap::sys::bpf::numbers::Numbers;
 
 use super::support::PORTMAP;
 use super::{Scene, lab};

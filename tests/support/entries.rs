@@ -7,7 +7,8 @@ use portmap::backend::ebpf::loaded::{Flows, Found, Loaded, Maps, OWN};
 use portmap::backend::ebpf::objects::Claims;
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::cgroup;
-use portmap::sys::bpf::pins::{Numbers, Pins};
+use portmap::sys::bpf::numbers::Numbers;
+use portmap::sys::bpf::pins::Pins;
 use portmap::sys::bpf::program::{Program, SocketHook};
 use zerocopy::FromBytes;
 

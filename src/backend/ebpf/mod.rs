@@ -49,7 +49,7 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{Claim, Forward, Protocol};
 use crate::record::{Part, Record};
-use crate::sys::bpf::pins::Numbers;
+use crate::sys::bpf::numbers::Numbers;
 use crate::sys::netlink::socket_diag;
 use crate::sys::{Host, monotonic};
 

@@ -15,15 +15,14 @@ use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use nix::unistd::{AccessFlags, access};
-use serde::{Deserialize, Serialize};
 
 use super::in_parallel;
 use super::map::{Definition, Map};
+use super::numbers::Stamp;
 use super::object::lift_memory_limit;
 use super::program::Program;
 use super::refusal::explained;
@@ -35,36 +34,11 @@ const BPFFS: &str = "/sys/fs/bpf";
 const DIRECTORY: &str = "portmap";
 const TEMPORARY: &str = "tmp-";
 
-/// How long a change of a directory has to be over before its time tells it from the next one: a tick of
-/// the kernel's clock takes 10 ms at most (`CONFIG_HZ=100`).
-const SETTLED: Duration = Duration::from_millis(100);
-
 /// The plugin's directory in the bpffs of this mount namespace.
 #[derive(Debug, Clone)]
 pub struct Pins {
     root: PathBuf,
     stamp: Option<Stamp>,
-}
-
-/// Which directory it is, and when a name came to it or went last. While that is the same, it has the
-/// same names for the same maps and programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stamp {
-    device: u64,
-    inode: u64,
-    /// Seconds and nanoseconds since 1970.
-    changed: (i64, i64),
-}
-
-impl Stamp {
-    /// `None` if the last change is too new.
-    fn of(meta: &fs::Metadata) -> Option<Self> {
-        let (seconds, nanoseconds) = (meta.ctime(), meta.ctime_nsec());
-        let changed = Duration::new(seconds.try_into().ok()?, nanoseconds.try_into().ok()?);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-        now.checked_sub(changed).filter(|age| *age >= SETTLED)?;
-        Some(Self { device: meta.dev(), inode: meta.ino(), changed: (seconds, nanoseconds) })
-    }
 }
 
 /// What has names.
@@ -75,35 +49,6 @@ pub struct Contents {
     pub layouts: Vec<u32>,
     /// Revisions of the object of which there are programs.
     pub revisions: Vec<String>,
-}
-
-/// The kernel's numbers for programs. A number is not used again until the next boot; another program
-/// may get the name.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Numbers {
-    /// The object that they are from, by the name of its directory.
-    pub revision: String,
-    /// The number of the map of claims, without which they are not the ones at work.
-    pub claims: u32,
-    /// By name.
-    pub programs: BTreeMap<String, u32>,
-    /// Those of the maps that every call works on.
-    #[serde(default)]
-    pub maps: BTreeMap<String, u32>,
-    /// The directories when all of these had their names there.
-    #[serde(default)]
-    pub seen: Option<Seen>,
-}
-
-/// The directories when everything was there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
-    /// The object, of whose maps none was missing, by the name of its directory.
-    pub object: String,
-    /// There were no maps of a newer layout.
-    pub root: Stamp,
-    pub maps: Stamp,
-    pub programs: Stamp,
 }
 
 impl Pins {

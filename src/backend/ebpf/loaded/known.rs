@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::{Build, Loaded, Maps, OWN, WORKED_ON, failed, pins};
 use crate::error::Result;
 use crate::sys::bpf::map::Map;
-use crate::sys::bpf::pins::{Numbers, Seen};
+use crate::sys::bpf::numbers::{Numbers, Seen};
 
 /// Whether no name has come to the directory above all, nor gone, since an earlier call saw maps of this
 /// layout there, and none of a newer one.
