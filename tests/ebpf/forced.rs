@@ -137,6 +137,36 @@ fn without_tcx_beside_an_uplink_s_ingress_qdisc() {
     scene.node.flush();
 }
 
+/// A bridge that leads nowhere any more has its filters until something is repaired: to look for such ones at
+/// every ADD would be a question for each of the node's devices.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn without_tcx_a_repair_takes_off_what_is_needed_no_more() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    scene.pretend(|kernel| kernel.tcx = false);
+    scene.node.shell(
+        "ip link add lan type bridge && ip link add wire type vxlan id 7 dstport 4789
+         ip link set wire master lan && ip link set lan up",
+    );
+    scene.ok("ADD", 0);
+    let at = |device: &str| {
+        let of_it = format!("{device} ");
+        scene.hooks().into_iter().filter(|hook| hook.starts_with(&of_it)).collect::<Vec<_>>()
+    };
+    let expected = ["clsact", "Ingress bpf pm_uplink_in", "Egress bpf pm_out"];
+    assert_eq!(at("lan"), expected.map(|hook| format!("lan {hook}")));
+    let pod = lab.pods[0].host_link.as_str();
+    let rest = ["eth0", pod].map(at);
+    scene.node.shell(&format!("ip link del wire && tc qdisc del dev {pod} clsact"));
+    scene.node.restore(false);
+    assert_eq!(at("lan"), [""; 0]);
+    assert_eq!(["eth0", pod].map(at), rest);
+    scene.ok("CHECK", 0);
+    scene.ok("DEL", 0);
+    scene.node.flush();
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn without_so_netns_cookie() {

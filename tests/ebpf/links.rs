@@ -4,6 +4,7 @@
 use portmap::backend::ebpf::devices::{self, Matter, Mode, Scope};
 use portmap::backend::ebpf::loaded::{Found, Loaded, OWN};
 use portmap::demo::topology::{Lab, Options, Shape};
+use portmap::model::Family;
 use portmap::sys::Host;
 use portmap::sys::bpf::numbers::Numbers;
 
@@ -47,6 +48,28 @@ fn a_new_link_of_another_pod_is_no_fault() {
         scene.ok("CHECK", 0);
         (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
     }
+}
+
+/// What leads to the pod may be another device than its own link, as where a gateway of pods stands between.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_leads_to_the_pod_is_its_own_matter() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let pod = lab.pods[0].address(Family::V4).unwrap();
+    scene.node.shell(&format!(
+        "ip link add way type veth peer name yaw && ip link set way up && ip link set yaw up
+         ip route replace {pod} dev way"
+    ));
+    let (code, problem) = scene.fails("CHECK", 0);
+    assert!(code == 102 && problem.contains("way: program pm_pod_in expected"), "{problem}");
+    // The other end leads to nobody, and is as good as another pod's.
+    assert!(!problem.contains("yaw: "), "{problem}");
+    scene.ok("ADD", 1);
+    scene.ok("CHECK", 0);
+    (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
+    scene.node.flush();
 }
 
 /// Another pod goes between the listing of the devices and the look at them.
