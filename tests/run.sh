@@ -252,7 +252,7 @@ readelf --file-header "$installed/portmap" | grep -q 'Type: *DYN' || fail 'the r
 gathered=$(readelf --section-headers --wide "$installed/portmap" |
     sed -n 's/.* \.text\.called *PROGBITS *[0-9a-f]* *[0-9a-f]* *\([0-9a-f]*\) .*/\1/p')
 case $(scripts/target.sh) in
-    *-musl) [ "$((0x${gathered:-0}))" -ge 500000 ] || fail 'scripts/functions.ld names few functions that there are: run scripts/functions.sh' ;;
+    *-musl) [ "$((0x${gathered:-0}))" -ge 500000 ] || fail 'scripts/functions.ld names few functions that there are (run scripts/functions.sh), or this machine links with another linker than GNU ld' ;;
 esac
 "$installed/portmap" --version
 ./install.sh --uninstall --force --dest "$installed"
