@@ -445,6 +445,35 @@ mod tests {
     }
 
     #[test]
+    fn what_a_kill_leaves_of_a_record_goes_with_the_next_change() {
+        let with = |ports: &[&str], order| {
+            record("a", &["10.0.0.2/24"], ports, BackendKind::Iptables, order)
+        };
+        let (old, new) = (with(&["tcp 80 80"], 1), with(&["tcp 81 80"], 2));
+        for way in MOVING {
+            for does_put in [true, false] {
+                let dir = Dir::new(way);
+                let store = Store::open(&dir.0, "boot").unwrap();
+                let before = dir.files();
+                // Killed on its way in, or out, with its index entries.
+                store.put(&old, None).unwrap();
+                let moving = dir.0.join(moving_name(&old.id(), way));
+                fs::rename(record_path(&dir.0, &old.id()), moving).unwrap();
+                drop(store);
+
+                let store = Store::open(&dir.0, "boot").unwrap();
+                if does_put {
+                    store.put(&new, None).unwrap();
+                    let port = dir.0.join("index/ports/tcp-80");
+                    assert!(!port.exists(), "{way}: {:?}", dir.files());
+                }
+                store.remove(&new).unwrap();
+                assert_eq!(dir.files(), before, "{way} {does_put}");
+            }
+        }
+    }
+
+    #[test]
     fn a_reboot_discards_and_newer_formats_are_told_apart() {
         let dir = Dir::new("boot");
         let record = record("a", &["10.0.0.2/24"], &["tcp 80 80"], BackendKind::Iptables, 1);
