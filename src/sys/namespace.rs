@@ -172,9 +172,10 @@ pub fn in_scratch_mounts<T: Send>(
 pub fn keep_mounts_private(target: &Path) -> io::Result<()> {
     let none = None::<&str>;
     let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    // What is mounted goes the ways of the mount that holds `target`. EINVAL: no mount point, which in a chroot
-    // not even the root needs to be.
-    let mut tried = target.ancestors().map(|dir| mount(none, dir, none, flags, none));
+    // EINVAL: no mount point, which in a chroot the root need not be. What is mounted goes the ways of the mount
+    // that holds `target`.
+    let dirs = std::iter::once(Path::new("/")).chain(target.ancestors());
+    let mut tried = dirs.map(|dir| mount(none, dir, none, flags, none));
     let done = tried.find(|made| *made != Err(Errno::EINVAL));
     done.unwrap_or(Err(Errno::EINVAL)).map_err(io::Error::from)
 }
