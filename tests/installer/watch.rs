@@ -231,7 +231,7 @@ fn the_watch_goes_on_when_a_disk_is_full_no_more() {
     on_tmpfs(
         &node,
         "size=200m",
-        "head -c 150m /dev/zero > $dest/filler
+        "head -c $((200 * 1024 * 1024 - $(stat -c %s $portmap) / 2)) /dev/zero > $dest/filler
          $portmap install --watch --pause 1 --dest $dest/bin 2> $dest/../log & watch=$!
          trap 'kill $watch' EXIT
          until grep -q 'the file system is full' $dest/../log; do sleep 0.1; done
