@@ -1,6 +1,6 @@
 //! This plugin's filters among others' on a device.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use crate::sys::bpf::Direction;
@@ -21,11 +21,14 @@ pub struct Filters {
     clsact: Clsact,
     /// Devices that have got their qdisc from this very value.
     made: BTreeSet<u32>,
+    /// What has been read and not been changed from here since. Between a look and what follows from it
+    /// others may change it as well as between a second look and that.
+    seen: BTreeMap<(u32, Direction), Vec<Filter>>,
 }
 
 impl Filters {
     pub fn open() -> io::Result<Self> {
-        Ok(Self { clsact: Clsact::open()?, made: BTreeSet::new() })
+        Ok(Self { clsact: Clsact::open()?, made: BTreeSet::new(), seen: BTreeMap::new() })
     }
 
     /// Whether a clsact qdisc is there, or can be made: an ingress qdisc takes its place.
@@ -37,7 +40,9 @@ impl Filters {
     /// packet's way, as Cilium's do.
     pub fn program(&mut self, device: u32, direction: Direction) -> io::Result<Option<u32>> {
         let filters = self.clsact.filters(device, direction)?;
-        Ok(first(&filters).and_then(|filter| filter.program))
+        let program = first(&filters).and_then(|filter| filter.program);
+        self.seen.insert((device, direction), filters);
+        Ok(program)
     }
 
     /// Whether the device has a filter of this plugin, wherever among others'.
@@ -58,7 +63,10 @@ impl Filters {
         direction: Direction,
         program: &Program,
     ) -> io::Result<()> {
-        let filters = self.clsact.filters(device, direction)?;
+        let filters = match self.seen.remove(&(device, direction)) {
+            Some(filters) => filters,
+            None => self.clsact.filters(device, direction)?,
+        };
         if let Some(own) = first(&filters) {
             let name = own.name.as_deref().unwrap_or(NAME);
             return self.clsact.put(device, direction, own.slot, name, program);
@@ -85,6 +93,7 @@ impl Filters {
     /// Detaches this plugin's filters, and with them the qdisc if it came with them and nobody else has
     /// filters there.
     pub fn detach(&mut self, device: u32) -> io::Result<()> {
+        self.seen.retain(|(seen, _), _| *seen != device);
         let (mut own, mut others, mut made) = (Vec::new(), false, false);
         for direction in Direction::ALL {
             for filter in self.clsact.filters(device, direction)? {
@@ -107,6 +116,7 @@ impl Filters {
 
     /// Detaches this plugin's filter of one direction, where another program has taken over.
     pub fn detach_from(&mut self, device: u32, direction: Direction) -> io::Result<()> {
+        self.seen.retain(|(seen, _), _| *seen != device);
         let filters = self.clsact.filters(device, direction)?;
         let mut with_qdisc = false;
         for own in filters.iter().filter(|filter| is_own(filter)) {
