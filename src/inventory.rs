@@ -81,12 +81,12 @@ impl Inventory {
     /// inventory.
     #[must_use]
     pub fn entries<'a>(&'a self, records: &'a [Record]) -> Vec<Entry<'a>> {
-        let by_id: BTreeMap<String, &Attached> =
+        let by_id: BTreeMap<&str, &Attached> =
             self.attached.iter().map(|attached| (attached.record.id(), attached)).collect();
         holdings(records)
             .into_iter()
             .filter_map(|holding| {
-                let attached = by_id.get(&holding.record.id())?;
+                let attached = by_id.get(holding.record.id())?;
                 let key = (holding.record.backend, holding.forward.claim);
                 let counters = self.counters.get(&key).filter(|_| holding.shadowed_by.is_none());
                 Some(Entry { holding, attached, counters })

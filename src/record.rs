@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::OnceLock;
 
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
@@ -82,7 +83,29 @@ pub struct Record {
     pub order: u64,
     /// Seconds since 1970 of the ADD, for people.
     pub time: u64,
+    #[serde(skip)]
+    pub known_id: KnownId,
 }
+
+/// A record's id, once somebody has asked for it: a hash, which everything asks for that is done with a
+/// record. It is no part of what records say: all are equal, and a copy, which may become another
+/// attachment's record, begins without.
+#[derive(Debug, Default)]
+pub struct KnownId(OnceLock<String>);
+
+impl Clone for KnownId {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for KnownId {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for KnownId {}
 
 /// Name of a record: hex digits, from all three parts of the key.
 #[must_use]
@@ -166,12 +189,14 @@ impl Record {
             mac: None,
             order: 0,
             time: 0,
+            known_id: KnownId::default(),
         }
     }
 
+    /// [`record_id`] of the attachment, which is not to change from then on.
     #[must_use]
-    pub fn id(&self) -> String {
-        record_id(&self.attachment)
+    pub fn id(&self) -> &str {
+        self.known_id.0.get_or_init(|| record_id(&self.attachment))
     }
 
     /// The pod's address and mask of one family.
@@ -476,6 +501,17 @@ mod tests {
             [key("ab", "c", "e"), key("a", "bc", "e"), key("a", "b", "ce"), key("a", "b", "c")];
         assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 4);
         assert!(all.iter().all(|id| id.len() == 32));
+    }
+
+    #[test]
+    fn a_copy_may_become_another_attachment_s() {
+        let one = samples::record("a", &["10.0.0.2/32"], &["tcp 80 80"], BackendKind::Ebpf, 1);
+        let id = one.id().to_owned();
+        let mut other = one.clone();
+        assert_eq!(one, other);
+        other.attachment.ifname = "net1".into();
+        assert_ne!(other.id(), id);
+        assert_eq!(one.id(), record_id(&one.attachment));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use portmap::conf::Options;
 use portmap::model::{Attachment, BackendKind, Family, Mapping, Protocol};
-use portmap::record::{FORMAT, IndexKey, Part, PodIdentity, Record, chain_name};
+use portmap::record::{FORMAT, IndexKey, KnownId, Part, PodIdentity, Record, chain_name};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -133,6 +133,7 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
         mac: None,
         order,
         time: 0,
+        known_id: KnownId::default(),
     };
     for (number, (udp, port, host_ip)) in wish.mappings.iter().enumerate() {
         let mapping = Mapping {
@@ -199,7 +200,7 @@ fn parts(records: &[Record]) -> BTreeSet<Part> {
 fn related(live: &[Record], pair: [Option<&Record>; 2]) -> Vec<Record> {
     let keys = |record: &Record| -> BTreeSet<IndexKey> { record.rival_keys().collect() };
     let wanted: BTreeSet<IndexKey> = pair.into_iter().flatten().flat_map(keys).collect();
-    let own: Vec<String> = pair.into_iter().flatten().map(Record::id).collect();
+    let own: Vec<&str> = pair.into_iter().flatten().map(Record::id).collect();
     live.iter()
         .filter(|record| !own.contains(&record.id()) && !keys(record).is_disjoint(&wanted))
         .cloned()

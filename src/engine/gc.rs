@@ -67,7 +67,7 @@ impl Engine<'_> {
 
     /// Other attachments that share a port with the record, whatever their backends.
     pub fn rivals(&self, record: &Record) -> Result<Vec<Record>> {
-        self.store.sharing(&record.port_keys().collect(), &record.id())
+        self.store.sharing(&record.port_keys().collect(), record.id())
     }
 
     /// Removes `rivals` whose network namespace is gone, and returns the others. A dead pod's claim of an

@@ -31,7 +31,7 @@ impl Engine<'_> {
     /// Where the kernel differs from what an attachment asks for, in the field's terms. `recorded` is
     /// false for one that upstream's plugin made.
     pub fn problems(&self, record: &Record, recorded: bool) -> Result<Vec<String>> {
-        let mut related = self.store.sharing(&record.rival_keys().collect(), &record.id())?;
+        let mut related = self.store.sharing(&record.rival_keys().collect(), record.id())?;
         related.retain(|other| other.backend == record.backend);
         let parts = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
@@ -90,15 +90,17 @@ impl Engine<'_> {
         }
         let facts = self.host.node_facts()?;
         for (kind, records) in wrong {
-            let lost =
-                Lost { without: restored.dead.iter().map(Record::id).collect(), ..Lost::default() };
+            let lost = Lost {
+                without: restored.dead.iter().map(|record| record.id().to_owned()).collect(),
+                ..Lost::default()
+            };
             let left = self
                 .restore_without(kind, None, None, &lost, &facts, &BTreeSet::new())
                 .and_then(|()| self.problems_left(kind));
             match left {
                 Ok(mut left) => {
                     for (record, problems) in records {
-                        match left.remove(&record.id()) {
+                        match left.remove(record.id()) {
                             None => restored.repaired.push((record, problems)),
                             Some(left) => restored.failed.push((
                                 record.attachment.to_string(),
@@ -119,7 +121,7 @@ impl Engine<'_> {
         let (mut records, _) = self.store.all()?;
         records.retain(|record| record.backend == kind);
         let problems = self.problems_of_all(kind, &records)?;
-        let ids = records.iter().map(Record::id);
+        let ids = records.iter().map(|record| record.id().to_owned());
         Ok(ids.zip(problems).filter(|(_, problems)| !problems.is_empty()).collect())
     }
 }

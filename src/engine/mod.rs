@@ -91,7 +91,7 @@ impl<'a> Engine<'a> {
         let written = self.begin(&involved).and_then(|()| self.store.put(record, old));
         if let Err(error) = written {
             // What cannot be cleared away now, the attachment's next call clears.
-            drop(self.store.clear_moving(&record.id()));
+            drop(self.store.clear_moving(record.id()));
             drop(self.finish());
             return Err(error);
         }
@@ -137,7 +137,7 @@ impl<'a> Engine<'a> {
             // A full disk must not keep DEL from its work; the record itself is still there.
             self.host.warn(format!("{error}: {}", error.details()));
         }
-        self.release_unused_localnets(&record.id())?;
+        self.release_unused_localnets(record.id())?;
         let removed = self.apply(None, Some(record), &before, &facts, &facts, &BTreeSet::new());
         if removed.as_ref().is_err_and(Error::is_newer) {
             // Nothing has been done that others would have to finish.
@@ -217,7 +217,7 @@ impl<'a> Engine<'a> {
                 }
             }),
             None => self
-                .release_unused_localnets(&record.id())
+                .release_unused_localnets(record.id())
                 .and_then(|()| {
                     self.restore_without(record.backend, Some(record), None, &lost, facts, &none)
                 })

@@ -46,7 +46,7 @@ impl Engine<'_> {
         };
         let kind = record.backend;
         let related = self.related(added, removed)?;
-        let after = self.parts_with(kind, added, &record.id(), before)?;
+        let after = self.parts_with(kind, added, record.id(), before)?;
         let kept = self.kept(kind, before)?;
         let change = Change {
             added,
@@ -119,10 +119,10 @@ impl Engine<'_> {
         records.retain(|record| {
             record.backend == kind
                 && gone.is_none_or(|gone| record.id() != gone.id())
-                && !lost.without.contains(&record.id())
+                && !lost.without.contains(record.id())
         });
         let gone = gone.map(Record::id).unwrap_or_default();
-        let mut parts = self.parts_with(kind, None, &gone, &self.store.parts(kind)?)?;
+        let mut parts = self.parts_with(kind, None, gone, &self.store.parts(kind)?)?;
         parts.extend(records.iter().flat_map(Record::parts));
         let others = parts.union(&lost.parts).filter(|part| !first.contains(part)).copied();
         let known = self.kept(kind, &others.collect())?;
@@ -171,7 +171,7 @@ impl Engine<'_> {
     ) -> Result<Vec<Record>> {
         let keys = added.into_iter().chain(removed).flat_map(Record::rival_keys).collect();
         let (id, kind) = added.or(removed).map(|record| (record.id(), record.backend)).unzip();
-        let mut records = self.store.sharing(&keys, &id.unwrap_or_default())?;
+        let mut records = self.store.sharing(&keys, id.unwrap_or_default())?;
         records.retain(|record| Some(record.backend) == kind);
         Ok(records)
     }

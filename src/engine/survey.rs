@@ -101,9 +101,9 @@ impl Engine<'_> {
         {
             let without = self.backend(kind)?.survey(self.host, &living, &parts, &facts)?;
             let sound = living.iter().zip(&without).filter(|(_, problems)| problems.is_empty());
-            let sound: BTreeSet<String> = sound.map(|(record, _)| record.id()).collect();
+            let sound: BTreeSet<String> = sound.map(|(record, _)| record.id().to_owned()).collect();
             for (record, problems) in records.iter().zip(&mut problems) {
-                if sound.contains(&record.id()) {
+                if sound.contains(record.id()) {
                     problems.clear();
                 }
             }

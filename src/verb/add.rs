@@ -185,7 +185,7 @@ fn fit_to_backend(host: &Host, record: &mut Record) -> Result<()> {
 /// Leaves the record upstream's chain name, unless another interface of the container on this network
 /// has it.
 fn ensure_free_chain(engine: &Engine, record: &mut Record) -> Result<()> {
-    if engine.store.has_other(&IndexKey::Chain(record.chain.clone()), &record.id())? {
+    if engine.store.has_other(&IndexKey::Chain(record.chain.clone()), record.id())? {
         record.chain = chain_name_of_interface(&record.attachment);
     }
     Ok(())

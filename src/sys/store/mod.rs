@@ -170,9 +170,9 @@ impl Store {
     /// `replaced` had.
     pub fn put(&self, record: &Record, replaced: Option<&Record>) -> Result<()> {
         let id = record.id();
-        self.clear_moving(&id)?;
-        let name = record_name(&id);
-        let [incoming, outgoing] = MOVING.map(|way| moving_name(&id, way));
+        self.clear_moving(id)?;
+        let name = record_name(id);
+        let [incoming, outgoing] = MOVING.map(|way| moving_name(id, way));
         let failed = |error| self.files.failed("write record", &name, error);
         let text = serde_json::to_vec(record).map_err(|error| Error::Record {
             path: self.files.path(&name),
@@ -181,30 +181,30 @@ impl Store {
         self.files.write(&incoming, &text).map_err(failed)?;
         let keys = record.index_keys();
         for key in &keys {
-            self.index_add(key, &id)?;
+            self.index_add(key, id)?;
         }
-        let former = if replaced.is_some() { self.get(&id)?.record() } else { None };
+        let former = if replaced.is_some() { self.get(id)?.record() } else { None };
         if former.is_some() {
             ignore_absent(self.files.link(&name, &outgoing)).map_err(failed)?;
         }
-        self.looked_up.borrow_mut().remove(&id);
+        self.looked_up.borrow_mut().remove(id);
         self.files.rename(&incoming, &name).map_err(failed)?;
-        former.map_or(Ok(()), |former| self.finish_moving(&outgoing, &id, &former, &keys))
+        former.map_or(Ok(()), |former| self.finish_moving(&outgoing, id, &former, &keys))
     }
 
     /// Removes a record and its index entries.
     pub fn remove(&self, record: &Record) -> Result<()> {
         let id = record.id();
-        self.clear_moving(&id)?;
-        let Some(record) = self.get(&id)?.record() else {
-            return self.remove_file(&id);
+        self.clear_moving(id)?;
+        let Some(record) = self.get(id)?.record() else {
+            return self.remove_file(id);
         };
-        let name = record_name(&id);
-        let [_, outgoing] = MOVING.map(|way| moving_name(&id, way));
-        self.looked_up.borrow_mut().remove(&id);
+        let name = record_name(id);
+        let [_, outgoing] = MOVING.map(|way| moving_name(id, way));
+        self.looked_up.borrow_mut().remove(id);
         ignore_absent(self.files.rename(&name, &outgoing))
             .map_err(|error| self.files.failed("remove record", &name, error))?;
-        self.finish_moving(&outgoing, &id, &record, &BTreeSet::new())
+        self.finish_moving(&outgoing, id, &record, &BTreeSet::new())
     }
 
     /// Removes a record that is on its way in or out, by now or since a kill, and those of its index
@@ -409,9 +409,9 @@ mod tests {
         store.put(&old, None).unwrap();
         store.put(&new, None).unwrap();
         let port = BTreeSet::from([IndexKey::Port(Protocol::Tcp, 80)]);
-        assert_eq!(store.sharing(&port, &new.id()).unwrap(), std::slice::from_ref(&old));
+        assert_eq!(store.sharing(&port, new.id()).unwrap(), std::slice::from_ref(&old));
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
-        assert!(store.has_other(&IndexKey::Backend(BackendKind::Iptables), &new.id()).unwrap());
+        assert!(store.has_other(&IndexKey::Backend(BackendKind::Iptables), new.id()).unwrap());
         assert!(
             store
                 .parts(BackendKind::Iptables)
@@ -424,7 +424,7 @@ mod tests {
         assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
         let port = IndexKey::Port(Protocol::Tcp, 80);
         assert!(store.has_other(&port, "").unwrap());
-        assert!(!store.has_other(&port, &old.id()).unwrap());
+        assert!(!store.has_other(&port, old.id()).unwrap());
         store.remove(&old).unwrap();
         store.remove(&moved).unwrap();
         store.remove(&moved).unwrap();
@@ -457,8 +457,8 @@ mod tests {
                 let before = dir.files();
                 // Killed on its way in, or out, with its index entries.
                 store.put(&old, None).unwrap();
-                let moving = dir.0.join(moving_name(&old.id(), way));
-                fs::rename(record_path(&dir.0, &old.id()), moving).unwrap();
+                let moving = dir.0.join(moving_name(old.id(), way));
+                fs::rename(record_path(&dir.0, old.id()), moving).unwrap();
                 drop(store);
 
                 let store = Store::open(&dir.0, "boot").unwrap();
@@ -500,12 +500,12 @@ mod tests {
         let parts = store.parts(BackendKind::Iptables).unwrap();
         assert!(parts.contains(&newer) && !parts.contains(&damaged), "{parts:?}");
         drop(store);
-        assert!(is_recorded(&dir.0, &record.id()));
+        assert!(is_recorded(&dir.0, record.id()));
         // A call that cannot read the boot's name, in a chroot without /proc say.
         drop(Store::open(&dir.0, "").unwrap());
-        assert!(is_recorded(&dir.0, &record.id()));
+        assert!(is_recorded(&dir.0, record.id()));
         let store = Store::open(&dir.0, "second").unwrap();
-        assert!(!is_recorded(&dir.0, &record.id()));
+        assert!(!is_recorded(&dir.0, record.id()));
         assert_eq!(store.note("backend").unwrap(), None);
     }
 
