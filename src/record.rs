@@ -280,11 +280,19 @@ impl Record {
     #[must_use]
     pub fn index_keys(&self) -> BTreeSet<IndexKey> {
         let devices = self.localnet_device.iter().map(|device| IndexKey::Localnet(device.clone()));
+        let chain = self.has_chain().then(|| IndexKey::Chain(self.chain.clone()));
         self.rival_keys()
             .chain(devices)
-            .chain([IndexKey::Chain(self.chain.clone()), IndexKey::Backend(self.backend)])
+            .chain(chain)
+            .chain([IndexKey::Backend(self.backend)])
             .chain(self.parts().into_iter().map(|part| IndexKey::Part(self.backend, part)))
             .collect()
+    }
+
+    /// Whether the kernel has a chain of this attachment, whose name nobody else may have.
+    #[must_use]
+    pub fn has_chain(&self) -> bool {
+        self.backend != BackendKind::Ebpf
     }
 
     /// Those of the `index_keys` by which records are in each other's way: ports and pods' addresses.
@@ -512,6 +520,15 @@ mod tests {
         other.attachment.ifname = "net1".into();
         assert_ne!(other.id(), id);
         assert_eq!(one.id(), record_id(&one.attachment));
+    }
+
+    #[test]
+    fn only_rules_reserve_a_chain() {
+        for kind in BackendKind::ALL {
+            let one = samples::record("a", &["10.0.0.2/32"], &["tcp 80 80"], kind, 1);
+            let chain = IndexKey::Chain(one.chain.clone());
+            assert_eq!(one.index_keys().contains(&chain), kind != BackendKind::Ebpf);
+        }
     }
 
     #[test]

@@ -112,10 +112,7 @@ fn plan(
             kind,
         )
     };
-    match old {
-        Some(old) => record.chain.clone_from(&old.chain),
-        None => ensure_free_chain(engine, &mut record)?,
-    }
+    choose_chain(engine, &mut record, old)?;
     if kind == BackendKind::Iptables {
         for family in Family::ALL {
             validate_conditions(host, &record, family)?;
@@ -182,10 +179,14 @@ fn fit_to_backend(host: &Host, record: &mut Record) -> Result<()> {
     Ok(())
 }
 
-/// Leaves the record upstream's chain name, unless another interface of the container on this network
-/// has it.
-fn ensure_free_chain(engine: &Engine, record: &mut Record) -> Result<()> {
-    if engine.store.has_other(&IndexKey::Chain(record.chain.clone()), record.id())? {
+/// Leaves the record the chain that the attachment has by now, or upstream's name, unless another interface
+/// of the container on this network has that.
+fn choose_chain(engine: &Engine, record: &mut Record, old: Option<&Record>) -> Result<()> {
+    if let Some(old) = old.filter(|old| old.has_chain()) {
+        record.chain.clone_from(&old.chain);
+    } else if record.has_chain()
+        && engine.store.has_other(&IndexKey::Chain(record.chain.clone()), record.id())?
+    {
         record.chain = chain_name_of_interface(&record.attachment);
     }
     Ok(())
@@ -279,6 +280,7 @@ fn adopt_from_other_backends(
             }
             let mut moved = Record { backend, ..other.clone() };
             let done = fit_to_backend(engine.host, &mut moved)
+                .and_then(|()| choose_chain(engine, &mut moved, Some(&other)))
                 .and_then(|()| engine.add(&moved, Some(&other), facts));
             match done {
                 Ok(()) => todo.push(moved),

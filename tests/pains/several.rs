@@ -2,12 +2,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use portmap::demo::plugin::Attachment;
 use portmap::demo::traffic::Transport;
 use portmap::model::Family;
 use serde_json::{Value, json};
 
 use crate::site::{Site, bridge, named, on_each, tcp, with};
-use crate::support::{RULES, VARIANTS, Variant};
+use crate::support::{IPTABLES, RULES, VARIANTS, Variant};
 
 /// podman#6065, podman#26044, moby#40740, multus#208: one container on two networks. Upstream's nftables
 /// backend knows rules by the container alone, so that the DEL of one network removes the other's.
@@ -81,6 +82,44 @@ fn pain_15_two_interfaces_on_one_network_are_two() {
         site.check(0, "both", &[tcp(8080)]);
         site.del(0, "both", &[tcp(8080)]);
         site.assert_clean();
+    });
+}
+
+/// With eBPF an attachment has no chain, and when it moves to rules a sibling may have upstream's name for it.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables"]
+fn pain_15_two_interfaces_stay_two_when_they_move_between_backends() {
+    on_each(&IPTABLES, &bridge(), |site| {
+        let net1 = Attachment { ifname: "net1".into(), ..site.of(1, "both") };
+        let mut config = site.config(1, &[tcp(8081)]);
+        config["prevResult"]["interfaces"][1]["name"] = json!("net1");
+        let programs = with(site.config(0, &[tcp(8080)]), json!({"backend": "ebpf"}));
+        let ends = |site: &Site| {
+            site.reaches(Transport::Tcp, 8080, "pod-a");
+            site.reaches(Transport::Tcp, 8081, "pod-b");
+            site.node.ok("DEL", &config, &net1);
+            site.reaches(Transport::Tcp, 8080, "pod-a");
+            site.refuses(8081);
+            site.node.ok("ADD", &config, &net1);
+            site.del(0, "both", &[]);
+            site.reaches(Transport::Tcp, 8081, "pod-b");
+            site.refuses(8080);
+            site.node.ok("DEL", &config, &net1);
+            site.node.flush();
+            site.assert_clean();
+        };
+        // By a later configuration of its own, ...
+        site.node.ok("ADD", &programs, &site.of(0, "both"));
+        site.node.ok("ADD", &config, &net1);
+        site.add(0, "both", &[tcp(8080)]);
+        ends(site);
+        // ... and because another pod asks for its port.
+        site.node.ok("ADD", &programs, &site.of(0, "both"));
+        site.node.ok("ADD", &config, &net1);
+        site.add(1, "rival", &[tcp(8080)]);
+        site.reaches(Transport::Tcp, 8080, "pod-b");
+        site.del(1, "rival", &[]);
+        ends(site);
     });
 }
 
