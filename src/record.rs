@@ -31,7 +31,9 @@ pub struct PodIdentity {
 /// and a process's number is another's one day. All but `dir` are inodes of namespaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
-    pub pids: u64,
+    /// Of a path below /proc, which is another process's elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pids: Option<u64>,
     pub mounts: u64,
     /// The node's network namespace, in which the rules are.
     pub node: u64,

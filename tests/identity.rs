@@ -10,7 +10,7 @@
 
 mod support;
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use support::bare::{LINK, NODE_V4, attachment, mapping, netns, prev_result};
 use support::entries::{Entries, entries};
 use support::foreign;
-use support::{GONE_NETNS, IPTABLES, Node, RULES, VARIANTS, Variant};
+use support::{GONE_NETNS, IPTABLES, Node, PORTMAP, RULES, VARIANTS, Variant};
 
 /// A node with rules of kube-proxy, Docker and an administrator.
 fn node(netns: &Netns, variant: Variant) -> Node<'_> {
@@ -471,4 +471,70 @@ fn ebpf_leaves_the_sysctl_alone() {
     node.ok("ADD", &rich(&node, 10), &attachment("one"));
     node.snapshot().same_sysctls(&before.snapshot).unwrap();
     node.snapshot().same_rules(&before.snapshot).unwrap();
+}
+
+/// What one call has found out about its namespaces holds for the next one in the same, and for no other.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs unshare"]
+fn namespaces_are_looked_for_once() {
+    let netns = netns();
+    let node = Node::new(&netns, Variant::Nftables);
+    let config = rich(&node, 2);
+    let pod = attachment("one");
+    node.ok("ADD", &config, &pod);
+    let read = |path: &Path| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let note = node.state_dir.join("notes/namespaces");
+    let record = node.state_dir.join("records").join(&node.records()[0]);
+    let found = read(&record)["view"].clone();
+    if !note.exists() {
+        // Mounts have had no numbers of their own before.
+        assert!(portmap::sys::Host::new(None).kernel_version().unwrap() < (6, 8));
+        return;
+    }
+    let known = read(&note);
+    assert_eq!(
+        [&known["own"]["network"], &known["own"]["mounts"]],
+        [&found["node"], &found["mounts"]]
+    );
+    assert_eq!(found["node"], json!(std::fs::metadata(netns.path()).unwrap().ino()));
+    let again = |change: &dyn Fn(&mut Value)| {
+        let mut noted = known.clone();
+        change(&mut noted);
+        std::fs::write(&note, noted.to_string()).unwrap();
+        node.ok("ADD", &config, &pod);
+        read(&record)["view"].clone()
+    };
+    // Nobody looks again.
+    assert_eq!(again(&|noted| noted["own"]["mounts"] = json!(7))["mounts"], json!(7));
+    for sign in ["boot", "cookie", "root"] {
+        let other = |noted: &mut Value| {
+            noted["own"]["mounts"] = json!(7);
+            noted["signs"][sign] = match noted["signs"][sign].as_u64() {
+                Some(number) => json!(number + 1),
+                None => json!("another"),
+            };
+        };
+        assert_eq!(again(&other), found, "{sign}");
+        assert_eq!(read(&note), known, "{sign}");
+    }
+    assert_eq!(again(&|noted| *noted = json!("damaged")), found);
+
+    let input = node.state_dir.with_file_name("input");
+    std::fs::write(&input, config.to_string()).unwrap();
+    let script = format!(
+        "CNI_COMMAND=ADD CNI_CONTAINERID={} CNI_NETNS={} CNI_IFNAME={} CNI_PATH=/x \
+         unshare --mount sh -c 'readlink /proc/self/ns/mnt; exec {PORTMAP}' <{}",
+        pod.container_id,
+        pod.netns.display(),
+        pod.ifname,
+        input.display()
+    );
+    let printed = node.shell(&script);
+    let view = &read(&record)["view"];
+    assert!(printed.contains(&format!("mnt:[{}]", view["mounts"])), "{printed} {view}");
+    assert_ne!(view["mounts"], found["mounts"]);
+    node.ok("ADD", &config, &pod);
+    assert_eq!(read(&record)["view"], found);
 }

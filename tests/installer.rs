@@ -322,7 +322,7 @@ fn a_kill_at_any_moment_leaves_old_or_new() {
 }
 
 fn store(state: &Path) -> Store {
-    Store::open(state, &Host::new(None).boot_id()).unwrap()
+    Store::open(state, Host::new(None).boot_id()).unwrap()
 }
 
 /// The record of an attachment.

@@ -22,7 +22,7 @@ const SOON: Duration = Duration::from_secs(1);
 impl<'a> Engine<'a> {
     /// Waits for the node's lock.
     pub fn lock(host: &'a Host, state_dir: &Path) -> Result<Self> {
-        Ok(Self::on(host, Store::open(state_dir, &host.boot_id())?))
+        Ok(Self::on(host, Store::open(state_dir, host.boot_id())?))
     }
 
     /// The node's state as it was opened: by [`Store::look`] for who only asks.
@@ -39,7 +39,7 @@ impl<'a> Engine<'a> {
 
     /// As [`Engine::lock_to_change`], for what may be left undone rather than keep a pod waiting.
     pub fn lock_soon(host: &'a Host, state_dir: &Path) -> Result<Self> {
-        Self::on(host, Store::open_within(state_dir, &host.boot_id(), SOON)?).ready()
+        Self::on(host, Store::open_within(state_dir, host.boot_id(), SOON)?).ready()
     }
 
     /// As [`Engine::lock_to_change`], for commands: who types one may be in a container, where nothing is

@@ -45,6 +45,7 @@ pub struct Host {
     cilium: OnceLock<bool>,
     /// Of the iptables tools in PATH.
     variants: iptables::Variants,
+    boot_id: OnceLock<String>,
     ephemeral: OnceLock<RangeInclusive<u16>>,
     /// One socket for all questions about devices and routes.
     routes: Mutex<Option<RouteReader>>,
@@ -63,6 +64,7 @@ impl Host {
             programs: Mutex::default(),
             cilium: OnceLock::new(),
             variants: iptables::Variants::default(),
+            boot_id: OnceLock::new(),
             ephemeral: OnceLock::new(),
             routes: Mutex::default(),
             links: Mutex::default(),
@@ -126,10 +128,12 @@ impl Host {
 
     /// Identifies this boot of the kernel; empty where /proc does not tell.
     #[must_use]
-    pub fn boot_id(&self) -> String {
-        file::read_to_string("/proc/sys/kernel/random/boot_id")
-            .map(|id| id.trim().to_owned())
-            .unwrap_or_default()
+    pub fn boot_id(&self) -> &str {
+        self.boot_id.get_or_init(|| {
+            file::read_to_string("/proc/sys/kernel/random/boot_id")
+                .map(|id| id.trim().to_owned())
+                .unwrap_or_default()
+        })
     }
 
     /// Nanoseconds since boot, which only ever grow.

@@ -8,7 +8,11 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use serde::{Deserialize, Serialize};
 
+use super::Host;
+use super::store::note_of;
 use crate::record::{Record, View};
 
 /// Inode of the PID namespace that the system was booted with: PROC_PID_INIT_INO of linux/proc_ns.h,
@@ -31,19 +35,107 @@ pub enum Life {
     Unknown,
 }
 
-/// What the path of a network namespace leads to, as this process sees it; `None` if /proc does not show
-/// its own namespaces.
+/// Name of the note with the namespaces of an earlier call.
+const NOTE: &str = "namespaces";
+
+/// `STATX_MNT_ID_UNIQUE` of linux/stat.h, since Linux 6.8.
+const UNIQUE_MOUNT: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// The namespaces of this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Own {
+    /// The device that files of namespaces are on.
+    nsfs: u64,
+    /// Inodes.
+    network: u64,
+    mounts: u64,
+}
+
+/// What tells that two calls have the same namespaces. The kernel does not use these numbers again before
+/// the next boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Signs {
+    boot: String,
+    /// The network namespace's cookie.
+    cookie: u64,
+    /// The mount that is the root of this process: it is in one mount namespace.
+    root: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Noted {
+    signs: Signs,
+    own: Own,
+}
+
+impl Own {
+    /// `None` if /proc does not show them.
+    #[must_use]
+    pub fn by_proc() -> Option<Self> {
+        let (nsfs, network) = identity("/proc/self/ns/net").ok()?;
+        Some(Self { nsfs, network, mounts: inode_of_own("mnt")? })
+    }
+
+    /// What the path of a network namespace leads to, as this process sees it.
+    #[must_use]
+    pub fn view(&self, path: &str) -> Option<View> {
+        let netns = identity(path).ok().filter(|(device, _)| *device == self.nsfs);
+        let is_below_proc = is_below_proc(path);
+        Some(View {
+            pids: if is_below_proc { Some(inode_of_own("pid")?) } else { None },
+            mounts: self.mounts,
+            node: self.network,
+            netns: netns.map(|(_, inode)| inode),
+            dir: directory(path).filter(|_| !is_below_proc),
+        })
+    }
+}
+
+/// The namespaces of this process, as an earlier call has noted them in a state directory or as /proc shows
+/// them: that costs a thirtieth of an ADD, because the kernel makes these files anew for every process.
+pub struct Recalled {
+    /// `None` if /proc does not show them.
+    pub own: Option<Own>,
+    news: Option<Noted>,
+}
+
+impl Recalled {
+    #[must_use]
+    pub fn of(host: &Host, state_dir: &Path) -> Self {
+        let signs = Signs::of(host);
+        let noted = note_of(state_dir, NOTE);
+        let noted = noted.and_then(|text| serde_json::from_str::<Noted>(&text).ok());
+        if let Some(noted) = noted.filter(|noted| Some(&noted.signs) == signs.as_ref()) {
+            return Self { own: Some(noted.own), news: None };
+        }
+        let own = Own::by_proc();
+        Self { own, news: signs.zip(own).map(|(signs, own)| Noted { signs, own }) }
+    }
+
+    /// What the next call may go by, if that is not noted.
+    #[must_use]
+    pub fn note(&self) -> Option<(&'static str, String)> {
+        let text = serde_json::to_string(self.news.as_ref()?).ok()?;
+        Some((NOTE, text))
+    }
+}
+
+impl Signs {
+    /// `None` where one of them is not told.
+    fn of(host: &Host) -> Option<Self> {
+        let root = statx(CWD, "/", AtFlags::empty(), UNIQUE_MOUNT).ok()?;
+        let root = (root.stx_mask & UNIQUE_MOUNT.bits() != 0).then_some(root.stx_mnt_id)?;
+        let boot = host.boot_id().to_owned();
+        let cookie = host.netns_cookie().ok()??;
+        (!boot.is_empty()).then_some(Self { boot, cookie, root })
+    }
+}
+
+/// Whether a path leads to the network namespace of this process.
 #[must_use]
-pub fn view(path: &str) -> Option<View> {
-    let (nsfs, node) = identity("/proc/self/ns/net").ok()?;
-    let netns = identity(path).ok().filter(|(device, _)| *device == nsfs);
-    Some(View {
-        pids: inode_of_own("pid")?,
-        mounts: inode_of_own("mnt")?,
-        node,
-        netns: netns.map(|(_, inode)| inode),
-        dir: directory(path).filter(|_| !is_below_proc(path)),
-    })
+pub fn is_own(path: &str) -> bool {
+    let own = identity("/proc/self/ns/net");
+    identity(path).is_ok_and(|found| own.is_ok_and(|own| own == found))
 }
 
 fn is_below_proc(path: &str) -> bool {
@@ -92,8 +184,10 @@ pub fn life_at(path: &str, view: Option<View>) -> Life {
     let is_below_proc = is_below_proc(path);
     // A directory below /proc goes with its process, and other PID namespaces have other numbers. Where
     // nobody has noted which one is meant, it is the node's.
-    let sees_processes =
-        || inode_of_own("pid") == Some(view.map_or(INITIAL_PIDS, |view| view.pids));
+    let sees_processes = || {
+        let known = view.map_or(Some(INITIAL_PIDS), |view| view.pids);
+        known.is_some() && inode_of_own("pid") == known
+    };
     // What is mounted over a plain file in one mount namespace need not be in another.
     let sees_mounts = || view.is_none_or(|view| inode_of_own("mnt") == Some(view.mounts));
     // A container may have another directory of that name; the node's own may also be mounted into one.
@@ -191,6 +285,10 @@ fn in_scratch<T: Send>(action: impl FnOnce() -> Result<T, String> + Send) -> Res
 mod tests {
     use super::*;
 
+    fn view(path: &str) -> Option<View> {
+        Own::by_proc()?.view(path)
+    }
+
     #[test]
     fn only_what_could_be_seen_is_gone() {
         for (path, known) in [
@@ -213,7 +311,8 @@ mod tests {
     fn what_was_named_in_other_namespaces_is_not_looked_for_in_these() {
         let other = |path| {
             let view = view(path).unwrap();
-            Some(View { pids: view.pids + 1, mounts: view.mounts + 1, ..view })
+            let pids = view.pids.map(|inode| inode + 1);
+            Some(View { pids, mounts: view.mounts + 1, ..view })
         };
         // Another directory of that name, and one that nobody has noted.
         let absent = "/etc/no-such-namespace";
@@ -246,7 +345,9 @@ mod tests {
         assert_eq!(view("/etc/passwd").unwrap().netns, None);
         let other = View { netns: known.netns.map(|inode| inode + 1), ..known };
         assert_eq!(life_at(path, Some(other)), Life::Gone);
-        assert_eq!(life_at(path, Some(View { pids: other.pids + 1, ..other })), Life::Unknown);
+        let elsewhere = View { pids: other.pids.map(|inode| inode + 1), ..other };
+        assert_eq!(life_at(path, Some(elsewhere)), Life::Unknown);
+        assert_eq!(life_at(path, Some(View { pids: None, ..other })), Life::Unknown);
         assert_eq!(life_at(path, Some(View { netns: None, ..other })), Life::Lives);
     }
 }

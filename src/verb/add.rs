@@ -17,18 +17,23 @@ use crate::model::{BackendKind, Family};
 use crate::record::{IndexKey, Record, chain_name_of_interface, record_id};
 use crate::request::Request;
 use crate::sys::command::ToolError;
-use crate::sys::namespace::Life;
+use crate::sys::namespace::{Life, Recalled};
 use crate::sys::store::{Found, is_recorded, newer_record, uses_backend};
 use crate::sys::{Host, iptables, namespace, netlink, nft, survey};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
-    let view = namespace::view(&invocation.netns);
-    if !invocation.netns_override && view.is_some_and(|view| view.is_of_node()) {
-        return Err(Error::OwnNetns { path: invocation.netns.clone() });
-    }
     let request = Request::read(invocation, envelope)?;
     let reply = to_json(&request.result)?;
     let dir = request.state_dir();
+    let recalled = request.forwards().then(|| Recalled::of(host, &dir));
+    let view = recalled.as_ref().and_then(|recalled| recalled.own?.view(&invocation.netns));
+    let is_own = match &recalled {
+        Some(_) => view.is_some_and(|view| view.is_of_node()),
+        None => namespace::is_own(&invocation.netns),
+    };
+    if is_own && !invocation.netns_override {
+        return Err(Error::OwnNetns { path: invocation.netns.clone() });
+    }
     let id = record_id(&request.attachment);
     if !request.forwards() {
         if !request.conf.mappings.is_empty() {
@@ -66,6 +71,9 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let ipv6 = request.addresses.iter().any(IpNetwork::is_ipv6);
     let kind = engine.choose_backend(request.conf.backend, ipv6)?;
     let facts = host.node_facts()?;
+    if let Some((name, text)) = recalled.and_then(|recalled| recalled.note()) {
+        engine.store.set_note(name, Some(&text))?;
+    }
     let record = Record { view, ..plan(&engine, &request, kind, old.as_deref(), &facts)? };
     resolve_conflicts(&engine, &request, &record)?;
     engine.add(&record, old.as_deref(), &facts)?;

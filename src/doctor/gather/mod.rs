@@ -201,7 +201,7 @@ fn state(
         records: Vec::new(),
         remembered: None,
     };
-    let look = match Store::look(dir, &host.boot_id()) {
+    let look = match Store::look(dir, host.boot_id()) {
         Err(error) => return nothing(told(Err(error))),
         Ok(look) => look,
     };

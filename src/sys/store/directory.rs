@@ -12,6 +12,7 @@ use super::{MOVING, moving_name, record_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
 use crate::record::IndexKey;
+use crate::sys::file::read_to_string;
 
 /// Whether there is anything of a record, without a lock: for the calls that have nothing to do.
 #[must_use]
@@ -40,6 +41,12 @@ pub fn has_records(dir: &Path) -> Result<bool> {
 pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
     fs::read_dir(dir.join(dir_of(&IndexKey::Backend(kind))))
         .is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// A note, without a lock and whenever it was made: a whole one, or none.
+#[must_use]
+pub fn note_of(dir: &Path, name: &str) -> Option<String> {
+    read_to_string(&*dir.join("notes").join(name)).ok()
 }
 
 /// Whether records can be kept in `dir`, which is made if it is missing.
