@@ -5,7 +5,11 @@
     reason = "here the process's arguments, environment and streams become values, and back"
 )]
 
+#[cfg(target_env = "musl")]
+mod heap;
+
 use std::io::{IsTerminal, Write};
+use std::mem::ManuallyDrop;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -25,7 +29,7 @@ use portmap::verb;
 
 #[cfg(target_env = "musl")]
 #[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+static HEAP: heap::Heap = heap::Heap::new();
 
 fn main() -> ExitCode {
     let env = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
@@ -46,7 +50,8 @@ fn plugin(invocation: portmap::error::Result<Invocation>) -> ExitCode {
         let msg = serde_json::Value::from(panic.to_string());
         println!(r#"{{"cniVersion":"1.1.0","code":999,"msg":{msg}}}"#);
     }));
-    let host = Host::new(std::env::var_os("PATH").as_deref());
+    // What it has at the end the kernel takes back at once.
+    let host = ManuallyDrop::new(Host::new(std::env::var_os("PATH").as_deref()));
     let outcome = verb::run(invocation, &mut std::io::stdin().lock(), &host);
     for note in &outcome.notes {
         // Nobody may be there to read it, which is no reason to fail.
