@@ -19,18 +19,23 @@ if [ "${1:-}" != inside ]; then
     out=$(mktemp -d)
     trap 'rm -rf -- "$out"' EXIT
     unshare --net --mount --pid --fork --mount-proc sh scripts/functions.sh inside "target/functions/$target/release/portmap" "$out"
-    # What all backends call comes first, then what some have in common, then what is each one's own.
+    # Before the rest comes what pods wait for: what ADD and DEL of all backends call, then what some have in
+    # common, then what is each one's own.
     for backend in ebpf nftables iptables; do
         sort -u "$out/$backend.names" | sed "s/$/ $backend/"
     done | awk '
         { users[$1] = users[$1] " " $2 }
         END { for (name in users) print split(users[name], _), users[name], name }' |
-        sort -k1,1nr -k2 | awk '{ print $NF }' >"$out/all"
+        sort -k1,1nr -k2 | awk '{ print $NF }' >"$out/first"
+    sort -u "$out/others.names" | grep -vxFf "$out/first" | cat "$out/first" - >"$out/all"
     {
         printf '/* Made by functions.sh. The hashes of crates, and references to names within names, which depend on\n'
         printf '   their length, are left open: they change with the compiler and the checkout'\''s path. */\n'
         printf 'SECTIONS\n{\n  .text.called :\n  {\n'
-        sed 's/^/    *(.text./; s/$/)/' "$out/all"
+        # What begins a process, and musl, of which every call needs a little of everything: 42 KB.
+        printf '    *crt1.o(.text .text.*)\n    *(.text.main)\n    *libc.a:*(.text .text.*)\n'
+        # Those that are called #[cold] have sections of another name.
+        sed 's/.*/    *(.text.& .text.unlikely.&)/' "$out/all"
         printf '  }\n}\nINSERT BEFORE .text;\n'
     } >scripts/functions.ld
     wc -l scripts/functions.ld
@@ -88,8 +93,9 @@ call() {
 # profiled NAME VERB CONTAINER
 profiled() {
     CNI_COMMAND=$2 CNI_CONTAINERID=$3 valgrind -q --log-file=/dev/null --tool=callgrind --demangle=no --callgrind-out-file="$out/$1.$2" "$portmap"
+    case $2 in ADD | DEL) list=$1 ;; *) list=others ;; esac
     sed -n "s/^c\{0,1\}fn=([0-9]*) \(_R[^' ]*\).*/\1/p" "$out/$1.$2" |
-        sed -E 's/Cs[0-9A-Za-z]+_([0-9])/Cs*_\1/g; s/B[0-9A-Za-z]*_/B*_/g' >>"$out/$1.names"
+        sed -E 's/Cs[0-9A-Za-z]+_([0-9])/Cs*_\1/g; s/B[0-9A-Za-z]*_/B*_/g' >>"$out/$list.names"
 }
 
 for backend in ebpf nftables iptables; do
