@@ -22,7 +22,13 @@ use crate::sys::store::{Found, is_recorded, newer_record, uses_backend};
 use crate::sys::{Host, iptables, namespace, netlink, nft, survey};
 
 pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<String> {
-    let request = Request::read(invocation, envelope)?;
+    // As in libcni, that the namespace is the plugin's own is said before all else.
+    let own_netns = || Error::OwnNetns { path: invocation.netns.clone() };
+    let may_be_own = !invocation.netns_override;
+    let request = match Request::read(invocation, envelope) {
+        Err(_) if may_be_own && namespace::is_own(&invocation.netns) => return Err(own_netns()),
+        other => other?,
+    };
     let reply = to_json(&request.result)?;
     let dir = request.state_dir();
     let recalled = request.forwards().then(|| Recalled::of(host, &dir));
@@ -31,8 +37,8 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         Some(_) => view.is_some_and(|view| view.is_of_node()),
         None => namespace::is_own(&invocation.netns),
     };
-    if is_own && !invocation.netns_override {
-        return Err(Error::OwnNetns { path: invocation.netns.clone() });
+    if is_own && may_be_own {
+        return Err(own_netns());
     }
     let id = record_id(&request.attachment);
     if !request.forwards() {
