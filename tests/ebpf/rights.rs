@@ -46,7 +46,7 @@ impl Scene<'_> {
     fn traces(&self) -> (Vec<String>, Vec<PathBuf>, Vec<PathBuf>) {
         let mut files: Vec<PathBuf> = files_of(&self.node.state_dir).into_keys().collect();
         // What was found out about the node may be remembered.
-        let noted = ["lock", "boot", "notes/kernel", "notes/facts-ebpf"];
+        let noted = ["lock", "boot", "notes/kernel", "notes/facts-ebpf", "notes/namespaces"];
         files.retain(|file| !noted.iter().any(|name| file.ends_with(name)));
         (ebpf::hooks(&self.lab.node), pins(&self.lab.node).unwrap(), files)
     }
