@@ -180,7 +180,7 @@ static __always_inline enum verdict masquerade(struct __sk_buff *skb, struct pac
 		if (there < 0)
 			return DROP;
 		if (!there)
-			count_connection(&self);
+			count_connection(claim, &self);
 	}
 	to->source = key.peer;
 	to->source_port = key.peer_port;

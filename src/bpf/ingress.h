@@ -151,7 +151,7 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	to->source_port = key.peer_port;
 	to->destination_port = key.pod_port;
 	if (made)
-		count_connection(&claim_key);
+		count_connection(claim, &claim_key);
 	if (claim->flags & CLAIM_SELF)
 		return CHANGE;
 	if (p->icmp) {

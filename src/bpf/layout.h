@@ -55,7 +55,7 @@ struct claim {
 	__u16 flags;		/* CLAIM_* */
 	__u32 owner;		/* attachment: the first 32 bits of its record's id */
 	__u8 mac[6];
-	__u16 pad;
+	__u16 used;		/* Set by programs: there have been connections, and flows may be left. */
 };
 
 /* A flow, keyed by what the pod's answers have. */

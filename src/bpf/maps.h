@@ -46,7 +46,7 @@ MAP(pm_fragments, BPF_MAP_TYPE_LRU_HASH, struct fragment_key, struct fragment, 1
 MAP(pm_sockets, BPF_MAP_TYPE_LRU_HASH, struct socket_key, struct socket_value, 16384, 0);
 MAP(pm_streams, BPF_MAP_TYPE_LRU_HASH, struct socket_key, struct socket_value, 16384, 0);
 
-/* What is counted: pm_traffic only for keys that the plugin has put there. */
+/* What is counted: pm_traffic for claims that have had connections. */
 MAP(pm_reasons, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, __u64, REASONS, 0);
 MAP(pm_traffic, BPF_MAP_TYPE_PERCPU_HASH, struct claim_key, struct traffic, 65536,
     BPF_F_NO_PREALLOC);

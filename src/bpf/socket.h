@@ -120,7 +120,7 @@ static __always_inline void call(struct bpf_sock_addr *ctx, int ipv6, __u32 reas
 	write_address(ctx, ipv6, &key.addr, key.port);
 	count(reason);
 	if (reason == REASON_CONNECT)
-		count_connection(&claim_key);
+		count_connection(claim, &claim_key);
 }
 
 static __always_inline int concerns_claims(struct bpf_sock_addr *ctx)

@@ -16,16 +16,25 @@ use portmap::sys::bpf::object::Object;
 
 use super::{Change, Packet, Table};
 
-/// What all records together lead to.
+/// What all records together lead to, before there are connections.
 fn wanted(live: &[Record]) -> Present {
     let claims = objects::claims(&live.iter().collect::<Vec<_>>());
     let uses = objects::port_uses(&claims);
-    Present {
-        watched: uses.keys().copied().collect(),
-        counted: claims.keys().copied().collect(),
-        uses,
-        claims,
-    }
+    let watched = uses.keys().copied().collect();
+    Present { watched, counted: BTreeSet::new(), uses, claims }
+}
+
+/// Fails unless both are the same but for connections.
+fn assert_like(found: &Present, wanted: &Present) {
+    let claims = |present| unused(present).claims;
+    assert_eq!(claims(found), claims(wanted), "not what the records alone lead to");
+    assert_eq!((&found.uses, &found.watched), (&wanted.uses, &wanted.watched));
+    let is_counted = |key: &ClaimKey| found.claims.get(key).is_some_and(|value| !is_pod(value));
+    assert!(found.counted.iter().all(is_counted), "{:?}", found.counted);
+}
+
+fn is_pod(value: &ClaimValue) -> bool {
+    value.flags & claim_flags::SELF != 0
 }
 
 /// Keys of a step, and what they are to have.
@@ -43,6 +52,12 @@ fn key(packet: &Packet) -> ClaimKey {
 fn find<'a>(claims: &'a Claims, packet: &Packet) -> Option<&'a ClaimValue> {
     let key = key(packet);
     claims.get(&key).or_else(|| claims.get(&key.of_any()))
+}
+
+/// The same without connections.
+fn unused(present: &Present) -> Present {
+    let claims = present.claims.iter().map(|(key, value)| (*key, value.with_used(false)));
+    Present { claims: claims.collect(), ..present.clone() }
 }
 
 /// Maps in memory.
@@ -69,12 +84,18 @@ impl Fake {
                 uses.insert(port, number);
                 watched.insert(port);
             }
-            Write::Count(key) => drop(counted.insert(key)),
+            Write::Forget(key) => drop(counted.remove(&key)),
             Write::Put(key, value) => drop(claims.insert(key, value)),
-            Write::Remove(key) => {
-                claims.remove(&key);
-                counted.remove(&key);
-            }
+            Write::Remove(key) => drop(claims.remove(&key)),
+        }
+    }
+
+    /// Every claim has a connection, as programs say and count it.
+    fn connect(&mut self) {
+        let Present { claims, counted, .. } = &mut self.0;
+        for (key, value) in claims {
+            *value = value.with_used(true);
+            counted.extend((!is_pod(value)).then_some(key));
         }
     }
 
@@ -82,7 +103,6 @@ impl Fake {
     fn assert_sound(&self) {
         for (key, value) in &self.0.claims {
             assert!(self.0.watched.contains(&key.port()), "{key:?} is skipped");
-            assert!(self.0.counted.contains(key), "{key:?} is not counted");
             let protocol = if key.protocol == 6 { Protocol::Tcp } else { Protocol::Udp };
             let pod = ClaimKey::new(value.pod, protocol, value.target().port());
             assert!(self.0.claims.contains_key(&pod), "{key:?} leads to no pod");
@@ -95,6 +115,9 @@ impl Table for Fake {
 
     fn change(&mut self, change: &Change) {
         let (keys, after) = target(change);
+        // Nobody loses a connection where there was none.
+        assert_eq!(plan::losers(&unused(&self.0), &keys, &after), []);
+        self.connect();
         let before = self.0.claims.clone();
         let former = plan::losers(&self.0, &keys, &after);
         let mut present = self.0.clone();
@@ -114,10 +137,19 @@ impl Table for Fake {
         for packet in super::packets() {
             assert_noticed(&before, &self.0.claims, &packet, &former);
         }
+        // What was said and counted of another's connections is gone.
+        for (key, value) in &self.0.claims {
+            let same = before.get(key).is_some_and(|before| {
+                (before.owner, before.target(), is_pod(before))
+                    == (value.owner, value.target(), is_pod(value))
+            });
+            let counted = self.0.counted.contains(key);
+            assert_eq!((value.is_used(), counted), (same, same && !is_pod(value)), "{key:?}");
+        }
     }
 
     fn verify(&self, live: &[Record]) {
-        assert_eq!(self.0, wanted(live), "not what the records alone lead to");
+        assert_like(&self.0, &wanted(live));
     }
 
     fn resolve(&self, packet: &Packet, _matching: bool) -> Option<SocketAddr> {
@@ -130,11 +162,13 @@ impl Table for Fake {
 fn assert_ordered(writes: &[Write], after: &Claims) {
     let groups = writes.chunk_by(|one, other| discriminant(one) == discriminant(other)).count();
     assert!(groups <= 7, "{writes:#?}");
-    let is_pod = |value: &ClaimValue| value.flags & claim_flags::SELF != 0;
     let pod =
         writes.iter().rposition(|write| matches!(write, Write::Put(_, value) if is_pod(value)));
-    let call =
-        writes.iter().position(|write| matches!(write, Write::Count(key) if !is_pod(&after[key])));
+    let call = writes.iter().position(|write| match write {
+        Write::Put(_, value) => !is_pod(value),
+        Write::Forget(key) => after.contains_key(key),
+        _ => false,
+    });
     assert!(pod.zip(call).is_none_or(|(pod, call)| pod < call), "{writes:#?}");
 }
 
@@ -151,6 +185,7 @@ fn assert_noticed(before: &Claims, after: &Claims, packet: &Packet, former: &[Fo
 /// The slow path from the maps of some records, damaged, to those of others.
 pub fn assert_restored(from: &[Record], to: &[Record], damage: u64) {
     let mut fake = Fake(wanted(from));
+    fake.connect();
     let mut damage = (0..64).map(|bit| damage >> bit & 1 == 1).cycle();
     let mut survives = || damage.next() == Some(true);
     fake.0.claims.retain(|_, _| survives());
@@ -164,8 +199,9 @@ pub fn assert_restored(from: &[Record], to: &[Record], damage: u64) {
     let wanted = wanted(to);
     // What is damaged is not sound before the end.
     plan::restore(&fake.0, &wanted.claims).into_iter().for_each(|write| fake.write(write));
-    assert_eq!(fake.0, wanted);
-    assert_eq!(plan::losers(&fake.0, &wanted.counted, &wanted.claims), []);
+    assert_like(&fake.0, &wanted);
+    let keys = wanted.claims.keys().copied().collect();
+    assert_eq!(plan::losers(&fake.0, &keys, &wanted.claims), []);
 }
 
 /// Maps of the kernel, which nothing else knows of.
@@ -196,11 +232,11 @@ impl Table for Kernel {
     }
 
     fn verify(&self, live: &[Record]) {
-        assert_eq!(entries::present(&self.0).unwrap(), wanted(live));
+        assert_like(&entries::present(&self.0).unwrap(), &wanted(live));
         // The slow path finds nothing to do.
         let claims = objects::claims(&live.iter().collect::<Vec<_>>());
         entries::restore(&self.0, &claims).unwrap();
-        assert_eq!(entries::present(&self.0).unwrap(), wanted(live));
+        assert_like(&entries::present(&self.0).unwrap(), &wanted(live));
     }
 
     fn resolve(&self, packet: &Packet, _matching: bool) -> Option<SocketAddr> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use portmap::backend::ebpf::layout::LAYOUT;
+use portmap::backend::ebpf::layout::{ClaimValue, LAYOUT};
 use portmap::demo::netns::Netns;
 use portmap::sys::bpf::cgroup::{self, Cgroup};
 use portmap::sys::bpf::clsact::Clsact;
@@ -11,6 +11,7 @@ use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cookie, tcx};
 use portmap::sys::netlink::route::{Link, RouteReader};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Where the plugin's pins are, as the node sees them.
 pub const PINS: &str = "/sys/fs/bpf/portmap";
@@ -36,16 +37,21 @@ pub fn state(node: &Netns) -> Vec<String> {
     lines
 }
 
-/// The entries of the maps that the plugin writes; none if they are not there. Counters are the
-/// programs', and only their keys the plugin's.
+/// The entries of the maps that the plugin writes; none if they are not there. What programs say of
+/// connections is left out: of a claim that there have been any, and counters, but for those of no claim.
 pub fn entries(node: &Netns) -> Vec<String> {
     let read = || {
-        let mut lines = Vec::new();
+        let (mut lines, mut claims) = (Vec::new(), BTreeSet::new());
         for name in WRITTEN {
             let Some(map) = Map::from_pin(&map_path(name)).unwrap() else {
                 continue;
             };
-            for (key, value) in map.entries().unwrap() {
+            for (key, mut value) in map.entries().unwrap() {
+                if name == "pm_claims" {
+                    let claim = ClaimValue::read_from_bytes(&value).unwrap();
+                    value = claim.with_used(false).as_bytes().to_vec();
+                    claims.insert(key.clone());
+                }
                 if name != "pm_ports" || value.iter().any(|byte| *byte != 0) {
                     lines.push(format!("{name} {} {}", hex(&key), hex(&value)));
                 }
@@ -53,7 +59,8 @@ pub fn entries(node: &Netns) -> Vec<String> {
         }
         if let Some(map) = Map::from_pin(&map_path("pm_traffic")).unwrap() {
             let entries = map.entries().unwrap();
-            lines.extend(entries.iter().map(|(key, _)| format!("pm_traffic {}", hex(key))));
+            let strays = entries.iter().filter(|(key, _)| !claims.contains(key));
+            lines.extend(strays.map(|(key, _)| format!("pm_traffic {}", hex(key))));
         }
         lines.sort();
         lines

@@ -6,7 +6,7 @@ use std::mem::discriminant;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, port_bit, ports_of};
+use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, claim_flags, port_bit, ports_of};
 use super::loaded::Maps;
 use super::objects::{self, Claims};
 use super::plan::{self, Former, Present, Write};
@@ -40,7 +40,7 @@ pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Res
     for port in plan::counted_anew(&present.claims, keys, after) {
         present.uses.insert(port, read_uses(maps, port)?);
     }
-    let former = losers(maps, &present, keys, after)?;
+    let former = plan::losers(&present, keys, after);
     apply(maps, &plan::change(&present, keys, after))?;
     Ok(former)
 }
@@ -54,35 +54,20 @@ pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<()> {
 /// open: the claim's end will ask whether there were any.
 pub fn count_open(maps: &Maps, open: &BTreeMap<ClaimKey, u64>) -> io::Result<()> {
     for (key, number) in open {
-        if traffic(maps, key)?.is_none_or(|traffic| traffic.connections > 0) {
-            continue;
-        }
-        let Some(mut values) = maps.traffic.get(key.as_bytes())? else {
+        let Some(claim) = get(maps, key)?.filter(|claim| !claim.is_used()) else {
             continue;
         };
-        // One of the CPUs stands for all.
-        if let Some((first, _)) = values.split_first_chunk_mut::<{ size_of::<u64>() }>() {
-            *first = number.to_ne_bytes();
-            maps.traffic.put(key.as_bytes(), &values)?;
+        maps.claims.put(key.as_bytes(), claim.with_used(true).as_bytes())?;
+        if claim.flags & claim_flags::SELF == 0 {
+            let mut values = vec![0; maps.traffic.value_bytes()];
+            // One of the CPUs stands for all.
+            if let Some((first, _)) = values.split_first_chunk_mut::<{ size_of::<u64>() }>() {
+                *first = number.to_ne_bytes();
+            }
+            maps.traffic.put_new(key.as_bytes(), &values)?;
         }
     }
     Ok(())
-}
-
-fn losers(
-    maps: &Maps,
-    present: &Present,
-    keys: &BTreeSet<ClaimKey>,
-    after: &Claims,
-) -> io::Result<Vec<Former>> {
-    let mut former = Vec::new();
-    for loser in plan::losers(present, keys, after) {
-        // Without an entry nothing was counted, and there may have been any number.
-        if traffic(maps, &loser.key)?.is_none_or(|traffic| traffic.connections > 0) {
-            former.push(loser);
-        }
-    }
-    Ok(former)
 }
 
 fn apply(maps: &Maps, writes: &[Write]) -> io::Result<()> {
@@ -96,21 +81,19 @@ fn apply(maps: &Maps, writes: &[Write]) -> io::Result<()> {
 
 /// Writes of one kind.
 fn apply_together(maps: &Maps, writes: &[Write]) -> io::Result<()> {
-    let none_yet = vec![0; maps.traffic.value_bytes()];
-    let (mut uses, mut counts, mut puts, mut removals) = (vec![], vec![], vec![], vec![]);
+    let (mut uses, mut forgotten, mut puts, mut removals) = (vec![], vec![], vec![], vec![]);
     for write in writes {
         match write {
             Write::Uses(port, number) => uses.push((*port, *number)),
-            Write::Count(key) => counts.push((key.as_bytes(), none_yet.as_slice())),
+            Write::Forget(key) => forgotten.push(key.as_bytes()),
             Write::Put(key, value) => puts.push((key.as_bytes(), value.as_bytes())),
             Write::Remove(key) => removals.push(key.as_bytes()),
         }
     }
     write_uses(maps, &uses)?;
-    maps.traffic.put_all(&counts).map_err(full(&maps.traffic))?;
+    maps.traffic.remove_all(&forgotten)?;
     maps.claims.put_all(&puts).map_err(full(&maps.claims))?;
-    maps.claims.remove_all(&removals)?;
-    maps.traffic.remove_all(&removals).map(drop)
+    maps.claims.remove_all(&removals).map(drop)
 }
 
 /// What a full map of claims means, which bpf(2) calls a list that is too long.
@@ -169,7 +152,7 @@ pub fn problems(
         };
         let what = objects::describe(key);
         match get(maps, key)? {
-            Some(found) if found == *wanted => {
+            Some(found) if found.says(wanted) => {
                 if !is_watched(maps, key.port())? {
                     problems.push(format!(
                         "{what} has its claim, but programs skip port {}",
@@ -257,11 +240,12 @@ pub fn address_problems(maps: &Maps, expected: &BTreeMap<Addr, u32>) -> io::Resu
     Ok(unknown.chain(gone).collect())
 }
 
-/// Packets of a claim so far, of all CPUs together.
+/// Packets of a claim so far, of all CPUs together; `None` if there is no such claim.
 pub fn traffic(maps: &Maps, key: &ClaimKey) -> io::Result<Option<Traffic>> {
-    let Some(values) = maps.traffic.get(key.as_bytes())? else {
+    if get(maps, key)?.is_none() {
         return Ok(None);
-    };
+    }
+    let values = maps.traffic.get(key.as_bytes())?.unwrap_or_default();
     let mut sum = Traffic::default();
     for value in values.chunks_exact(size_of::<Traffic>()) {
         if let Ok(value) = Traffic::read_from_bytes(value) {

@@ -134,7 +134,8 @@ pub struct ClaimValue {
     pub flags: u16,
     pub owner: u32,
     pub mac: [u8; 6],
-    pad: u16,
+    /// 1 when there have been connections, which programs say.
+    used: u16,
 }
 
 impl ClaimValue {
@@ -147,8 +148,26 @@ impl ClaimValue {
             flags: 0,
             owner,
             mac: [0; 6],
-            pad: 0,
+            used: 0,
         }
+    }
+
+    /// Whether there have been connections, of which flows may be left.
+    #[must_use]
+    pub fn is_used(&self) -> bool {
+        self.used != 0
+    }
+
+    /// The same, whether or not there have been connections.
+    #[must_use]
+    pub fn with_used(self, used: bool) -> Self {
+        Self { used: used.into(), ..self }
+    }
+
+    /// Whether two say the same, whatever has come of it.
+    #[must_use]
+    pub fn says(&self, other: &Self) -> bool {
+        self.with_used(false) == other.with_used(false)
     }
 
     /// Where connections go.
@@ -401,7 +420,7 @@ mod tests {
         let theirs = types(OWN.object);
         let ours: [(&str, Members); 9] = [
             ("claim_key", members!(ClaimKey: addr, port, protocol, pad)),
-            ("claim", members!(ClaimValue: pod, source, port, flags, owner, mac, pad)),
+            ("claim", members!(ClaimValue: pod, source, port, flags, owner, mac, used)),
             ("flow_key", members!(FlowKey: pod, peer, pod_port, peer_port, protocol, pad)),
             ("flow", members!(FlowValue: host, peer, host_port, peer_port, flags, owner, last)),
             ("socket_key", members!(SocketKey: cookie, addr, port, protocol, pad, pad2)),

@@ -15,10 +15,9 @@ use super::objects::{self, Claims};
 pub enum Write {
     /// So many claims have the port; programs look at its packets unless it is 0.
     Uses(u16, u32),
-    /// Counting for a claim begins, or begins anew.
-    Count(ClaimKey),
+    /// What was counted of a claim goes. Programs begin to count with its first connection.
+    Forget(ClaimKey),
     Put(ClaimKey, ClaimValue),
-    /// The claim goes, with what was counted.
     Remove(ClaimKey),
 }
 
@@ -30,7 +29,7 @@ pub struct Present {
     pub uses: BTreeMap<u16, u32>,
     /// Ports that programs look at.
     pub watched: BTreeSet<u16>,
-    /// Claims that are counted for.
+    /// Claims of which something was counted.
     pub counted: BTreeSet<ClaimKey>,
 }
 
@@ -47,15 +46,17 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
     let is_pod = |value: Option<&ClaimValue>| {
         value.is_some_and(|value| value.flags & claim_flags::SELF != 0)
     };
+    let has_counts = |key: &ClaimKey, before: Option<&ClaimValue>| {
+        (before.is_some() && !is_pod(before)) || present.counted.contains(key)
+    };
     let mut todo: Vec<&ClaimKey> = keys.iter().collect();
     todo.sort_by_cached_key(|key| match after.get(key) {
         None => (true, is_pod(present.claims.get(key))),
         wanted => (false, !is_pod(wanted)),
     });
-    // A pod's own entry, and what it counts, come first: if there is no room for it, nothing has been
-    // taken from a former owner.
-    let (mut pods, mut calls) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
-    let mut removals = Vec::new();
+    // A pod's own entry comes first: if there is no room for it, nothing has been taken from a former owner.
+    let (mut pods, mut forget, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut removals, mut gone) = (Vec::new(), Vec::new());
     let (mut more, mut fewer) = (BTreeMap::new(), BTreeMap::new());
     for key in todo {
         let before = present.claims.get(key);
@@ -64,16 +65,21 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
                 if before.is_none() {
                     *more.entry(key.port()).or_default() += 1;
                 }
-                let (counts, puts) = if is_pod(Some(wanted)) { &mut pods } else { &mut calls };
-                if !same_owner(before, Some(wanted)) {
-                    counts.push(Write::Count(*key));
+                let same = same_owner(before, Some(wanted));
+                if !same && has_counts(key, before) {
+                    forget.push(Write::Forget(*key));
                 }
-                if before != Some(wanted) {
-                    puts.push(Write::Put(*key, *wanted));
+                if before.is_none_or(|before| !before.says(wanted)) {
+                    // Of the same owner there may be connections, also such that begin at this moment.
+                    let puts = if is_pod(Some(wanted)) { &mut pods } else { &mut calls };
+                    puts.push(Write::Put(*key, wanted.with_used(same)));
                 }
             }
             None => {
                 removals.push(Write::Remove(*key));
+                if has_counts(key, before) {
+                    gone.push(Write::Forget(*key));
+                }
                 if before.is_some() {
                     *fewer.entry(key.port()).or_default() += 1;
                 }
@@ -91,7 +97,7 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
     };
     // Those of a kind stand together: the kernel takes them in one call.
     let (more, fewer) = (count(more, u32::saturating_add), count(fewer, u32::saturating_sub));
-    [more, pods.0, pods.1, calls.0, calls.1, removals, fewer].concat()
+    [more, pods, forget, calls, removals, gone, fewer].concat()
 }
 
 /// From all that is there, whatever it is, to what is wanted and nothing else.
@@ -106,8 +112,6 @@ pub fn restore(present: &Present, wanted: &Claims) -> Vec<Write> {
         now.uses.insert(*port, uses);
         writes.push(Write::Uses(*port, uses));
     }
-    let uncounted = wanted.keys().filter(|key| !present.counted.contains(key));
-    writes.extend(uncounted.map(|key| Write::Count(*key)));
     let known = present.claims.keys().chain(&present.counted);
     let keys = known.chain(wanted.keys()).copied().collect();
     writes.extend(change(&now, &keys, wanted));
@@ -140,7 +144,7 @@ pub fn counted_anew(present: &Claims, keys: &BTreeSet<ClaimKey>, after: &Claims)
     keys.iter().filter(comes_or_goes).map(ClaimKey::port).collect()
 }
 
-/// Who is reached at one of `keys` and will not be. The claim of an address takes the place of one
+/// Who is reached at one of `keys` and will not be, and has had connections. The claim of an address takes the place of one
 /// of any address, and leaves its place to it. `present` has what is at those of [`also_asked`], too.
 #[must_use]
 pub fn losers(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> Vec<Former> {
@@ -156,7 +160,7 @@ pub fn losers(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
         // A pod's own entry takes no claim's place.
         let takes = found == *key || next.is_none_or(|next| next.flags & claim_flags::SELF == 0);
         let loses = takes && !same_owner(Some(value), next);
-        loses.then_some(Former { key: found, value: *value })
+        (loses && value.is_used()).then_some(Former { key: found, value: *value })
     };
     keys.iter().filter_map(loser).collect()
 }
