@@ -573,3 +573,26 @@ fn a_del_looks_at_the_nodes_addresses_again() {
     scene.ok("DEL", 1);
     assert_eq!(is_known("203.0.113.77"), (None, false));
 }
+
+/// Connections of a claim outlive a configuration that gives it an address, or takes that away: with its end
+/// they go.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn flows_of_a_claim_that_has_moved_go_with_its_end() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    let target = lab.node_socket(Family::V4, 8080);
+    let any = scene.config(0);
+    let mut one = any.clone();
+    for mapping in one["runtimeConfig"]["portMappings"].as_array_mut().unwrap() {
+        mapping["hostIP"] = json!(target.ip());
+    }
+    for [before, after] in [[&any, &one], [&one, &any]] {
+        scene.node.ok("ADD", before, &scene.key(0));
+        reach(&lab.client, Call::new(Transport::Tcp, target, TIMEOUT)).unwrap();
+        scene.node.ok("ADD", after, &scene.key(0));
+        assert_eq!(scene.flows().len(), 1);
+        scene.node.ok("DEL", after, &scene.key(0));
+        assert_eq!(scene.flows().len(), 0, "{after}");
+    }
+}

@@ -53,19 +53,24 @@ pub fn restore(maps: &Maps, wanted: &Claims) -> io::Result<()> {
 /// Counts connections that a claim has and that nobody has counted, because it came anew while they were
 /// open: the claim's end will ask whether there were any.
 pub fn count_open(maps: &Maps, open: &BTreeMap<ClaimKey, u64>) -> io::Result<()> {
+    let mut uncounted = Vec::new();
     for (key, number) in open {
         let Some(claim) = get(maps, key)?.filter(|claim| !claim.is_used()) else {
             continue;
         };
         maps.claims.put(key.as_bytes(), claim.with_used(true).as_bytes())?;
         if claim.flags & claim_flags::SELF == 0 {
-            let mut values = vec![0; maps.traffic.value_bytes()];
-            // One of the CPUs stands for all.
-            if let Some((first, _)) = values.split_first_chunk_mut::<{ size_of::<u64>() }>() {
-                *first = number.to_ne_bytes();
-            }
-            maps.traffic.put_new(key.as_bytes(), &values)?;
+            uncounted.push((key, number));
         }
+    }
+    // There may be no room for what is counted, which is for people.
+    for (key, number) in uncounted {
+        let mut values = vec![0; maps.traffic.value_bytes()];
+        // One of the CPUs stands for all.
+        if let Some((first, _)) = values.split_first_chunk_mut::<{ size_of::<u64>() }>() {
+            *first = number.to_ne_bytes();
+        }
+        maps.traffic.put_new(key.as_bytes(), &values)?;
     }
     Ok(())
 }

@@ -343,16 +343,17 @@ fn forget(host: &Host, loaded: &Loaded, suspects: Suspects) -> Result<()> {
     let now = |called: &ClaimKey| entries::in_effect(&loaded.maps, called);
     let flows = loaded.flows()?;
     let told = flows::forget(&flows, suspects, now).and_then(|seen| {
+        let counted = match suspects {
+            Suspects::All => entries::count_open(&loaded.maps, &seen.open),
+            Suspects::Former(_) => Ok(()),
+        };
         for (pod, cookies) in &seen.callers {
             let mut connected = socket_diag::connected_to(Protocol::Udp, *pod)?;
             connected.retain(|connection| cookies.contains(&connection.cookie));
             socket_diag::destroy(&connected)?;
         }
         flows::forget_callers(&flows, &seen)?;
-        match suspects {
-            Suspects::All => entries::count_open(&loaded.maps, &seen.open),
-            Suspects::Former(_) => Ok(()),
-        }
+        counted
     });
     if let Err(error) = told {
         host.warn(format!("connections of former pods are not ended: {error}"));

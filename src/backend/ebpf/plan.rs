@@ -50,6 +50,10 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
     let has_counts = |key: &ClaimKey, before: Option<&ClaimValue>| {
         (before.is_some() && !is_pod(before)) || present.counted.contains(key)
     };
+    let target = |value: &ClaimValue| (value.owner, value.target(), is_pod(Some(value)));
+    // Also of a claim that takes the place of another one of its owner, of any address or of one.
+    let used: BTreeSet<_> =
+        present.claims.values().filter(|value| value.is_used()).map(target).collect();
     let mut todo: Vec<&ClaimKey> = keys.iter().collect();
     todo.sort_by_cached_key(|key| match after.get(key) {
         None => (true, is_pod(present.claims.get(key))),
@@ -71,9 +75,10 @@ pub fn change(present: &Present, keys: &BTreeSet<ClaimKey>, after: &Claims) -> V
                     forget.push(Write::Forget(*key));
                 }
                 if before.is_none_or(|before| !before.says(wanted)) {
-                    // Of the same owner there may be connections, also such that begin at this moment.
                     let puts = if is_pod(Some(wanted)) { &mut pods } else { &mut calls };
-                    puts.push(Write::Put(*key, wanted.with_used(same)));
+                    // Of the same owner there may be connections, also such that begin at this moment.
+                    let used = same || used.contains(&target(wanted));
+                    puts.push(Write::Put(*key, wanted.with_used(used)));
                 }
             }
             None => {
