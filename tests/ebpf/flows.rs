@@ -596,3 +596,19 @@ fn flows_of_a_claim_that_has_moved_go_with_its_end() {
         assert_eq!(scene.flows().len(), 0, "{after}");
     }
 }
+
+/// Of calls of a pod's own address nothing is counted, and their flows go with the pod all the same.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn flows_of_direct_calls_go_with_their_pod() {
+    let lab = lab(1);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let pod = SocketAddr::new(lab.pods[0].address(Family::V4).unwrap(), 80);
+    reach(&lab.client, Call::new(Transport::Tcp, pod, TIMEOUT)).unwrap();
+    assert_eq!(scene.flows().len(), 1);
+    let counted = || ebpf::map("pm_traffic").entries().unwrap();
+    assert_eq!(lab.node.run(counted).unwrap(), []);
+    scene.ok("DEL", 0);
+    assert_eq!(scene.flows().len(), 0);
+}
