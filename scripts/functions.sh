@@ -14,26 +14,24 @@ cd -- "$(dirname -- "$0")/.."
 
 if [ "${1:-}" != inside ]; then
     target=$(scripts/target.sh)
-    # Names of functions are needed.
-    CARGO_PROFILE_RELEASE_STRIP=none cargo build --release --locked --target "$target" --target-dir target/functions
+    # Names of functions are needed. Of several that are alike the compiler keeps one, by the names of crates,
+    # and these depend on the profile: this is the release's, and only linking is other.
+    cargo rustc --release --locked --bin portmap --target "$target" --target-dir target/functions -- -C strip=none
     out=$(mktemp -d)
     trap 'rm -rf -- "$out"' EXIT
     unshare --net --mount --pid --fork --mount-proc sh scripts/functions.sh inside "target/functions/$target/release/portmap" "$out"
-    # Before the rest comes what pods wait for: what ADD and DEL of all backends call, then what some have in
-    # common, then what is each one's own.
-    for backend in ebpf nftables iptables; do
-        sort -u "$out/$backend.names" | sed "s/$/ $backend/"
-    done | awk '
-        { users[$1] = users[$1] " " $2 }
-        END { for (name in users) print split(users[name], _), users[name], name }' |
-        sort -k1,1nr -k2 | awk '{ print $NF }' >"$out/first"
-    sort -u "$out/others.names" | grep -vxFf "$out/first" | cat "$out/first" - >"$out/all"
+    # Before the rest comes what pods wait for, and first of all with eBPF, which has no tools to wait for.
+    cd -- "$out"
+    comm -12 ebpf.tcp.ADD ebpf.tcp.DEL |
+        cat - ebpf.tcp.ADD ebpf.tcp.DEL ./*.ADD ./*.DEL ./*.*.* |
+        awk '!seen[$0]++' >all
+    cd -- "$OLDPWD"
     {
         printf '/* Made by functions.sh. The hashes of crates, and references to names within names, which depend on\n'
         printf '   their length, are left open: they change with the compiler and the checkout'\''s path. */\n'
         printf 'SECTIONS\n{\n  .text.called :\n  {\n'
         # What begins a process, and musl, of which every call needs a little of everything: 42 KB.
-        printf '    *crt1.o(.text .text.*)\n    *(.text.main)\n    *libc.a:*(.text .text.*)\n'
+        printf '    *crt1.o(.text .text.*)\n    *crtbegin*.o(.text .text.*)\n    *(.text.main)\n    *libc.a:*(.text .text.*)\n'
         # Those that are called #[cold] have sections of another name.
         sed 's/.*/    *(.text.& .text.unlikely.&)/' "$out/all"
         printf '  }\n}\nINSERT BEFORE .text;\n'
@@ -90,28 +88,34 @@ call() {
     CNI_COMMAND=$1 CNI_CONTAINERID=$2 "$portmap"
 }
 
-# profiled NAME VERB CONTAINER
+# profiled NAME VERB CONTAINER: what is called, to the file NAME.VERB
 profiled() {
-    CNI_COMMAND=$2 CNI_CONTAINERID=$3 valgrind -q --log-file=/dev/null --tool=callgrind --demangle=no --callgrind-out-file="$out/$1.$2" "$portmap"
-    case $2 in ADD | DEL) list=$1 ;; *) list=others ;; esac
-    sed -n "s/^c\{0,1\}fn=([0-9]*) \(_R[^' ]*\).*/\1/p" "$out/$1.$2" |
-        sed -E 's/Cs[0-9A-Za-z]+_([0-9])/Cs*_\1/g; s/B[0-9A-Za-z]*_/B*_/g' >>"$out/$list.names"
+    CNI_COMMAND=$2 CNI_CONTAINERID=$3 valgrind -q --log-file=/dev/null --tool=callgrind --demangle=no --callgrind-out-file="$out/calls" "$portmap"
+    sed -n "s/^c\{0,1\}fn=([0-9]*) \(_R[^' ]*\).*/\1/p" "$out/calls" |
+        sed -E 's/Cs[0-9A-Za-z]+_([0-9])/Cs*_\1/g; s/B[0-9A-Za-z]*_/B*_/g; s/\.[0-9]+$//; s/B\*_$//' | awk '
+            # A crate alone, and no name in it, at the end.
+            match($0, /Cs\*_[0-9]+[A-Za-z_0-9]+$/) {
+                crate = substr($0, RSTART + 4)
+                if (length(crate) == crate + length(crate + 0))
+                    $0 = substr($0, 1, RSTART - 1)
+            }
+            { print $0 "*" }' | sort -u >"$out/$1.$2"
 }
 
 for backend in ebpf nftables iptables; do
     conf "$backend" 8001 | call ADD resident
     for protocol in tcp udp; do
-        conf "$backend" 8080 8081 | profiled "$backend" ADD pod
-        conf "$backend" 8080 8081 | profiled "$backend" CHECK pod
-        conf "$backend" 8080 8081 | profiled "$backend" DEL pod
-        conf "$backend" 8080 8081 | profiled "$backend" DEL pod
-        conf "$backend" | profiled "$backend" ADD pod
+        conf "$backend" 8080 8081 | profiled "$backend.$protocol" ADD pod
+        conf "$backend" 8080 8081 | profiled "$backend.$protocol" CHECK pod
+        conf "$backend" 8080 8081 | profiled "$backend.$protocol" DEL pod
     done
+    conf "$backend" 8080 8081 | profiled "$backend.gone" DEL pod
+    conf "$backend" | profiled "$backend.none" ADD pod
     protocol=tcp
     conf "$backend" 8080 | call ADD pod
-    conf "$backend" | profiled "$backend" GC pod
-    conf "$backend" | profiled "$backend" STATUS pod
+    conf "$backend" | profiled "$backend.tcp" GC pod
+    conf "$backend" | profiled "$backend.tcp" STATUS pod
     conf "$backend" 8001 | call DEL resident
-    echo '{"cniVersion":"1.1.0"}' | profiled "$backend" VERSION pod
+    echo '{"cniVersion":"1.1.0"}' | profiled "$backend.tcp" VERSION pod
     "$portmap" flush --all --yes
 done >/dev/null
