@@ -20,7 +20,9 @@ fn key(number: u32) -> [u8; 4] {
 
 /// A value for every processor.
 fn value(map: &Map, number: u64) -> Vec<u8> {
-    (0..map.value_bytes() / 8).flat_map(|cpu| (number + cpu as u64).to_ne_bytes()).collect()
+    (0..map.value_bytes().unwrap() / 8)
+        .flat_map(|cpu| (number + cpu as u64).to_ne_bytes())
+        .collect()
 }
 
 fn keys(map: &Map) -> BTreeSet<u32> {
@@ -95,7 +97,7 @@ fn arrays_have_all_their_entries() {
                 let map = if batches { map } else { map.without_batches() };
                 map.put(&key(1), &value(&map, 5)).unwrap();
                 let expected = [(0, 0), (1, 5), (2, 0)].map(|(number, first)| match first {
-                    0 => (key(number).to_vec(), vec![0; map.value_bytes()]),
+                    0 => (key(number).to_vec(), vec![0; map.value_bytes().unwrap()]),
                     _ => (key(number).to_vec(), value(&map, first)),
                 });
                 let mut entries = map.entries().unwrap();
@@ -181,7 +183,7 @@ fn the_kernel_says_what_a_map_is() {
         let same = Map::from_id(map.id()).unwrap().unwrap();
         same.put(&key(1), &[7; 8]).unwrap();
         assert_eq!(map.get(&key(1)).unwrap(), Some(vec![7; 8]));
-        assert_eq!((map.value_bytes(), map.stride()), (8, 8));
+        assert_eq!((map.value_bytes().unwrap(), map.stride()), (8, 8));
         let id = map.id();
         drop((map, same));
         // The kernel lets go of it in a while.
@@ -193,7 +195,7 @@ fn the_kernel_says_what_a_map_is() {
             ..definition("pm_cpu", bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY, 1)
         };
         let map = Map::create(&per_cpu).unwrap();
-        assert_eq!((map.stride(), map.value_bytes() % 8), (8, 0));
+        assert_eq!((map.stride(), map.value_bytes().unwrap() % 8), (8, 0));
     });
 }
 
@@ -206,7 +208,7 @@ fn another_layout_takes_over_the_beginning_of_values() {
                 let definition = Definition { value_size, ..definition("pm_test", kind, 1_000) };
                 Map::create(&definition).unwrap()
             };
-            let cpus = create(8).value_bytes() / 8;
+            let cpus = create(8).value_bytes().unwrap() / 8;
             let each = |value: &[u8]| value.repeat(cpus);
             let (old, longer, shorter) = (create(8), create(16), create(4));
             for number in 0..100 {
@@ -226,7 +228,7 @@ fn another_layout_takes_over_the_beginning_of_values() {
 
             assert_eq!(shorter.take_over(&longer, &[]).unwrap(), 100);
             let found = shorter.get(&key(8)).unwrap().unwrap();
-            assert_eq!(found.len(), shorter.value_bytes());
+            assert_eq!(found.len(), shorter.value_bytes().unwrap());
             for value in found.chunks_exact(shorter.stride()) {
                 assert_eq!(value[..4], [9; 4]);
             }

@@ -231,7 +231,7 @@ impl Rig {
             let key = ClaimKey::new(self.addr(host), protocol, host.port());
             self.configure(|config| config.expect([(&key, &value)]));
             self.put("pm_claims", key.as_bytes(), value.as_bytes());
-            let zero = vec![0; self.maps["pm_traffic"].value_bytes()];
+            let zero = vec![0; self.maps["pm_traffic"].value_bytes().unwrap()];
             self.put("pm_traffic", key.as_bytes(), &zero);
             value.flags |= claim_flags::SELF;
             let key = ClaimKey::new(pod.ip().into(), protocol, pod.port());

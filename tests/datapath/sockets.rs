@@ -141,7 +141,7 @@ impl Inside {
             let mut value = ClaimValue::new(pod, 1);
             let key = ClaimKey::new(addr, protocol, port);
             object.put("pm_claims", key.as_bytes(), value.as_bytes());
-            let zero = vec![0; object.maps["pm_traffic"].value_bytes()];
+            let zero = vec![0; object.maps["pm_traffic"].value_bytes().unwrap()];
             object.put("pm_traffic", key.as_bytes(), &zero);
             value.flags |= claim_flags::SELF;
             let key = ClaimKey::new(pod.ip().into(), protocol, pod.port());

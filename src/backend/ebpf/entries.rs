@@ -65,7 +65,7 @@ pub fn count_open(maps: &Maps, open: &BTreeMap<ClaimKey, u64>) -> io::Result<()>
     }
     // There may be no room for what is counted, which is for people.
     for (key, number) in uncounted {
-        let mut values = vec![0; maps.traffic.value_bytes()];
+        let mut values = vec![0; maps.traffic.value_bytes()?];
         // One of the CPUs stands for all.
         if let Some((first, _)) = values.split_first_chunk_mut::<{ size_of::<u64>() }>() {
             *first = number.to_ne_bytes();

@@ -12,6 +12,7 @@ mod upgrade;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::Arc;
 
 use super::layout::{Config, LAYOUT, REVISION};
 use crate::error::{Error, Result};
@@ -78,7 +79,7 @@ pub struct Loaded {
     config: Cell<Config>,
     programs: RefCell<BTreeMap<String, Program>>,
     /// Numbers of programs by name, of those that are open or known from an earlier call.
-    ids: RefCell<BTreeMap<String, u32>>,
+    ids: RefCell<Arc<BTreeMap<String, u32>>>,
     /// Those from an earlier call are of programs that still have their names.
     exact: Cell<bool>,
     /// The directories of pins: the one above all, that of the maps, and that of the programs.
@@ -177,7 +178,7 @@ impl Loaded {
     }
 
     /// Numbers of programs by name, as far as they are loaded.
-    pub fn loaded(&self, names: &BTreeSet<&str>) -> Result<BTreeMap<String, u32>> {
+    pub fn loaded(&self, names: &BTreeSet<&str>) -> Result<Arc<BTreeMap<String, u32>>> {
         for name in names {
             if !self.ids.borrow().contains_key(*name)
                 && let Some(program) = self.open_program(name)?
@@ -185,7 +186,7 @@ impl Loaded {
                 self.adopt(name, program);
             }
         }
-        Ok(self.ids.borrow().clone())
+        Ok(Arc::clone(&self.ids.borrow()))
     }
 
     fn open_program(&self, name: &str) -> Result<Option<Program>> {
@@ -202,12 +203,12 @@ impl Loaded {
     }
 
     fn adopt(&self, name: &str, program: Program) {
-        self.ids.borrow_mut().insert(name.to_owned(), program.id());
+        Arc::make_mut(&mut self.ids.borrow_mut()).insert(name.to_owned(), program.id());
         self.programs.borrow_mut().insert(name.to_owned(), program);
     }
 
     /// Loads those of the programs that are not there.
-    pub fn load(&self, names: &BTreeSet<&str>) -> Result<BTreeMap<String, u32>> {
+    pub fn load(&self, names: &BTreeSet<&str>) -> Result<Arc<BTreeMap<String, u32>>> {
         let present = self.loaded(names)?;
         let todo: Vec<&str> =
             names.iter().copied().filter(|name| !present.contains_key(*name)).collect();

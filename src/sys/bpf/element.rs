@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_map_info, bpf_map_type};
 
@@ -18,7 +19,10 @@ use crate::sys::file;
 pub(super) struct Elements {
     fd: OwnedFd,
     key_size: usize,
-    value_size: usize,
+    /// As far as it is known: see [`Elements::value_size`].
+    value_size: OnceLock<usize>,
+    /// From one processor's value to the next, in a per-CPU map.
+    stride: usize,
 }
 
 impl Elements {
@@ -39,13 +43,12 @@ impl Elements {
     /// Takes a descriptor and asks what it is.
     pub fn new(fd: OwnedFd) -> io::Result<(Self, bpf_map_info)> {
         let info = map_info(fd.as_fd())?;
-        let value_size = info.value_size as usize;
-        let value_size = if is_per_cpu(info.type_) {
-            value_size.next_multiple_of(8) * possible_cpus()?
-        } else {
-            value_size
+        let (key_size, stride) = (info.key_size as usize, info.value_size as usize);
+        let (value_size, stride) = match is_per_cpu(info.type_) {
+            true => (OnceLock::new(), stride.next_multiple_of(8)),
+            false => (OnceLock::from(stride), stride),
         };
-        Ok((Self { fd, key_size: info.key_size as usize, value_size }, info))
+        Ok((Self { fd, key_size, value_size, stride }, info))
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -56,21 +59,32 @@ impl Elements {
         self.key_size
     }
 
-    /// Bytes of a value; of all processors', each a multiple of 8 bytes, in a per-CPU map.
-    pub fn value_size(&self) -> usize {
-        self.value_size
+    /// Bytes of a value; of all processors', each a multiple of 8 bytes, in a per-CPU map. How many of them
+    /// there are is asked when somebody wants a value of one: few calls do.
+    pub fn value_size(&self) -> io::Result<usize> {
+        if let Some(size) = self.value_size.get() {
+            return Ok(*size);
+        }
+        let size = self.stride * possible_cpus()?;
+        Ok(*self.value_size.get_or_init(|| size))
+    }
+
+    /// From the value of one processor to that of the next: a multiple of 8 bytes. In other maps the size of
+    /// the only value.
+    pub fn stride(&self) -> usize {
+        self.stride
     }
 
     fn check(&self, keys: &[u8], values: Option<&[u8]>, count: usize) -> io::Result<()> {
-        let fits = keys.len() == self.key_size * count
-            && values.is_none_or(|values| values.len() == self.value_size * count);
+        let key_size = self.key_size;
+        let value_size = values.map(|_| self.value_size()).transpose()?;
+        let fits = keys.len() == key_size * count
+            && values.map(<[u8]>::len) == value_size.map(|size| size * count);
         fits.then_some(()).ok_or_else(|| {
+            let values = value_size.map(|size| format!(" and values {size}"));
             io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!(
-                    "keys of this map have {} bytes and values {}",
-                    self.key_size, self.value_size
-                ),
+                format!("keys of this map have {key_size} bytes{}", values.unwrap_or_default()),
             )
         })
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use aya_obj::generated::{BPF_ANY, BPF_NOEXIST, bpf_cmd};
 
-use super::element::{Elements, Place, is_per_cpu};
+use super::element::{Elements, Place};
 use super::syscall;
 
 /// Entries that the first batch asks for: room for more would be cleared, page by page, for the few that
@@ -134,8 +134,11 @@ impl Map {
 
     /// Length of what [`Map::get`] returns and [`Map::put`] takes: a value, or in a per-CPU map the
     /// values of all processors, each of [`Map::stride`] bytes.
-    #[must_use]
-    pub fn value_bytes(&self) -> usize {
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel does not tell how many processors there may be.
+    pub fn value_bytes(&self) -> io::Result<usize> {
         self.elements.value_size()
     }
 
@@ -143,10 +146,7 @@ impl Map {
     /// bytes. In other maps the size of the only value.
     #[must_use]
     pub fn stride(&self) -> usize {
-        match self.definition.value_size as usize {
-            size if is_per_cpu(self.definition.kind) => size.next_multiple_of(8),
-            size => size,
-        }
+        self.elements.stride()
     }
 
     /// The value of a key, of [`Map::value_bytes`]; `None` if it is not there.
@@ -155,7 +155,7 @@ impl Map {
     ///
     /// What bpf(2) returns; a key of the wrong length. So do all below.
     pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        let mut value = vec![0; self.value_bytes()];
+        let mut value = vec![0; self.value_bytes()?];
         Ok(absent(self.elements.lookup(key, &mut value))?.map(|()| value))
     }
 
@@ -175,7 +175,7 @@ impl Map {
     /// Sets the values of keys, one after the other. On an error those before the first that cannot be
     /// set are.
     pub fn put_all(&self, entries: &[(&[u8], &[u8])]) -> io::Result<()> {
-        let (key_size, value_size) = (self.elements.key_size(), self.value_bytes());
+        let (key_size, value_size) = (self.elements.key_size(), self.value_bytes()?);
         let fits =
             |(key, value): &(&[u8], &[u8])| (key.len(), value.len()) == (key_size, value_size);
         // Values of per-CPU maps are as long as there are processors.
@@ -219,7 +219,7 @@ impl Map {
         if self.batches && self.for_each_batch(&mut visit)? {
             return Ok(());
         }
-        let mut value = vec![0; self.value_bytes()];
+        let mut value = vec![0; self.value_bytes()?];
         for key in self.keys()? {
             if absent(self.elements.lookup(&key, &mut value))?.is_some() {
                 visit(&key, &value);
@@ -230,7 +230,7 @@ impl Map {
 
     /// Says false if the kernel has no batches for this map, before `visit` was called.
     fn for_each_batch(&self, visit: &mut impl FnMut(&[u8], &[u8])) -> io::Result<bool> {
-        let (key_size, value_size) = (self.elements.key_size(), self.value_bytes());
+        let (key_size, value_size) = (self.elements.key_size(), self.value_bytes()?);
         let most = BATCH.min(self.definition.max_entries.max(1) as usize);
         let mut count = FIRST_BATCH.min(most);
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -332,7 +332,7 @@ impl Map {
     /// which is a whole value, has there, or zeros where it is empty. A map that is full takes no more.
     pub fn take_over(&self, from: &Map, rest: &[u8]) -> io::Result<usize> {
         let ((to_stride, from_stride), mut value) =
-            ((self.stride(), from.stride()), vec![0; self.value_bytes()]);
+            ((self.stride(), from.stride()), vec![0; self.value_bytes()?]);
         for value in value.chunks_exact_mut(to_stride).filter(|value| value.len() == rest.len()) {
             value.copy_from_slice(rest);
         }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -42,7 +43,7 @@ pub struct Numbers {
     /// The number of the map of claims, without which they are not the ones at work.
     pub claims: u32,
     /// By name.
-    pub programs: BTreeMap<String, u32>,
+    pub programs: Arc<BTreeMap<String, u32>>,
     /// Those of the maps that every call works on.
     #[serde(default)]
     pub maps: BTreeMap<String, u32>,

@@ -2,6 +2,7 @@
 //! directories that have them do not change.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::{Build, Loaded, Maps, OWN, WORKED_ON, failed, pins};
 use crate::error::Result;
@@ -43,7 +44,7 @@ impl Loaded {
         if stamp.is_some() {
             // Once something has changed, each is opened by its name, and its number noted anew.
             if known.seen.as_ref().is_some_and(|seen| stamp == Some(seen.programs)) {
-                *self.ids.borrow_mut() = known.programs.clone();
+                *self.ids.borrow_mut() = Arc::clone(&known.programs);
                 self.exact.set(true);
             }
             return Ok(());
@@ -53,7 +54,8 @@ impl Loaded {
             .program_names(self.digest())
             .map_err(failed("list the pinned eBPF programs"))?;
         let known = known.programs.iter().filter(|(name, _)| present.contains(*name));
-        self.ids.borrow_mut().extend(known.map(|(name, id)| (name.clone(), *id)));
+        Arc::make_mut(&mut self.ids.borrow_mut())
+            .extend(known.map(|(name, id)| (name.clone(), *id)));
         Ok(())
     }
 
@@ -71,7 +73,7 @@ impl Loaded {
         Numbers {
             revision: self.digest().to_owned(),
             claims: claims.id(),
-            programs: self.ids.borrow().clone(),
+            programs: Arc::clone(&self.ids.borrow()),
             maps: maps.into_iter().map(number).collect(),
             seen,
         }
