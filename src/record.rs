@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256, Sha512};
 
 use crate::conf::Options;
+use crate::error::{Error, Result};
 use crate::model::{Attachment, BackendKind, Claim, Family, Forward, Mapping, Protocol};
 
 /// Version of the records' format. Readers leave newer ones alone.
@@ -199,6 +200,15 @@ impl Record {
     #[must_use]
     pub fn id(&self) -> &str {
         self.known_id.0.get_or_init(|| record_id(&self.attachment))
+    }
+
+    /// The record as it is in its file.
+    ///
+    /// # Errors
+    ///
+    /// None that is known of: a record has nothing that JSON cannot say.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string(self).map_err(|error| Error::Decode(error.to_string()))
     }
 
     /// The pod's address and mask of one family.

@@ -124,11 +124,12 @@ impl<'a> Engine<'a> {
         self.store.has_note(PENDING_NOTE)
     }
 
-    pub(super) fn begin(&self, records: &[&Record]) -> Result<()> {
-        let pending: Vec<&Record> = self.unfinished.iter().chain(records.iter().copied()).collect();
-        let text =
-            serde_json::to_string(&pending).map_err(|error| Error::Decode(error.to_string()))?;
-        self.store.set_note(PENDING_NOTE, Some(&text))
+    /// `records`: as JSON.
+    pub(super) fn begin(&self, records: &[&str]) -> Result<()> {
+        let mut pending =
+            self.unfinished.iter().map(Record::to_json).collect::<Result<Vec<String>>>()?;
+        pending.extend(records.iter().copied().map(str::to_owned));
+        self.store.set_note(PENDING_NOTE, Some(&format!("[{}]", pending.join(","))))
     }
 
     pub(super) fn finish(&self) -> Result<()> {

@@ -87,8 +87,9 @@ impl<'a> Engine<'a> {
         let before = self.store.parts(record.backend)?;
         let known = self.known_facts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
-        let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
-        let written = self.begin(&involved).and_then(|()| self.store.put(record, old));
+        let (text, former) = (record.to_json()?, old.map(Record::to_json).transpose()?);
+        let involved: Vec<&str> = former.as_deref().into_iter().chain([&*text]).collect();
+        let written = self.begin(&involved).and_then(|()| self.store.put(record, &text, old));
         if let Err(error) = written {
             // What cannot be cleared away now, the attachment's next call clears.
             drop(self.store.clear_moving(record.id()));
@@ -133,7 +134,7 @@ impl<'a> Engine<'a> {
         self.known(record.backend)?.admit(self.host)?;
         let before = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
-        if let Err(error) = self.begin(&[record]) {
+        if let Err(error) = record.to_json().and_then(|text| self.begin(&[&text])) {
             // A full disk must not keep DEL from its work; the record itself is still there.
             self.host.warn(format!("{error}: {}", error.details()));
         }
@@ -202,20 +203,24 @@ impl<'a> Engine<'a> {
         let none = BTreeSet::new();
         let lost = Lost::of(&[record]);
         let undone = match old {
-            Some(old) => self.store.put(old, Some(record)).and_then(|()| {
-                let kinds = BTreeSet::from([record.backend, old.backend]);
-                self.release_unused_localnets("")?;
-                let restore = |kind| self.restore_without(kind, None, None, &lost, facts, &none);
-                // One that fails keeps no other from its former state.
-                let errors: Vec<Error> =
-                    kinds.into_iter().filter_map(|kind| restore(kind).err()).collect();
-                match errors.is_empty() {
-                    true => Ok(()),
-                    false => {
-                        Err(Error::Several { what: "restoring what was there".into(), errors })
+            Some(old) => old
+                .to_json()
+                .and_then(|text| self.store.put(old, &text, Some(record)))
+                .and_then(|()| {
+                    let kinds = BTreeSet::from([record.backend, old.backend]);
+                    self.release_unused_localnets("")?;
+                    let restore =
+                        |kind| self.restore_without(kind, None, None, &lost, facts, &none);
+                    // One that fails keeps no other from its former state.
+                    let errors: Vec<Error> =
+                        kinds.into_iter().filter_map(|kind| restore(kind).err()).collect();
+                    match errors.is_empty() {
+                        true => Ok(()),
+                        false => {
+                            Err(Error::Several { what: "restoring what was there".into(), errors })
+                        }
                     }
-                }
-            }),
+                }),
             None => self
                 .release_unused_localnets(record.id())
                 .and_then(|()| {

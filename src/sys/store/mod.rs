@@ -167,18 +167,14 @@ impl Store {
     }
 
     /// Writes a record, durably and as a whole, and then takes back the index entries that only
-    /// `replaced` had.
-    pub fn put(&self, record: &Record, replaced: Option<&Record>) -> Result<()> {
+    /// `replaced` had. `json`: what [`Record::to_json`] says of it.
+    pub fn put(&self, record: &Record, json: &str, replaced: Option<&Record>) -> Result<()> {
         let id = record.id();
         self.clear_moving(id)?;
         let name = record_name(id);
         let [incoming, outgoing] = MOVING.map(|way| moving_name(id, way));
         let failed = |error| self.files.failed("write record", &name, error);
-        let text = serde_json::to_vec(record).map_err(|error| Error::Record {
-            path: self.files.path(&name),
-            reason: error.to_string(),
-        })?;
-        self.files.write(&incoming, &text).map_err(failed)?;
+        self.files.write(&incoming, json.as_bytes()).map_err(failed)?;
         let keys = record.index_keys();
         for key in &keys {
             self.index_add(key, id)?;
@@ -406,8 +402,8 @@ mod tests {
         let old =
             record("a", &["10.0.0.2/24"], &["tcp 80 80", "udp 53 53"], BackendKind::Iptables, 1);
         let new = record("b", &["10.0.0.3/24"], &["tcp 80 81"], BackendKind::Iptables, 2);
-        store.put(&old, None).unwrap();
-        store.put(&new, None).unwrap();
+        store.put(&old, &old.to_json().unwrap(), None).unwrap();
+        store.put(&new, &new.to_json().unwrap(), None).unwrap();
         let port = BTreeSet::from([IndexKey::Port(Protocol::Tcp, 80)]);
         assert_eq!(store.sharing(&port, new.id()).unwrap(), std::slice::from_ref(&old));
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
@@ -420,7 +416,7 @@ mod tests {
         );
 
         let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
-        store.put(&moved, Some(&new)).unwrap();
+        store.put(&moved, &moved.to_json().unwrap(), Some(&new)).unwrap();
         assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
         let port = IndexKey::Port(Protocol::Tcp, 80);
         assert!(store.has_other(&port, "").unwrap());
@@ -456,14 +452,14 @@ mod tests {
                 let store = Store::open(&dir.0, "boot").unwrap();
                 let before = dir.files();
                 // Killed on its way in, or out, with its index entries.
-                store.put(&old, None).unwrap();
+                store.put(&old, &old.to_json().unwrap(), None).unwrap();
                 let moving = dir.0.join(moving_name(old.id(), way));
                 fs::rename(record_path(&dir.0, old.id()), moving).unwrap();
                 drop(store);
 
                 let store = Store::open(&dir.0, "boot").unwrap();
                 if does_put {
-                    store.put(&new, None).unwrap();
+                    store.put(&new, &new.to_json().unwrap(), None).unwrap();
                     let port = dir.0.join("index/ports/tcp-80");
                     assert!(!port.exists(), "{way}: {:?}", dir.files());
                 }
@@ -478,7 +474,7 @@ mod tests {
         let dir = Dir::new("boot");
         let record = record("a", &["10.0.0.2/24"], &["tcp 80 80"], BackendKind::Iptables, 1);
         let store = Store::open(&dir.0, "first").unwrap();
-        store.put(&record, None).unwrap();
+        store.put(&record, &record.to_json().unwrap(), None).unwrap();
         store.set_note("backend", Some("iptables")).unwrap();
         let path = record_path(&dir.0, "newer");
         fs::write(path, r#"{"format":99,"shape":"unknown"}"#).unwrap();
