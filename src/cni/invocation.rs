@@ -73,10 +73,12 @@ impl Invocation {
             ))
         })?;
 
+        let values = VARIABLES.map(|(name, ..)| get(name));
         let missing: Vec<&str> = VARIABLES
             .iter()
-            .filter(|(name, needed_by, _)| needed_by.contains(&verb) && get(name).is_empty())
-            .map(|(name, ..)| *name)
+            .zip(&values)
+            .filter(|((_, needed_by, _), value)| needed_by.contains(&verb) && value.is_empty())
+            .map(|((name, ..), _)| *name)
             .collect();
         if !missing.is_empty() {
             return Err(Error::Environment(format!(
@@ -84,17 +86,17 @@ impl Invocation {
                 missing.join(", ")
             )));
         }
-        for (name, needed_by, problem) in VARIABLES {
-            let value = get(name);
-            if let Some(rule) = problem(&value).filter(|_| needed_by.contains(&verb)) {
+        for ((name, needed_by, problem), value) in VARIABLES.iter().zip(&values) {
+            if let Some(rule) = problem(value).filter(|_| needed_by.contains(&verb)) {
                 return Err(Error::Environment(format!("{name} is {value:?}: {rule}")));
             }
         }
+        let [container_id, netns, ifname] = values;
         Ok(Some(Invocation {
             verb,
-            container_id: get("CNI_CONTAINERID"),
-            netns: get("CNI_NETNS"),
-            ifname: get("CNI_IFNAME"),
+            container_id,
+            netns,
+            ifname,
             args: get("CNI_ARGS")
                 .split(';')
                 .filter_map(|pair| pair.split_once('='))

@@ -1,6 +1,6 @@
 //! Running a tool: input from memory, both outputs captured, an error that carries its stderr.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -21,7 +21,7 @@ const DEADLINE: Duration = Duration::from_secs(40);
 /// Where tools are looked for: the absolute directories of PATH, in order.
 #[derive(Debug, Clone)]
 pub struct Tools {
-    directories: Vec<PathBuf>,
+    path: OsString,
     /// How long each run of one may take.
     pub deadline: Duration,
 }
@@ -81,16 +81,14 @@ impl Tools {
     /// directory, are left out: the runtime's is arbitrary.
     #[must_use]
     pub fn new(path: Option<&OsStr>) -> Self {
-        let directories = path
-            .map(|path| std::env::split_paths(path).filter(|dir| dir.is_absolute()).collect())
-            .unwrap_or_default();
-        Tools { directories, deadline: DEADLINE }
+        Tools { path: path.unwrap_or_default().to_owned(), deadline: DEADLINE }
     }
 
     /// The first executable file called `tool`.
     #[must_use]
     pub fn find(&self, tool: &str) -> Option<PathBuf> {
-        self.directories.iter().map(|dir| dir.join(tool)).find(|path| {
+        let directories = std::env::split_paths(&self.path).filter(|dir| dir.is_absolute());
+        directories.map(|dir| dir.join(tool)).find(|path| {
             path.metadata()
                 .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
         })
