@@ -183,7 +183,7 @@ fn of_connections(lanes: &[Lane], plan: &Plan) -> Vec<Aim> {
 }
 
 fn of_flows(lanes: &[flow::Lane]) -> Vec<Aim> {
-    let ebpf = lanes.iter().find(|lane| lane.backend == Some(Variant::Ebpf));
+    let ebpf = lanes.iter().find(|lane| lane.rules == flow::Rules::Of(Variant::Ebpf));
     let aim = |what: What| {
         let value = ebpf.map_or(f64::NAN, |lane| flow::share(lanes, lane, what));
         let what = format!("ebpf {} by a hostPort, to direct without rules", what.name());

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::contest::{Contestant, Side};
+use crate::packet::control;
 use crate::plan::Plan;
 use crate::plugin::{Attachment, Verb};
 use crate::process::number;
@@ -45,9 +46,18 @@ impl What {
     }
 }
 
-/// A node: without rules and connection tracking, or with ours.
+/// What is on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rules {
+    /// No rules, and so no connection tracking.
+    None,
+    /// Programs that do nothing, where those of eBPF would be: what the kernel takes to call any.
+    Hooks,
+    Of(Variant),
+}
+
 pub struct Lane {
-    pub backend: Option<Variant>,
+    pub rules: Rules,
     /// In the order of [`What::ALL`]. Bytes are in millions.
     hostport: [Vec<f64>; 4],
     direct: [Vec<f64>; 4],
@@ -63,13 +73,20 @@ impl Lane {
     }
 }
 
-/// Ours by nftables and eBPF, whichever takes part, beside a node without rules.
+/// Ours by nftables and eBPF, whichever takes part, beside a node without rules; with eBPF, beside one with
+/// empty programs, too.
 pub fn measure(contestants: &[Contestant], plan: &Plan) -> Res<Vec<Lane>> {
     progress("established connections, and the node's own");
-    let mut nodes = vec![Node::new(None)?];
+    let mut nodes = vec![Node::new(Rules::None, None)?];
     for contestant in contestants.iter().filter(|c| c.side == Side::Ours) {
-        if matches!(contestant.variant, Variant::Nftables | Variant::Ebpf) {
-            nodes.push(Node::new(Some(contestant))?);
+        let rules = Rules::Of(contestant.variant);
+        match contestant.variant {
+            Variant::Nftables => nodes.push(Node::new(rules, Some(contestant))?),
+            Variant::Ebpf => {
+                nodes.push(Node::new(Rules::Hooks, None)?);
+                nodes.push(Node::new(rules, Some(contestant))?);
+            }
+            _ => {}
         }
     }
     for round in 0..=plan.flow_rounds {
@@ -93,9 +110,12 @@ struct Node {
 }
 
 impl Node {
-    fn new(contestant: Option<&Contestant>) -> Res<Self> {
-        let backend = contestant.map(|c| c.variant);
-        let rig = Rig::new(backend.unwrap_or(Variant::Nftables))?;
+    fn new(rules: Rules, contestant: Option<&Contestant>) -> Res<Self> {
+        let rig = Rig::new(contestant.map_or(Variant::Nftables, |c| c.variant))?;
+        if rules == Rules::Hooks {
+            // Filters keep their programs.
+            rig.on(control::attach)?;
+        }
         for pod in [&rig.pod_a, &rig.pod_b] {
             serve_connections(pod, DIRECT.1)?;
             serve_exchanges(pod, INSIDE)?;
@@ -110,8 +130,8 @@ impl Node {
             })
         };
         let direct = open(DIRECT.0, INSIDE)?;
-        let hostport = backend.map(|_| open(HOSTPORT.0, HOSTPORT_OF_INSIDE)).transpose()?;
-        let lane = Lane { backend, hostport: Default::default(), direct: Default::default() };
+        let hostport = contestant.map(|_| open(HOSTPORT.0, HOSTPORT_OF_INSIDE)).transpose()?;
+        let lane = Lane { rules, hostport: Default::default(), direct: Default::default() };
         Ok(Self { rig, lane, hostport, direct })
     }
 
@@ -165,7 +185,7 @@ fn on_one_processor(work: impl FnOnce() -> Res<f64> + Send) -> Res<f64> {
 
 /// The node without rules.
 pub fn bare(lanes: &[Lane]) -> Option<&Lane> {
-    lanes.iter().find(|lane| lane.backend.is_none())
+    lanes.iter().find(|lane| lane.rules == Rules::None)
 }
 
 /// Through a hostPort of `lane`, as a share of what a node without rules does directly.
@@ -179,7 +199,7 @@ pub fn table(lanes: &[Lane]) -> String {
          | hostPort/that |\n|---|---|--:|--:|--:|--:|--:|\n",
     );
     for lane in lanes {
-        let Some(backend) = lane.backend else { continue };
+        let Rules::Of(backend) = lane.rules else { continue };
         for what in What::ALL {
             let (hostport, direct) = (lane.hostport(what), lane.direct(what));
             text += &format!(
@@ -193,6 +213,16 @@ pub fn table(lanes: &[Lane]) -> String {
             );
         }
     }
+    if let Some(hooks) = lanes.iter().find(|lane| lane.rules == Rules::Hooks) {
+        let shares = What::ALL.map(|what| {
+            let bare = bare(lanes).map_or(f64::NAN, |bare| median(bare.direct(what)));
+            format!("{} {}", what.name(), number(median(hooks.direct(what)) / bare, 2))
+        });
+        text += &format!(
+            "\nDirect with programs that do nothing at the hooks of eBPF, of that without rules: {}.\n",
+            shares.join(", ")
+        );
+    }
     text
 }
 
@@ -200,7 +230,11 @@ pub fn json(lanes: &[Lane]) -> Value {
     let of = |lane: &Lane| {
         What::ALL.map(|what| {
             json!({
-                "backend": lane.backend.map_or_else(|| "no rules".to_owned(), |v| v.to_string()),
+                "backend": match lane.rules {
+                    Rules::None => "no rules".to_owned(),
+                    Rules::Hooks => "empty programs".to_owned(),
+                    Rules::Of(variant) => variant.to_string(),
+                },
                 "what": what.name(),
                 "hostport": lane.hostport(what),
                 "direct": lane.direct(what),

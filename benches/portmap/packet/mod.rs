@@ -1,6 +1,6 @@
 //! What the eBPF programs cost a packet: tried alone, and counted by the kernel in real traffic.
 
-mod control;
+pub mod control;
 mod counted;
 mod frame;
 mod trial;
