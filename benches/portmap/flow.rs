@@ -56,6 +56,7 @@ pub enum Rules {
     Of(Variant),
 }
 
+/// What was measured on one.
 pub struct Lane {
     pub rules: Rules,
     /// In the order of [`What::ALL`]. Bytes are in millions.

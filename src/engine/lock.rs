@@ -124,7 +124,7 @@ impl<'a> Engine<'a> {
         self.store.has_note(PENDING_NOTE)
     }
 
-    /// `records`: as JSON.
+    /// Notes which records a step is about, each as JSON, for the next call if this one is killed.
     pub(super) fn begin(&self, records: &[&str]) -> Result<()> {
         let mut pending =
             self.unfinished.iter().map(Record::to_json).collect::<Result<Vec<String>>>()?;
