@@ -334,7 +334,9 @@ fn attached(state: &Path) -> Record {
     let addresses = vec!["10.0.0.2/32".parse().unwrap()];
     let options = Options::default();
     let record = Record::new(attachment, vec![mapping], addresses, options, BackendKind::Nftables);
-    store(state).put(&record, &record.to_json().unwrap(), None).unwrap();
+    let store = store(state);
+    store.stage(&record).unwrap();
+    store.put(&record, None).unwrap();
     record
 }
 

@@ -419,26 +419,34 @@ fn an_interrupted_step_waits_for_a_call_that_can_finish_it() {
         (config, attachment(&lab.pods[pod], &format!("c{pod}")))
     };
     let [first, second] = [call(0, "iptables"), call(1, "nftables")];
-    node.ok("ADD", &first.0, &first.1);
-    let record = std::fs::read_to_string(record_file(&node, "c0")).unwrap();
-    // As if the record had gone and its rules had not.
-    let pending = node.state_dir.join("notes/pending");
-    std::fs::write(&pending, format!("[{record}]")).unwrap();
-    let tool = node.path.join("iptables");
-    let elsewhere = node.path.join("iptables-that-is-not-here");
-    std::fs::rename(&tool, &elsewhere).unwrap();
     let mut other = second.0.clone();
     other["runtimeConfig"]["portMappings"] = mappings(&[9090]);
-    for verb in ["ADD", "DEL"] {
-        let note = node.ok(verb, &other, &second.1).stderr;
-        assert!(note.contains("an interrupted call is not finished yet"), "{note}");
-        let kept = std::fs::read_to_string(&pending).unwrap();
-        assert!(kept.contains("\"c0\"") && !kept.contains("\"c1\""), "{kept}");
+    let tool = node.path.join("iptables");
+    let elsewhere = node.path.join("iptables-that-is-not-here");
+    let pending = node.state_dir.join("notes/pending");
+    for is_listed in [true, false] {
+        node.ok("ADD", &first.0, &first.1);
+        // As if the record had gone and its rules had not.
+        let file = record_file(&node, "c0");
+        match is_listed {
+            true => {
+                let record = std::fs::read_to_string(file).unwrap();
+                std::fs::write(&pending, format!("[{record}]")).unwrap();
+            }
+            false => std::fs::hard_link(file, &pending).unwrap(),
+        }
+        std::fs::rename(&tool, &elsewhere).unwrap();
+        for verb in ["ADD", "DEL"] {
+            let note = node.ok(verb, &other, &second.1).stderr;
+            assert!(note.contains("an interrupted call is not finished yet"), "{note}");
+            let kept = std::fs::read_to_string(&pending).unwrap();
+            assert!(kept.contains("\"c0\"") && !kept.contains("\"c1\""), "{kept}");
+        }
+        std::fs::rename(&elsewhere, &tool).unwrap();
+        let note = node.ok("DEL", &first.0, &first.1).stderr;
+        assert!(!note.contains("interrupted") && !pending.exists(), "{note}");
+        node.assert_clean(&before);
     }
-    std::fs::rename(&elsewhere, &tool).unwrap();
-    let note = node.ok("DEL", &first.0, &first.1).stderr;
-    assert!(!note.contains("interrupted") && !pending.exists(), "{note}");
-    node.assert_clean(&before);
 }
 
 /// Another state directory's attachments are none of this flush's.

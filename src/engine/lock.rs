@@ -12,8 +12,8 @@ use crate::record::Record;
 use crate::sys::store::Store;
 use crate::sys::{Host, namespace};
 
-/// Name of the note with the records of a step that has begun: if it is there, the step was killed or
-/// failed half-way, and the kernel may be in any state between.
+/// Name of the note with the record of a step that has begun, or a list of its records: if it is there, the
+/// step was killed or failed half-way, and the kernel may be in any state between.
 const PENDING_NOTE: &str = "pending";
 
 /// Other calls have the lock for milliseconds.
@@ -114,8 +114,11 @@ impl<'a> Engine<'a> {
         if !self.is_interrupted()? {
             return Ok(None);
         }
-        // A note is written as a whole; one that cannot be read is another version's.
-        let read = |note: String| serde_json::from_str(&note).unwrap_or_default();
+        // Written as a whole; one that cannot be read is another version's.
+        let read = |note: String| match serde_json::from_str(&note) {
+            Ok(record) => vec![record],
+            Err(_) => serde_json::from_str(&note).unwrap_or_default(),
+        };
         Ok(self.store.note(PENDING_NOTE)?.map(read))
     }
 
@@ -124,18 +127,25 @@ impl<'a> Engine<'a> {
         self.store.has_note(PENDING_NOTE)
     }
 
-    /// Notes which records a step is about, each as JSON, for the next call if this one is killed.
-    pub(super) fn begin(&self, records: &[&str]) -> Result<()> {
-        let mut pending =
-            self.unfinished.iter().map(Record::to_json).collect::<Result<Vec<String>>>()?;
-        pending.extend(records.iter().copied().map(str::to_owned));
-        self.store.set_note(PENDING_NOTE, Some(&format!("[{}]", pending.join(","))))
+    /// Notes which records a step is about, for the next call if this one is killed: one record, which is
+    /// what nearly all steps are about, by its file, several by a list of them. `is_staged`: see
+    /// [`Store::stage`].
+    pub(super) fn begin(&self, records: &[&Record], is_staged: bool) -> Result<()> {
+        if let ([record], []) = (records, &self.unfinished[..])
+            && self.store.set_note_of_record(PENDING_NOTE, record.id(), is_staged)
+        {
+            return Ok(());
+        }
+        let pending: Vec<&Record> = self.unfinished.iter().chain(records.iter().copied()).collect();
+        let text =
+            serde_json::to_string(&pending).map_err(|error| Error::Decode(error.to_string()))?;
+        self.store.set_note(PENDING_NOTE, Some(&text))
     }
 
     pub(super) fn finish(&self) -> Result<()> {
         match self.unfinished.is_empty() {
             true => self.store.set_note(PENDING_NOTE, None),
-            false => self.begin(&[]),
+            false => self.begin(&[], false),
         }
     }
 }

@@ -87,9 +87,10 @@ impl<'a> Engine<'a> {
         let before = self.store.parts(record.backend)?;
         let known = self.known_facts(record.backend)?;
         let first = record.parts().difference(&before).copied().collect();
-        let (text, former) = (record.to_json()?, old.map(Record::to_json).transpose()?);
-        let involved: Vec<&str> = former.as_deref().into_iter().chain([&*text]).collect();
-        let written = self.begin(&involved).and_then(|()| self.store.put(record, &text, old));
+        let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
+        let written = (self.store.stage(record))
+            .and_then(|()| self.begin(&involved, true))
+            .and_then(|()| self.store.put(record, old));
         if let Err(error) = written {
             // What cannot be cleared away now, the attachment's next call clears.
             drop(self.store.clear_moving(record.id()));
@@ -134,7 +135,7 @@ impl<'a> Engine<'a> {
         self.known(record.backend)?.admit(self.host)?;
         let before = self.store.parts(record.backend)?;
         let facts = self.known_facts(record.backend)?;
-        if let Err(error) = record.to_json().and_then(|text| self.begin(&[&text])) {
+        if let Err(error) = self.begin(&[record], false) {
             // A full disk must not keep DEL from its work; the record itself is still there.
             self.host.warn(format!("{error}: {}", error.details()));
         }
@@ -203,9 +204,8 @@ impl<'a> Engine<'a> {
         let none = BTreeSet::new();
         let lost = Lost::of(&[record]);
         let undone = match old {
-            Some(old) => old
-                .to_json()
-                .and_then(|text| self.store.put(old, &text, Some(record)))
+            Some(old) => (self.store.stage(old))
+                .and_then(|()| self.store.put(old, Some(record)))
                 .and_then(|()| {
                     let kinds = BTreeSet::from([record.backend, old.backend]);
                     self.release_unused_localnets("")?;

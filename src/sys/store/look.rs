@@ -100,7 +100,8 @@ mod tests {
 
         let one = record("a", &["10.0.0.2/24"], &["tcp 80 80"], BackendKind::Iptables, 1);
         let store = Store::open(&dir, "boot").unwrap();
-        store.put(&one, &one.to_json().unwrap(), None).unwrap();
+        store.stage(&one).unwrap();
+        store.put(&one, None).unwrap();
         store.set_note("pending", Some("x")).unwrap();
         // What kills leave.
         fs::write(dir.join("records/b.in"), "half").unwrap();

@@ -6,7 +6,8 @@
 //! records/<id>.json             one record per attachment
 //! records/<id>.in, <id>.out     one on its way in or out: its index entries may still exist
 //! index/<kind>/<key>/<id>       empty files: which records have this port, pod address, chain …
-//! notes/<name>                  small facts, such as the backend that was found to work
+//! notes/<name>                  small facts, such as the backend that was found to work; one that is a
+//!                               record may be a second name of the record's file
 //! ```
 //!
 //! The index always holds at least what the records say (it is written before a record and removed
@@ -166,15 +167,23 @@ impl Store {
         Ok(text.map_or(Found::None, |text| parse(&text)))
     }
 
-    /// Writes a record, durably and as a whole, and then takes back the index entries that only
-    /// `replaced` had. `json`: what [`Record::to_json`] says of it.
-    pub fn put(&self, record: &Record, json: &str, replaced: Option<&Record>) -> Result<()> {
+    /// Writes a record, durably and as a whole, where nobody takes it for one yet.
+    pub fn stage(&self, record: &Record) -> Result<()> {
         let id = record.id();
         self.clear_moving(id)?;
+        let [incoming, _] = MOVING.map(|way| moving_name(id, way));
+        let json = record.to_json()?;
+        let written = self.files.write(&incoming, json.as_bytes());
+        written.map_err(|error| self.files.failed("write record", &record_name(id), error))
+    }
+
+    /// Puts a record in place that has been staged, and then takes back the index entries that only
+    /// `replaced` had.
+    pub fn put(&self, record: &Record, replaced: Option<&Record>) -> Result<()> {
+        let id = record.id();
         let name = record_name(id);
         let [incoming, outgoing] = MOVING.map(|way| moving_name(id, way));
         let failed = |error| self.files.failed("write record", &name, error);
-        self.files.write(&incoming, json.as_bytes()).map_err(failed)?;
         let keys = record.index_keys();
         for key in &keys {
             self.index_add(key, id)?;
@@ -394,6 +403,11 @@ mod tests {
         }
     }
 
+    fn put(store: &Store, record: &Record, replaced: Option<&Record>) {
+        store.stage(record).unwrap();
+        store.put(record, replaced).unwrap();
+    }
+
     #[test]
     fn records_and_index_come_and_go_together() {
         let dir = Dir::new("index");
@@ -402,8 +416,8 @@ mod tests {
         let old =
             record("a", &["10.0.0.2/24"], &["tcp 80 80", "udp 53 53"], BackendKind::Iptables, 1);
         let new = record("b", &["10.0.0.3/24"], &["tcp 80 81"], BackendKind::Iptables, 2);
-        store.put(&old, &old.to_json().unwrap(), None).unwrap();
-        store.put(&new, &new.to_json().unwrap(), None).unwrap();
+        put(&store, &old, None);
+        put(&store, &new, None);
         let port = BTreeSet::from([IndexKey::Port(Protocol::Tcp, 80)]);
         assert_eq!(store.sharing(&port, new.id()).unwrap(), std::slice::from_ref(&old));
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
@@ -416,7 +430,7 @@ mod tests {
         );
 
         let moved = record("b", &["10.0.0.3/24"], &["tcp 81 81"], BackendKind::Iptables, 3);
-        store.put(&moved, &moved.to_json().unwrap(), Some(&new)).unwrap();
+        put(&store, &moved, Some(&new));
         assert_eq!(store.sharing(&port, "").unwrap(), std::slice::from_ref(&old));
         let port = IndexKey::Port(Protocol::Tcp, 80);
         assert!(store.has_other(&port, "").unwrap());
@@ -452,14 +466,14 @@ mod tests {
                 let store = Store::open(&dir.0, "boot").unwrap();
                 let before = dir.files();
                 // Killed on its way in, or out, with its index entries.
-                store.put(&old, &old.to_json().unwrap(), None).unwrap();
+                put(&store, &old, None);
                 let moving = dir.0.join(moving_name(old.id(), way));
                 fs::rename(record_path(&dir.0, old.id()), moving).unwrap();
                 drop(store);
 
                 let store = Store::open(&dir.0, "boot").unwrap();
                 if does_put {
-                    store.put(&new, &new.to_json().unwrap(), None).unwrap();
+                    put(&store, &new, None);
                     let port = dir.0.join("index/ports/tcp-80");
                     assert!(!port.exists(), "{way}: {:?}", dir.files());
                 }
@@ -470,11 +484,44 @@ mod tests {
     }
 
     #[test]
+    fn a_record_s_file_is_a_note_under_a_second_name() {
+        let dir = Dir::new("named");
+        let store = Store::open(&dir.0, "boot").unwrap();
+        let record = record("a", &["10.0.0.2/24"], &["tcp 80 80"], BackendKind::Iptables, 1);
+        let id = record.id();
+        store.set_note("backend", Some("iptables")).unwrap();
+        let before = dir.files();
+        assert!(!store.set_note_of_record("pending", id, true), "there is no such file");
+        assert!(!store.has_note("pending").unwrap());
+        // Staged, and in place, by which it is the same file.
+        store.stage(&record).unwrap();
+        assert!(store.set_note_of_record("pending", id, true));
+        store.put(&record, None).unwrap();
+        assert!(store.has_note("pending").unwrap());
+        assert_eq!(store.note("pending").unwrap(), Some(record.to_json().unwrap()));
+        assert!(!store.set_note_of_record("pending", id, false), "the name is taken");
+        store.set_note("pending", None).unwrap();
+        assert!(!store.has_note("pending").unwrap());
+        assert_eq!(store.get(id).unwrap().record().as_deref(), Some(&record));
+
+        // What happens to either name then is nothing to the other.
+        assert!(store.set_note_of_record("pending", id, false));
+        store.set_note("pending", Some("other")).unwrap();
+        assert_eq!(store.read(id).unwrap().record().as_deref(), Some(&record));
+        store.set_note("pending", None).unwrap();
+        assert!(store.set_note_of_record("pending", id, false));
+        store.remove(&record).unwrap();
+        assert_eq!(store.note("pending").unwrap(), Some(record.to_json().unwrap()));
+        store.set_note("pending", None).unwrap();
+        assert_eq!(dir.files(), before);
+    }
+
+    #[test]
     fn a_reboot_discards_and_newer_formats_are_told_apart() {
         let dir = Dir::new("boot");
         let record = record("a", &["10.0.0.2/24"], &["tcp 80 80"], BackendKind::Iptables, 1);
         let store = Store::open(&dir.0, "first").unwrap();
-        store.put(&record, &record.to_json().unwrap(), None).unwrap();
+        put(&store, &record, None);
         store.set_note("backend", Some("iptables")).unwrap();
         let path = record_path(&dir.0, "newer");
         fs::write(path, r#"{"format":99,"shape":"unknown"}"#).unwrap();

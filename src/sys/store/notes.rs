@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::Store;
+use super::{MOVING, Store, moving_name, record_name};
 use crate::error::Result;
 
 impl Store {
@@ -42,6 +42,17 @@ impl Store {
             };
         }
         Ok(())
+    }
+
+    /// Makes a record's own file a note as well, staged or in place, under a second name: nothing has to be
+    /// written. False where that cannot be done, as on a file system without hard links.
+    pub fn set_note_of_record(&self, name: &str, id: &str, is_staged: bool) -> bool {
+        let file = if is_staged { moving_name(id, MOVING[0]) } else { record_name(id) };
+        let is_made = !self.only_reads && self.files.link(&file, &path(name)).is_ok();
+        if let Some(known) = self.notes.borrow_mut().as_mut().filter(|_| is_made) {
+            known.insert(name.to_owned());
+        }
+        is_made
     }
 
     /// Answers from the names of all notes, which are read once: the lock keeps them from changing.
