@@ -93,7 +93,8 @@ profiled() {
     CNI_COMMAND=$2 CNI_CONTAINERID=$3 valgrind -q --log-file=/dev/null --tool=callgrind --demangle=no --callgrind-out-file="$out/calls" "$portmap"
     sed -n "s/^c\{0,1\}fn=([0-9]*) \(_R[^' ]*\).*/\1/p" "$out/calls" |
         sed -E 's/Cs[0-9A-Za-z]+_([0-9])/Cs*_\1/g; s/B[0-9A-Za-z]*_/B*_/g; s/\.[0-9]+$//; s/B\*_$//' | awk '
-            # A crate alone, and no name in it, at the end.
+            # A crate and no name in it, at the end: names have their lengths before them, which awk takes for
+            # the number that such a text is.
             match($0, /Cs\*_[0-9]+[A-Za-z_0-9]+$/) {
                 crate = substr($0, RSTART + 4)
                 if (length(crate) == crate + length(crate + 0))

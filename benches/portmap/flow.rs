@@ -51,7 +51,8 @@ impl What {
 pub enum Rules {
     /// No rules, and so no connection tracking.
     None,
-    /// Programs that do nothing, where those of eBPF would be: what the kernel takes to call any.
+    /// Programs that do nothing, as filters of the devices that those of eBPF would be at: what the kernel takes
+    /// to call any for a packet. There are none at sockets.
     Hooks,
     Of(Variant),
 }
@@ -215,12 +216,12 @@ pub fn table(lanes: &[Lane]) -> String {
         }
     }
     if let Some(hooks) = lanes.iter().find(|lane| lane.rules == Rules::Hooks) {
-        let shares = What::ALL.map(|what| {
+        let shares = [What::Requests, What::Upload, What::Download].map(|what| {
             let bare = bare(lanes).map_or(f64::NAN, |bare| median(bare.direct(what)));
             format!("{} {}", what.name(), number(median(hooks.direct(what)) / bare, 2))
         });
         text += &format!(
-            "\nDirect with programs that do nothing at the hooks of eBPF, of that without rules: {}.\n",
+            "\nDirect with filters that do nothing where those of eBPF would be, of that without rules: {}.\n",
             shares.join(", ")
         );
     }

@@ -37,11 +37,11 @@ impl Verb {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invocation {
     pub verb: Verb,
-    /// Set for ADD, DEL and CHECK, else empty.
+    /// Set and checked for ADD, DEL and CHECK, else whatever the environment has.
     pub container_id: String,
     /// Path of the pod's network namespace; empty where the runtime has none (allowed on DEL).
     pub netns: String,
-    /// Set for ADD, DEL and CHECK, else empty.
+    /// As `container_id`.
     pub ifname: String,
     /// Key and value pairs of `CNI_ARGS`, which is never a reason to fail.
     pub args: BTreeMap<String, String>,

@@ -1,5 +1,5 @@
-//! Programs that do nothing, at the hooks of the measured ones: what they are counted with in real
-//! traffic is what counting takes there.
+//! Programs that do nothing, as filters of the devices that the measured ones are at. Beside these, what they
+//! are counted with in real traffic is what counting takes there; alone, they show what calling any takes.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use portmap::sys::bpf::program::{Hook, Program};
 
 use crate::Res;
 
-/// Behind the measured program, whose filter has the first priority or is before all filters (tcx):
+/// Behind the measured program, where there is one, whose filter has the first priority or is before all filters (tcx):
 /// the packet is in the caches then, as it would not be for the first program.
 const SLOT: Slot = Slot { priority: 60_000, handle: 1 };
 

@@ -212,7 +212,7 @@ pub(super) struct Place {
     begun: bool,
 }
 
-pub(super) fn is_per_cpu(kind: u32) -> bool {
+fn is_per_cpu(kind: u32) -> bool {
     [
         bpf_map_type::BPF_MAP_TYPE_PERCPU_HASH,
         bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY,
