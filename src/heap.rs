@@ -11,7 +11,8 @@ use spin::mutex::SpinMutex;
 const PIECE: usize = 256 * 1024;
 
 /// dlmalloc behind a lock that is cheap to take where nobody else wants it: calls have one thread at work nearly
-/// all of the time. With the crate's own, which is musl's `pthread_mutex_lock(3)`, locking takes as long as all that is locked.
+/// all of the time. With the crate's own, which is musl's `pthread_mutex_lock(3)`, locking takes as long as all
+/// that is locked.
 pub struct Heap(SpinMutex<Dlmalloc, Yield>);
 
 impl Heap {

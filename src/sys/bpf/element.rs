@@ -223,7 +223,7 @@ fn is_per_cpu(kind: u32) -> bool {
 }
 
 /// How many processors this kernel may ever have: so many values an entry of a per-CPU map has.
-pub(super) fn possible_cpus() -> io::Result<usize> {
+fn possible_cpus() -> io::Result<usize> {
     let path = "/sys/devices/system/cpu/possible";
     count_cpus(file::read_to_string(path)?.trim()).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, format!("{path} does not list processors"))
