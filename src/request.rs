@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::cni::json::RawObject;
-use crate::cni::result::{PodLinks, pass_through, pod_addresses, pod_links};
+use crate::cni::result::{PodLinks, PrevResult, pass_through};
 use crate::conf::NetConf;
 use crate::error::{Error, Result};
 use crate::model::Attachment;
@@ -42,8 +42,9 @@ impl Request {
             )
         })?;
         let result = pass_through(prev_result, envelope.version)?;
-        let addresses = pod_addresses(prev_result, envelope.version, &invocation.ifname)?;
-        let PodLinks { mac, host } = pod_links(prev_result, &invocation.ifname)?;
+        let read = PrevResult::read(prev_result, envelope.version)?;
+        let addresses = read.pod_addresses(&invocation.ifname)?;
+        let PodLinks { mac, host } = read.pod_links(&invocation.ifname);
         Ok(Request {
             attachment: attachment(invocation, envelope),
             netns: invocation.netns.clone(),

@@ -70,40 +70,77 @@ pub fn pass_through(prev_result: &RawValue, version: Version) -> Result<RawObjec
     Ok(members)
 }
 
-/// Address and mask of the pod on its network, IPv4 first: per family the first of `ips` that belongs to the container. An entry
-/// belongs to it if its `interface` is absent or out of range (Calico, older Cilium), or names the
-/// interface `ifname` inside a sandbox. The sandbox is not compared with CNI_NETNS: Cilium writes
-/// it in a form of its own.
-pub fn pod_addresses(
-    prev_result: &RawValue,
-    version: Version,
-    ifname: &str,
-) -> Result<Vec<IpNetwork>> {
-    let model = read(prev_result)?;
-    let candidates: Vec<String> = if version.form() == ResultForm::PerFamily {
-        [model.ip4, model.ip6].into_iter().flatten().map(|ip| ip.ip).collect()
-    } else {
-        let belongs = |ip: &Ip| {
-            let interface = ip
-                .interface
-                .and_then(|index| usize::try_from(index).ok())
-                .and_then(|index| model.interfaces.get(index));
-            interface
-                .is_none_or(|interface| interface.name == ifname && !interface.sandbox.is_empty())
-        };
-        model.ips.iter().filter(|ip| belongs(ip)).map(|ip| ip.address.clone()).collect()
-    };
+/// What the previous plugin's result says about the pod.
+pub struct PrevResult {
+    model: ReadModel,
+    form: ResultForm,
+}
 
-    let mut networks: Vec<IpNetwork> = Vec::new();
-    for text in candidates {
-        let network = parse_network(&text)?;
-        let family = Family::of(&network.ip());
-        if !networks.iter().any(|known| Family::of(&known.ip()) == family) {
-            networks.push(network);
+impl PrevResult {
+    /// Reads a result in the form that `version` has.
+    ///
+    /// # Errors
+    ///
+    /// Which member is not what it must be (code 7).
+    pub fn read(prev_result: &RawValue, version: Version) -> Result<Self> {
+        let mut value: Value = serde_json::from_str(prev_result.get())
+            .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
+        fold_keys(&mut value, &NAMES);
+        let model = serde_path_to_error::deserialize(value).map_err(|error| {
+            Error::Config(format!("prevResult.{}: {}", error.path(), error.inner()))
+        })?;
+        Ok(Self { model, form: version.form() })
+    }
+
+    /// Address and mask of the pod on its network, IPv4 first: per family the first of `ips` that belongs to the
+    /// container. An entry belongs to it if its `interface` is absent or out of range (Calico, older Cilium), or
+    /// names the interface `ifname` inside a sandbox. The sandbox is not compared with CNI_NETNS: Cilium writes
+    /// it in a form of its own.
+    ///
+    /// # Errors
+    ///
+    /// Which address is none, or has no mask (code 7).
+    pub fn pod_addresses(&self, ifname: &str) -> Result<Vec<IpNetwork>> {
+        let model = &self.model;
+        let candidates: Vec<&str> = if self.form == ResultForm::PerFamily {
+            [&model.ip4, &model.ip6].into_iter().flatten().map(|ip| ip.ip.as_str()).collect()
+        } else {
+            let belongs = |ip: &&Ip| {
+                let interface = ip
+                    .interface
+                    .and_then(|index| usize::try_from(index).ok())
+                    .and_then(|index| model.interfaces.get(index));
+                interface.is_none_or(|interface| {
+                    interface.name == ifname && !interface.sandbox.is_empty()
+                })
+            };
+            model.ips.iter().filter(belongs).map(|ip| ip.address.as_str()).collect()
+        };
+
+        let mut networks: Vec<IpNetwork> = Vec::new();
+        for text in candidates {
+            let network = parse_network(text)?;
+            let family = Family::of(&network.ip());
+            if !networks.iter().any(|known| Family::of(&known.ip()) == family) {
+                networks.push(network);
+            }
+        }
+        networks.sort_by_key(|network| Family::of(&network.ip()));
+        Ok(networks)
+    }
+
+    /// Which links belong to the pod's interface `ifname`.
+    #[must_use]
+    pub fn pod_links(self, ifname: &str) -> PodLinks {
+        let (inside, outside): (Vec<Interface>, Vec<Interface>) =
+            self.model.interfaces.into_iter().partition(|interface| !interface.sandbox.is_empty());
+        let own = inside.into_iter().find(|interface| interface.name == ifname);
+        let mac = own.and_then(|interface| interface.mac);
+        PodLinks {
+            mac: mac.as_ref().and_then(Value::as_str).map(ToOwned::to_owned),
+            host: outside.into_iter().map(|interface| interface.name).collect(),
         }
     }
-    networks.sort_by_key(|network| Family::of(&network.ip()));
-    Ok(networks)
 }
 
 /// The links of a pod as the previous plugin tells them.
@@ -113,28 +150,6 @@ pub struct PodLinks {
     pub mac: Option<String>,
     /// Names of links on the host.
     pub host: Vec<String>,
-}
-
-/// Reads which links belong to the pod's interface `ifname`.
-pub fn pod_links(prev_result: &RawValue, ifname: &str) -> Result<PodLinks> {
-    let (inside, outside): (Vec<Interface>, Vec<Interface>) = read(prev_result)?
-        .interfaces
-        .into_iter()
-        .partition(|interface| !interface.sandbox.is_empty());
-    let own = inside.into_iter().find(|interface| interface.name == ifname);
-    let mac = own.and_then(|interface| interface.mac);
-    Ok(PodLinks {
-        mac: mac.as_ref().and_then(Value::as_str).map(ToOwned::to_owned),
-        host: outside.into_iter().map(|interface| interface.name).collect(),
-    })
-}
-
-fn read(prev_result: &RawValue) -> Result<ReadModel> {
-    let mut value: Value = serde_json::from_str(prev_result.get())
-        .map_err(|error| Error::Config(format!("prevResult is not a result: {error}")))?;
-    fold_keys(&mut value, &NAMES);
-    serde_path_to_error::deserialize(value)
-        .map_err(|error| Error::Config(format!("prevResult.{}: {}", error.path(), error.inner())))
 }
 
 /// An address with its mask in CIDR form. `ipnetwork` alone would also take a bare address.
@@ -167,7 +182,9 @@ mod tests {
     }
 
     fn addresses(text: &str, version: &str) -> Vec<String> {
-        pod_addresses(&raw(text), Version::parse(version).unwrap(), "eth0")
+        PrevResult::read(&raw(text), Version::parse(version).unwrap())
+            .unwrap()
+            .pod_addresses("eth0")
             .unwrap()
             .iter()
             .map(ToString::to_string)
@@ -230,8 +247,8 @@ mod tests {
             "::ffff:10.0.0.2/95",
         ] {
             let text = format!(r#"{{"ips":[{{"address":"{wrong}"}}]}}"#);
-            let error =
-                pod_addresses(&raw(&text), Version::parse("1.0.0").unwrap(), "eth0").unwrap_err();
+            let read = PrevResult::read(&raw(&text), Version::parse("1.0.0").unwrap()).unwrap();
+            let error = read.pod_addresses("eth0").unwrap_err();
             assert_eq!(error.code(), 7);
             assert!(error.to_string().contains(wrong), "{error}");
         }

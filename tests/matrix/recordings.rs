@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ipnetwork::IpNetwork;
 use portmap::cni::envelope::Envelope;
-use portmap::cni::result::pod_addresses;
+use portmap::cni::result::PrevResult;
 use portmap::cni::version::Version;
 use portmap::conf::NetConf;
 use portmap::model::{Mapping, Protocol};
@@ -73,7 +73,7 @@ pub fn results() -> BTreeMap<String, Value> {
 pub fn addresses(result: &Value) -> Vec<IpNetwork> {
     let version = Version::parse(result["cniVersion"].as_str().unwrap()).unwrap();
     let raw = RawValue::from_string(result.to_string()).unwrap();
-    pod_addresses(&raw, version, "eth0").unwrap()
+    PrevResult::read(&raw, version).unwrap().pod_addresses("eth0").unwrap()
 }
 
 #[test]
