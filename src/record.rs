@@ -318,10 +318,14 @@ impl Record {
         self.mappings.iter().map(|mapping| IndexKey::Port(mapping.protocol, mapping.host_port))
     }
 
-    /// The shared pieces of the backend's rules that the attachment needs.
+    /// The shared pieces of the backend's rules that the attachment needs. None of eBPF's: what is loaded stays
+    /// when the last attachment goes.
     #[must_use]
     pub fn parts(&self) -> BTreeSet<Part> {
         let mut parts = BTreeSet::new();
+        if self.backend == BackendKind::Ebpf {
+            return parts;
+        }
         for family in self.families() {
             parts.insert(Part::Base(family));
             if self.options.no_snat {

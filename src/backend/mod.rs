@@ -23,6 +23,8 @@ pub struct Change<'a> {
     /// Parts that records need before and after the step.
     pub parts_before: &'a BTreeSet<Part>,
     pub parts_after: &'a BTreeSet<Part>,
+    /// No attachment had this backend before.
+    pub is_first: bool,
     /// The node as the rules know it, and as it is.
     pub facts_before: &'a NodeFacts,
     pub facts: &'a NodeFacts,

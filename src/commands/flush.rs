@@ -111,9 +111,8 @@ fn unrecorded(
 ) -> EngineResult<BTreeSet<Forward>> {
     let is_ebpf = |record: &&Record| record.backend == BackendKind::Ebpf;
     let own: Vec<Record> = records.iter().filter(is_ebpf).cloned().collect();
-    let parts = own.iter().flat_map(Record::parts).collect();
     let is_last = !others.iter().any(|record| is_ebpf(&record))
-        && engine.store.parts(BackendKind::Ebpf)?.is_subset(&parts);
+        && engine.store.newer(BackendKind::Ebpf)?.is_none();
     if !is_last || options.network.is_some() && own.is_empty() {
         return Ok(BTreeSet::new());
     }

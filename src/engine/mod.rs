@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::flush;
 use crate::model::BackendKind;
-use crate::record::Record;
+use crate::record::{IndexKey, Record};
 use crate::sys::Host;
 use crate::sys::store::Store;
 pub use effects::localnet_path;
@@ -84,9 +84,8 @@ impl<'a> Engine<'a> {
         self.backend(record.backend)?.prepare(self.host)?;
         old.map_or(Ok(()), |old| self.known(old.backend)?.admit(self.host))?;
         other_backend.map_or(Ok(()), |old| self.backend(old.backend)?.prepare(self.host))?;
-        let before = self.store.parts(record.backend)?;
-        let known = self.known_facts(record.backend)?;
-        let first = record.parts().difference(&before).copied().collect();
+        let before = self.before(record.backend, self.store.is_used(record.backend)?)?;
+        let first = record.parts().difference(&before.parts).copied().collect();
         let involved: Vec<&Record> = old.into_iter().chain([record]).collect();
         let written = (self.store.stage(record))
             .and_then(|()| self.begin(&involved, true))
@@ -99,7 +98,7 @@ impl<'a> Engine<'a> {
         }
         let result = self
             .release_unused_localnets("")
-            .and_then(|()| self.apply(Some(record), same_backend, &before, &known, facts, &first))
+            .and_then(|()| self.apply(Some(record), same_backend, &before, facts, &first))
             .and_then(|()| self.enable_localnet(record))
             .and_then(|()| match other_backend {
                 // Only now, so that the port is never without an owner.
@@ -133,14 +132,13 @@ impl<'a> Engine<'a> {
     /// One that [`Error::is_newer`], and nothing has changed, where only a newer portmap can do that.
     pub fn remove(&self, record: &Record) -> Result<()> {
         self.known(record.backend)?.admit(self.host)?;
-        let before = self.store.parts(record.backend)?;
-        let facts = self.known_facts(record.backend)?;
+        let before = self.before(record.backend, true)?;
         if let Err(error) = self.begin(&[record], false) {
             // A full disk must not keep DEL from its work; the record itself is still there.
             self.host.warn(format!("{error}: {}", error.details()));
         }
         self.release_unused_localnets(record.id())?;
-        let removed = self.apply(None, Some(record), &before, &facts, &facts, &BTreeSet::new());
+        let removed = self.apply(None, Some(record), &before, &before.facts, &BTreeSet::new());
         if removed.as_ref().is_err_and(Error::is_newer) {
             // Nothing has been done that others would have to finish.
             drop(self.finish());
@@ -148,7 +146,7 @@ impl<'a> Engine<'a> {
         removed?;
         if flush::concerns(record) {
             // The addresses of now, for what is left behind in conntrack.
-            let facts = self.host.node_facts().unwrap_or(facts);
+            let facts = self.host.node_facts().unwrap_or(before.facts);
             self.flush_conntrack(None, Some(record), &facts);
         }
         self.store.remove(record)?;
@@ -185,11 +183,16 @@ impl<'a> Engine<'a> {
             if network.is_some() && !removed.iter().any(|record| record.backend == kind) {
                 continue;
             }
-            if self.store.parts(kind).is_ok_and(|parts| parts.is_empty()) {
+            if !self.is_needed(kind) {
                 failed.extend(backend::of(kind).unload(self.host).err().map(outliving(kind)));
             }
         }
         Ok(Flushed { removed, failed })
+    }
+
+    /// Whether a record has the backend, also one that only a newer plugin can read; true if that cannot be told.
+    fn is_needed(&self, kind: BackendKind) -> bool {
+        self.store.has_other(&IndexKey::Backend(kind), "").unwrap_or(true)
     }
 
     /// After a failed ADD: what was there before comes back. The record stays if that fails as well,
@@ -230,7 +233,7 @@ impl<'a> Engine<'a> {
                 .inspect(|()| {
                     // Nobody else needs what this ADD may have begun to load. Whatever cannot be
                     // taken away again the next ADD makes use of.
-                    if self.store.parts(record.backend).is_ok_and(|parts| parts.is_empty()) {
+                    if !self.is_needed(record.backend) {
                         drop(backend::of(record.backend).unload(self.host));
                     }
                 }),

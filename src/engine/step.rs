@@ -19,6 +19,14 @@ pub(super) struct Lost {
     pub without: BTreeSet<String>,
 }
 
+/// What the kernel has its state from before a step.
+pub(super) struct Before {
+    /// Some record has the backend.
+    pub is_used: bool,
+    pub parts: BTreeSet<Part>,
+    pub facts: NodeFacts,
+}
+
 impl Lost {
     pub fn of(records: &[&Record]) -> Self {
         Lost {
@@ -31,13 +39,16 @@ impl Lost {
 }
 
 impl Engine<'_> {
-    /// `before` and `known` are the parts and the facts that the kernel has its state from.
+    pub(super) fn before(&self, kind: BackendKind, is_used: bool) -> Result<Before> {
+        Ok(Before { is_used, parts: self.store.parts(kind)?, facts: self.known_facts(kind)? })
+    }
+
+    /// `first` are the parts that nothing needed before.
     pub(super) fn apply(
         &self,
         added: Option<&Record>,
         removed: Option<&Record>,
-        before: &BTreeSet<Part>,
-        known: &NodeFacts,
+        before: &Before,
         facts: &NodeFacts,
         first: &BTreeSet<Part>,
     ) -> Result<()> {
@@ -46,14 +57,16 @@ impl Engine<'_> {
         };
         let kind = record.backend;
         let related = self.related(added, removed)?;
-        let after = self.parts_with(kind, added, record.id(), before)?;
-        let kept = self.kept(kind, before)?;
+        let Before { is_used, parts, facts: known } = before;
+        let after = self.parts_with(kind, added, record.id(), parts)?;
+        let kept = self.kept(kind, parts)?;
         let change = Change {
             added,
             removed,
             related: &related,
-            parts_before: before,
+            parts_before: parts,
             parts_after: &after,
+            is_first: !is_used,
             facts_before: known,
             facts,
             kept: &kept,
@@ -63,7 +76,7 @@ impl Engine<'_> {
         // the same record changes nothing on the fast path.
         let is_whole = match (added, removed) {
             (Some(_), Some(old)) => backend
-                .problems(self.host, old, &related, before, known, true)
+                .problems(self.host, old, &related, parts, known, true)
                 .is_ok_and(|problems| problems.is_empty()),
             _ => true,
         };

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::sys::Host;
 use crate::sys::bpf::Direction;
+use crate::sys::bpf::name::Name;
 use crate::sys::bpf::program::Program;
 use crate::sys::bpf::tcx;
 use crate::sys::netlink::route::Link;
@@ -63,7 +64,7 @@ pub fn sync(
     let mut filters = Filters::open().map_err(netlink)?;
     let (mut todo, mut upgrades) = (Vec::new(), false);
     for hook in &plan.hooks {
-        let Some(id) = ids.get(hook.program).copied() else {
+        let Some(id) = ids.get(&Name::of(hook.program)).copied() else {
             continue;
         };
         // Not a word with the kernel about filters for each of the node's devices, at every ADD: what a
@@ -168,7 +169,7 @@ pub fn hooked(
     let plan = Plan::make(host, links, facts, Scope::All)?;
     let ids = loaded.loaded(&plan.programs())?;
     let mut filters = Filters::open().map_err(netlink)?;
-    let is_there = |hook: &Hook| match ids.get(hook.program) {
+    let is_there = |hook: &Hook| match ids.get(&Name::of(hook.program)) {
         Some(id) => Ok(plan.look(&mut filters, hook, *id)? == Found::Right),
         None => Ok(false),
     };

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use super::layout::{Config, LAYOUT, REVISION};
 use crate::error::{Error, Result};
 use crate::sys::bpf::map::Map;
+use crate::sys::bpf::name::Name;
 use crate::sys::bpf::numbers::{Numbers, Stamp};
 use crate::sys::bpf::object::{self, Aligned, Object};
 use crate::sys::bpf::pins::Pins;
@@ -61,6 +62,23 @@ pub struct Maps {
     pub config: Map,
 }
 
+impl Maps {
+    fn open(batches: bool, mut open: impl FnMut(&str) -> Option<Map>) -> Result<Self> {
+        let mut open = |name: &str| {
+            let map = open(name).ok_or_else(|| missing(name))?;
+            Ok::<_, Error>(if batches { map } else { map.without_batches() })
+        };
+        Ok(Maps {
+            claims: open("pm_claims")?,
+            ports: open("pm_ports")?,
+            port_uses: open("pm_port_uses")?,
+            traffic: open("pm_traffic")?,
+            addresses: open("pm_addresses")?,
+            config: open("pm_config")?,
+        })
+    }
+}
+
 /// What programs remember.
 pub struct Flows {
     pub flows: Map,
@@ -77,9 +95,9 @@ pub struct Loaded {
     batches: bool,
     /// What programs were told, as this call knows it.
     config: Cell<Config>,
-    programs: RefCell<BTreeMap<String, Program>>,
+    programs: RefCell<BTreeMap<Name, Program>>,
     /// Numbers of programs by name, of those that are open or known from an earlier call.
-    ids: RefCell<Arc<BTreeMap<String, u32>>>,
+    ids: RefCell<Arc<BTreeMap<Name, u32>>>,
     /// Those from an earlier call are of programs that still have their names.
     exact: Cell<bool>,
     /// The directories of pins: the one above all, that of the maps, and that of the programs.
@@ -105,7 +123,7 @@ impl Loaded {
         let before = Pins::opened_before();
         let stamp = before.maps_stamp(build.layout);
         let seen = known::seen_by(build, known).filter(|seen| stamp == Some(seen.maps));
-        let (pins, root, maps) = match seen.zip(known::maps(known)) {
+        let (pins, root, maps) = match seen.zip(known::maps(known, batches)) {
             Some((seen, maps)) => (before, Some(seen.root), maps),
             None => {
                 let pins = pins()?;
@@ -113,7 +131,8 @@ impl Loaded {
                     return Ok(Found::Missing(missing));
                 }
                 let maps = pins.maps(build.layout, WORKED_ON);
-                let maps = maps.map_err(failed("open the eBPF maps"))?.unwrap_or_default();
+                let mut maps = maps.map_err(failed("open the eBPF maps"))?.unwrap_or_default();
+                let maps = Maps::open(batches, |name| maps.remove(name))?;
                 let root = pins.stamp();
                 (pins, root, maps)
             }
@@ -128,29 +147,13 @@ impl Loaded {
         let pins = pins()?;
         admitted(&pins, build.layout)?;
         let object = Object::parse(build.object).map_err(failed("read the eBPF object"))?;
-        let maps =
-            make_maps(&pins, build.layout, &object.maps()).map_err(failed("make the eBPF maps"))?;
+        let made = make_maps(&pins, build.layout, &object.maps());
+        let mut made = made.map_err(failed("make the eBPF maps"))?;
+        let maps = Maps::open(batches, |name| made.remove(name))?;
         Self::with(build, pins, maps, batches)
     }
 
-    fn with(
-        build: &Build,
-        pins: Pins,
-        mut maps: BTreeMap<String, Map>,
-        batches: bool,
-    ) -> Result<Self> {
-        let mut take = |name: &str| {
-            let map = maps.remove(name).ok_or_else(|| missing(name))?;
-            Ok::<_, Error>(if batches { map } else { map.without_batches() })
-        };
-        let maps = Maps {
-            claims: take("pm_claims")?,
-            ports: take("pm_ports")?,
-            port_uses: take("pm_port_uses")?,
-            traffic: take("pm_traffic")?,
-            addresses: take("pm_addresses")?,
-            config: take("pm_config")?,
-        };
+    fn with(build: &Build, pins: Pins, maps: Maps, batches: bool) -> Result<Self> {
         let config = config(&maps)?;
         let mut digests = vec![build.digest.to_owned()];
         if config.revision > build.revision {
@@ -178,9 +181,9 @@ impl Loaded {
     }
 
     /// Numbers of programs by name, as far as they are loaded.
-    pub fn loaded(&self, names: &BTreeSet<&str>) -> Result<Arc<BTreeMap<String, u32>>> {
+    pub fn loaded(&self, names: &BTreeSet<&str>) -> Result<Arc<BTreeMap<Name, u32>>> {
         for name in names {
-            if !self.ids.borrow().contains_key(*name)
+            if !self.ids.borrow().contains_key(&Name::of(name))
                 && let Some(program) = self.open_program(name)?
             {
                 self.adopt(name, program);
@@ -203,15 +206,19 @@ impl Loaded {
     }
 
     fn adopt(&self, name: &str, program: Program) {
-        Arc::make_mut(&mut self.ids.borrow_mut()).insert(name.to_owned(), program.id());
-        self.programs.borrow_mut().insert(name.to_owned(), program);
+        let (name, id) = (Name::of(name), program.id());
+        let mut ids = self.ids.borrow_mut();
+        if ids.get(&name) != Some(&id) {
+            Arc::make_mut(&mut ids).insert(name, id);
+        }
+        self.programs.borrow_mut().insert(name, program);
     }
 
     /// Loads those of the programs that are not there.
-    pub fn load(&self, names: &BTreeSet<&str>) -> Result<Arc<BTreeMap<String, u32>>> {
+    pub fn load(&self, names: &BTreeSet<&str>) -> Result<Arc<BTreeMap<Name, u32>>> {
         let present = self.loaded(names)?;
         let todo: Vec<&str> =
-            names.iter().copied().filter(|name| !present.contains_key(*name)).collect();
+            names.iter().copied().filter(|name| !present.contains_key(&Name::of(name))).collect();
         if todo.is_empty() {
             return Ok(present);
         }
@@ -233,9 +240,9 @@ impl Loaded {
     }
 
     /// Which of these programs have no pin, in words. `ids` is what [`Loaded::loaded`] found.
-    pub fn unpinned(&self, names: &BTreeSet<&str>, ids: &BTreeMap<String, u32>) -> Vec<String> {
+    pub fn unpinned(&self, names: &BTreeSet<&str>, ids: &BTreeMap<Name, u32>) -> Vec<String> {
         let dir = self.pins.programs_dir(self.digest());
-        let missing = names.iter().filter(|name| !ids.contains_key(**name));
+        let missing = names.iter().filter(|name| !ids.contains_key(&Name::of(name)));
         missing
             .map(|name| {
                 format!("the eBPF program {name} is missing: expected in {}", dir.display())
@@ -249,8 +256,9 @@ impl Loaded {
         name: &str,
         action: impl FnOnce(&Program) -> Result<T>,
     ) -> Result<T> {
-        if !self.programs.borrow().contains_key(name) {
-            let known = self.ids.borrow().get(name).copied().filter(|_| self.exact.get());
+        let key = Name::of(name);
+        if !self.programs.borrow().contains_key(&key) {
+            let known = self.ids.borrow().get(&key).copied().filter(|_| self.exact.get());
             let known = known.and_then(|id| Program::from_id(id).ok()?);
             if let Some(program) =
                 known.map_or_else(|| self.open_program(name), |it| Ok(Some(it)))?
@@ -258,7 +266,7 @@ impl Loaded {
                 self.adopt(name, program);
             }
         }
-        match self.programs.borrow().get(name) {
+        match self.programs.borrow().get(&key) {
             Some(program) => action(program),
             None => Err(missing(name)),
         }

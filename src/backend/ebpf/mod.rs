@@ -162,7 +162,7 @@ impl Apply for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
-        if change.added.is_some() && change.parts_before.is_empty() {
+        if change.added.is_some() && change.is_first {
             // Nobody has looked since the last one went: for claims of another state directory, or for
             // filters where no program is needed any more (a device that has become a bridge's port).
             // Programs by tcx are looked at by every ADD.

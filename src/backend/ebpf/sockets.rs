@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::sys::Host;
 use crate::sys::bpf::cgroup::Cgroup;
 use crate::sys::bpf::cookie;
+use crate::sys::bpf::name::Name;
 use crate::sys::bpf::program::{Program, SocketHook};
 
 /// Puts programs in their places. Says false, and has changed nothing, if [`Mode::Extend`] is not
@@ -67,7 +68,7 @@ pub fn sync(host: &Host, loaded: &Loaded, mode: Mode) -> Result<bool> {
 fn attach(
     loaded: &Loaded,
     places: &Places,
-    ids: &BTreeMap<String, u32>,
+    ids: &BTreeMap<Name, u32>,
     own: Own,
     mode: Mode,
     refused: &mut Option<String>,
@@ -85,7 +86,7 @@ fn attach(
             };
             // Others beside it may be another version's only after a kill, which is a matter for
             // `Mode::Restore`.
-            let is_right = ids.get(*name).is_some_and(|id| match mode {
+            let is_right = ids.get(&Name::of(name)).is_some_and(|id| match mode {
                 Mode::Extend => attached.contains(id),
                 Mode::Restore => attached == [*id],
             });
@@ -113,11 +114,13 @@ fn attach(
                 Own::Unknown => Vec::new(),
                 _ => strangers.own(&attached).map_err(|error| looking(place, error))?,
             };
-            former.retain(|program| ids.get(name) != Some(&program.id()));
+            former.retain(|program| ids.get(&Name::of(name)) != Some(&program.id()));
             if !former.is_empty() && mode == Mode::Extend {
                 return Ok(false);
             }
-            if !former.is_empty() || ids.get(name).is_none_or(|id| !attached.contains(id)) {
+            if !former.is_empty()
+                || ids.get(&Name::of(name)).is_none_or(|id| !attached.contains(id))
+            {
                 todo.push((place, hook, name, former));
             }
         }
@@ -189,7 +192,7 @@ pub fn problems(host: &Host, loaded: &Loaded) -> Result<Vec<String>> {
     );
     for place in &places.cgroups {
         for (hook, name) in &places.hooks {
-            let Some(id) = ids.get(*name) else {
+            let Some(id) = ids.get(&Name::of(name)) else {
                 continue;
             };
             let effective = match place.effective(*hook) {
@@ -243,7 +246,7 @@ pub fn hooked(
                 Err(error) if is_gone(&error) => continue,
                 other => other.map_err(|error| looking(place, error))?,
             };
-            let there = ids.get(*name).is_some_and(|id| effective.contains(id));
+            let there = ids.get(&Name::of(name)).is_some_and(|id| effective.contains(id));
             hooked.push((place.name().to_owned(), *hook, *name, there));
         }
     }

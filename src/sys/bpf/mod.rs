@@ -14,6 +14,7 @@ pub mod cookie;
 mod element;
 pub mod features;
 pub mod map;
+pub mod name;
 pub mod numbers;
 pub mod object;
 pub mod pins;

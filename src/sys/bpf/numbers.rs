@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::name::Name;
+
 /// How long a change of a directory has to be over before its time tells it from the next one: a tick of
 /// the kernel's clock takes 10 ms at most (`CONFIG_HZ=100`).
 const SETTLED: Duration = Duration::from_millis(100);
@@ -43,10 +45,10 @@ pub struct Numbers {
     /// The number of the map of claims, without which they are not the ones at work.
     pub claims: u32,
     /// By name.
-    pub programs: Arc<BTreeMap<String, u32>>,
+    pub programs: Arc<BTreeMap<Name, u32>>,
     /// Those of the maps that every call works on.
     #[serde(default)]
-    pub maps: BTreeMap<String, u32>,
+    pub maps: BTreeMap<Name, u32>,
     /// The directories when all of these had their names there.
     #[serde(default)]
     pub seen: Option<Seen>,

@@ -5,7 +5,8 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, fsync, linkat, mkdirat, mknodat, openat, renameat, unlinkat,
+    Access, AtFlags, FileType, Mode, OFlags, accessat, fsync, linkat, mkdirat, mknodat, openat,
+    renameat, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -50,6 +51,11 @@ impl Files {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether a file is there, as far as can be told.
+    pub fn exists(&self, name: &str) -> bool {
+        accessat(&self.dir, name, Access::EXISTS, AtFlags::empty()).is_ok()
     }
 
     /// The content of a file of text, if it is there.

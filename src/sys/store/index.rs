@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use super::{Found, Store, record_path};
+use super::{Found, Store, record_name, record_path};
 use crate::error::Result;
 use crate::model::BackendKind;
 use crate::record::{IndexKey, Part, Record};
@@ -49,6 +49,12 @@ impl Store {
         let found =
             self.files.find(&dir_of(key), |other| if other == id { None } else { look(other) });
         found?.unwrap_or(Ok(false))
+    }
+
+    /// Whether there is any record of the backend, by the names of files alone: none is read.
+    pub fn is_used(&self, backend: BackendKind) -> Result<bool> {
+        let is_there = |id: &str| self.files.exists(&record_name(id)).then_some(());
+        Ok(self.files.find(&dir_of(&IndexKey::Backend(backend)), is_there)?.is_some())
     }
 
     /// A record of a backend that a newer plugin has written in a format of its own, and the format:

@@ -422,6 +422,8 @@ mod tests {
         assert_eq!(store.sharing(&port, new.id()).unwrap(), std::slice::from_ref(&old));
         assert_eq!(store.sharing(&port, "").unwrap(), [old.clone(), new.clone()]);
         assert!(store.has_other(&IndexKey::Backend(BackendKind::Iptables), new.id()).unwrap());
+        assert!(store.is_used(BackendKind::Iptables).unwrap());
+        assert!(!store.is_used(BackendKind::Ebpf).unwrap());
         assert!(
             store
                 .parts(BackendKind::Iptables)
@@ -450,6 +452,10 @@ mod tests {
         let before = dir.files();
         store.index_add(&key, "gone").unwrap();
         assert!(!store.has_other(&key, "").unwrap());
+        let backend = IndexKey::Backend(BackendKind::Ebpf);
+        store.index_add(&backend, "gone").unwrap();
+        assert!(!store.is_used(BackendKind::Ebpf).unwrap());
+        store.index_remove(&backend, "gone").unwrap();
         assert_eq!(store.sharing(&BTreeSet::from([key.clone()]), "").unwrap(), []);
         assert_eq!(dir.files(), before);
     }

@@ -10,6 +10,7 @@ use super::{Scope, direction, failed, is_gone, name_of, netlink, no_room};
 use crate::error::{Error, Result};
 use crate::facts::{NodeFacts, is_pod_port};
 use crate::sys::Host;
+use crate::sys::bpf::name::Name;
 use crate::sys::netlink::route::Link;
 
 /// Whose problems are asked for.
@@ -38,7 +39,7 @@ pub fn problems(
     let mut look = Look { plan: &plan, links, facts, matter, filters };
     let mut found = Vec::new();
     for hook in &plan.hooks {
-        let Some(id) = ids.get(hook.program) else {
+        let Some(id) = ids.get(&Name::of(hook.program)) else {
             continue;
         };
         match look.problem(hook, *id) {

@@ -1,12 +1,13 @@
 //! What an earlier call has found, as far as it still is so: names are looked for once, as long as the
 //! directories that have them do not change.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Build, Loaded, Maps, OWN, WORKED_ON, failed, pins};
+use super::{Build, Loaded, Maps, OWN, failed, pins};
 use crate::error::Result;
 use crate::sys::bpf::map::Map;
+use crate::sys::bpf::name::Name;
 use crate::sys::bpf::numbers::{Numbers, Seen};
 
 /// Whether no name has come to the directory above all, nor gone, since an earlier call saw maps of this
@@ -26,9 +27,9 @@ pub(super) fn seen_by<'a>(build: &Build, known: &'a Numbers) -> Option<&'a Seen>
 }
 
 /// The maps by their numbers; `None` if that cannot be done, as without `CAP_SYS_ADMIN`.
-pub(super) fn maps(known: &Numbers) -> Option<BTreeMap<String, Map>> {
-    let open = |name: &str| Some((name.to_owned(), Map::from_id(*known.maps.get(name)?).ok()??));
-    WORKED_ON.into_iter().map(open).collect()
+pub(super) fn maps(known: &Numbers, batches: bool) -> Option<Maps> {
+    let open = |name: &str| Map::from_id(*known.maps.get(&Name::of(name))?).ok()?;
+    Maps::open(batches, open).ok()
 }
 
 impl Loaded {
@@ -53,9 +54,9 @@ impl Loaded {
             .pins
             .program_names(self.digest())
             .map_err(failed("list the pinned eBPF programs"))?;
+        let present: BTreeSet<Name> = present.iter().map(|name| Name::of(name)).collect();
         let known = known.programs.iter().filter(|(name, _)| present.contains(*name));
-        Arc::make_mut(&mut self.ids.borrow_mut())
-            .extend(known.map(|(name, id)| (name.clone(), *id)));
+        Arc::make_mut(&mut self.ids.borrow_mut()).extend(known.map(|(name, id)| (*name, *id)));
         Ok(())
     }
 
@@ -69,7 +70,7 @@ impl Loaded {
         };
         let Maps { claims, ports, port_uses, traffic, addresses, config } = &self.maps;
         let maps = [claims, ports, port_uses, traffic, addresses, config];
-        let number = |map: &Map| (map.definition().name.clone(), map.id());
+        let number = |map: &Map| (Name::of(&map.definition().name), map.id());
         Numbers {
             revision: self.digest().to_owned(),
             claims: claims.id(),
