@@ -35,6 +35,8 @@ if [ "${1:-}" != inside ]; then
         # Those that are called #[cold] have sections of another name.
         sed 's/.*/    *(.text.& .text.unlikely.&)/' "$out/all"
         printf '  }\n}\nINSERT BEFORE .text;\n'
+        # A call looks at what it forwards by, and not at the programs themselves, two fifths of all constants.
+        printf 'SECTIONS\n{\n  .rodata.object :\n  {\n    *(.rodata.*_7portmap7backend4ebpf6loaded7ALIGNED*)\n  }\n}\nINSERT AFTER .rodata;\n'
     } >scripts/functions.ld
     wc -l scripts/functions.ld
     exit
@@ -106,9 +108,13 @@ profiled() {
 for backend in ebpf nftables iptables; do
     conf "$backend" 8001 | call ADD resident
     for protocol in tcp udp; do
+        # Every pod comes with a link that is new.
+        ip link add "new-$protocol" type veth peer name "far-$protocol"
+        ip link set "new-$protocol" up
         conf "$backend" 8080 8081 | profiled "$backend.$protocol" ADD pod
         conf "$backend" 8080 8081 | profiled "$backend.$protocol" CHECK pod
         conf "$backend" 8080 8081 | profiled "$backend.$protocol" DEL pod
+        ip link del "new-$protocol"
     done
     conf "$backend" 8080 8081 | profiled "$backend.gone" DEL pod
     conf "$backend" | profiled "$backend.none" ADD pod
