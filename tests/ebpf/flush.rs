@@ -1,16 +1,18 @@
 //! `portmap flush` where programs outlive the last pod.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use portmap::demo::plugin::{self, Output};
 use portmap::demo::snapshot::pins;
 use portmap::demo::topology::UPLINK;
 use portmap::demo::traffic::{Call, Transport, reach};
-use portmap::model::Family;
+use portmap::model::{Attachment, Family};
+use portmap::record::record_id;
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cgroup, tcx};
+use portmap::sys::store::record_path;
 use serde_json::{Value, json};
 
 use super::support::{
@@ -24,6 +26,15 @@ impl Scene<'_> {
         command.env_clear().arg("flush").args(arguments);
         command.arg("--state-dir").arg(&self.node.state_dir);
         plugin::run(&mut command, b"", &self.lab.node).unwrap()
+    }
+
+    fn record(&self, pod: usize) -> PathBuf {
+        let attachment = Attachment {
+            network: "portmap".into(),
+            container_id: format!("container-{pod}"),
+            ifname: "eth0".into(),
+        };
+        record_path(&self.node.state_dir, &record_id(&attachment))
     }
 
     /// A pod's configuration on another network.
@@ -72,6 +83,27 @@ fn a_network_is_flushed_alone_and_the_last_one_takes_all_with_it() {
     assert!(scene.flush_with(&["--all", "--yes"]).success());
     scene.ok("ADD", 0);
     assert!(scene.reached(0));
+}
+
+/// After a rollback: the programs are also an attachment's of which only a newer plugin knows.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn what_is_loaded_stays_for_a_newer_portmap_s_attachment() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    scene.ok("ADD", 1);
+    let hooks = ebpf::hooks(&lab.node);
+    let file = scene.record(0);
+    let known = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, known.replacen(r#""format":1,"#, r#""format":99,"#, 1)).unwrap();
+    scene.flush_with(&["--all", "--yes"]);
+    assert!(scene.reached(0) && !scene.reached(1));
+    assert_eq!(ebpf::hooks(&lab.node), hooks);
+    std::fs::write(&file, known).unwrap();
+    assert!(scene.flush_with(&["--all", "--yes"]).success());
+    assert!(!scene.reached(0));
+    assert_eq!(ebpf::state(&lab.node), Vec::<String>::new());
 }
 
 #[test]
