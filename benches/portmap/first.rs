@@ -23,10 +23,13 @@ pub struct Starts {
 pub struct Fresh {
     /// Pod links beside the new one.
     pub links: u16,
+    /// Right after the processes that made the link.
     pub add: Series,
     pub del: Series,
     /// A call that does nothing, in the place of ADD: what starting a process takes then.
     pub version: Series,
+    /// ADD in a row of calls, as all others are measured: right after DELs of two other attachments.
+    pub in_row: Series,
 }
 
 /// Ours alone.
@@ -74,6 +77,9 @@ ip link set pod-new up
 ip route add 10.88.250.2/32 dev pod-new src 10.88.0.1
 ";
 
+/// Attachments that come and go before the one with the new link.
+const OTHERS: [u16; 2] = [1, 2];
+
 fn new_links(contestant: &Contestant, links: u16, rounds: usize) -> Res<Fresh> {
     let rig = Rig::new(contestant.variant)?;
     let about = Attachment {
@@ -94,8 +100,14 @@ fn new_links(contestant: &Contestant, links: u16, rounds: usize) -> Res<Fresh> {
         let mut add = contestant.call(Verb::Add, &about)?;
         let mut del = contestant.call(Verb::Del, &about)?;
         let mut version = contestant.call(Verb::Version, &about)?;
+        let call_others = |verb: Verb| -> Res<()> {
+            OTHERS.into_iter().try_for_each(|other| {
+                contestant.call(verb, &Attachment::other(other))?.must().map(drop)
+            })
+        };
         let empty = Series::default;
-        let mut fresh = Fresh { links, add: empty(), del: empty(), version: empty() };
+        let mut fresh =
+            Fresh { links, add: empty(), del: empty(), version: empty(), in_row: empty() };
         for round in 0..=rounds {
             shell(NEW_LINK)?;
             let started = version.must()?;
@@ -103,7 +115,15 @@ fn new_links(contestant: &Contestant, links: u16, rounds: usize) -> Res<Fresh> {
             shell(NEW_LINK)?;
             let (added, deleted) = (add.must()?, del.must()?);
             shell("ip link del pod-new")?;
+            // An ADD of these would hook the link.
+            call_others(Verb::Add)?;
+            shell(NEW_LINK)?;
+            call_others(Verb::Del)?;
+            let in_row = add.must()?;
+            del.must()?;
+            shell("ip link del pod-new")?;
             if round > 0 {
+                fresh.in_row.push(in_row);
                 fresh.add.push(added);
                 fresh.del.push(deleted);
                 fresh.version.push(started);
@@ -126,11 +146,12 @@ pub fn table(starts: &Starts) -> String {
             series.wall.len(),
         );
     }
-    text += "\n| eBPF, other pod links | VERSION ms (min; cpu) | ADD ms (min; cpu) | DEL ms (min; cpu) |\n|--:|--:|--:|--:|\n";
+    text += "\n| eBPF, other pod links | ADD in a row ms (min; cpu) | VERSION after `ip` ms (min; cpu) | ADD after `ip` ms (min; cpu) | DEL ms (min; cpu) |\n|--:|--:|--:|--:|--:|\n";
     for fresh in &starts.fresh {
         text += &format!(
-            "| {} | {} | {} | {} |\n",
+            "| {} | {} | {} | {} | {} |\n",
             fresh.links,
+            times(Some(&fresh.in_row)),
             times(Some(&fresh.version)),
             times(Some(&fresh.add)),
             times(Some(&fresh.del))
@@ -147,6 +168,7 @@ pub fn json(starts: &Starts) -> Value {
     let fresh = starts.fresh.iter().map(|fresh| {
         json!({
             "links": fresh.links,
+            "in_row": fresh.in_row.json(),
             "version": fresh.version.json(),
             "add": fresh.add.json(),
             "del": fresh.del.json(),
