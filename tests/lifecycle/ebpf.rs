@@ -231,7 +231,8 @@ impl Table for Kernel {
 
     fn change(&mut self, change: &Change) {
         let (keys, after) = target(change);
-        entries::change(&self.0, &keys, &after).unwrap();
+        let none = entries::are_none(&self.0).unwrap();
+        entries::change(&self.0, &keys, &after, none).unwrap();
     }
 
     fn verify(&self, live: &[Record]) {

@@ -28,8 +28,23 @@ pub fn in_effect(maps: &Maps, called: &ClaimKey) -> io::Result<Option<(ClaimKey,
 }
 
 /// Brings the entries at `keys` to what `after` has for them. Returns who lost claims that had
-/// connections.
-pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Vec<Former>> {
+/// connections. Where there [`are_none`], none is looked for.
+pub fn change(
+    maps: &Maps,
+    keys: &BTreeSet<ClaimKey>,
+    after: &Claims,
+    are_none: bool,
+) -> io::Result<Vec<Former>> {
+    let present = match are_none {
+        true => Present::default(),
+        false => present_at(maps, keys, after)?,
+    };
+    let former = plan::losers(&present, keys, after);
+    apply(maps, &plan::change(&present, keys, after))?;
+    Ok(former)
+}
+
+fn present_at(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Present> {
     let mut present = Present::default();
     for key in keys {
         present.claims.extend(get(maps, key)?.map(|value| (*key, value)));
@@ -40,9 +55,7 @@ pub fn change(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Res
     for port in plan::counted_anew(&present.claims, keys, after) {
         present.uses.insert(port, read_uses(maps, port)?);
     }
-    let former = plan::losers(&present, keys, after);
-    apply(maps, &plan::change(&present, keys, after))?;
-    Ok(former)
+    Ok(present)
 }
 
 /// Brings all entries to what is wanted, and counts ports anew.

@@ -162,7 +162,8 @@ impl Apply for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
-        if change.added.is_some() && change.is_first {
+        let is_first = change.added.is_some() && change.is_first;
+        if is_first {
             // Nobody has looked since the last one went: for claims of another state directory, or for
             // filters where no program is needed any more (a device that has become a bridge's port).
             // Programs by tcx are looked at by every ADD.
@@ -201,7 +202,7 @@ impl Apply for Ebpf {
             let described = loaded.describe(host.ephemeral_ports(), facts, &after);
             described.map_err(io::Error::other)?;
             seed(host, &loaded, change.added);
-            let former = entries::change(&loaded.maps, &keys, &after)?;
+            let former = entries::change(&loaded.maps, &keys, &after, is_first)?;
             Ok((former, entries::addresses(&loaded.maps, &objects::addresses(facts))?))
         };
         match write() {
