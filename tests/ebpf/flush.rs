@@ -97,7 +97,8 @@ fn what_is_loaded_stays_for_a_newer_portmap_s_attachment() {
     let file = scene.record(0);
     let known = std::fs::read_to_string(&file).unwrap();
     std::fs::write(&file, known.replacen(r#""format":1,"#, r#""format":99,"#, 1)).unwrap();
-    scene.flush_with(&["--all", "--yes"]);
+    let flushed = scene.flush_with(&["--all", "--yes"]);
+    assert!(flushed.stdout.contains("written by a newer portmap"), "{}", flushed.stdout);
     assert!(scene.reached(0) && !scene.reached(1));
     assert_eq!(ebpf::hooks(&lab.node), hooks);
     std::fs::write(&file, known).unwrap();

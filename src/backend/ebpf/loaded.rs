@@ -123,20 +123,21 @@ impl Loaded {
         let before = Pins::opened_before();
         let stamp = before.maps_stamp(build.layout);
         let seen = known::seen_by(build, known).filter(|seen| stamp == Some(seen.maps));
-        let (pins, root, maps) = match seen.zip(known::maps(known, batches)) {
-            Some((seen, maps)) => (before, Some(seen.root), maps),
-            None => {
-                let pins = pins()?;
-                if let Some(missing) = missing_map(&pins, build.layout)? {
-                    return Ok(Found::Missing(missing));
+        let (pins, root, maps) =
+            match seen.and_then(|seen| Some((seen, known::maps(known, batches)?))) {
+                Some((seen, maps)) => (before, Some(seen.root), maps),
+                None => {
+                    let pins = pins()?;
+                    if let Some(missing) = missing_map(&pins, build.layout)? {
+                        return Ok(Found::Missing(missing));
+                    }
+                    let maps = pins.maps(build.layout, WORKED_ON);
+                    let mut maps = maps.map_err(failed("open the eBPF maps"))?.unwrap_or_default();
+                    let maps = Maps::open(batches, |name| maps.remove(name))?;
+                    let root = pins.stamp();
+                    (pins, root, maps)
                 }
-                let maps = pins.maps(build.layout, WORKED_ON);
-                let mut maps = maps.map_err(failed("open the eBPF maps"))?.unwrap_or_default();
-                let maps = Maps::open(batches, |name| maps.remove(name))?;
-                let root = pins.stamp();
-                (pins, root, maps)
-            }
-        };
+            };
         let loaded = Self::with(build, pins, maps, batches)?;
         loaded.stamps.set([root, stamp, None]);
         Ok(Found::Loaded(Box::new(loaded)))

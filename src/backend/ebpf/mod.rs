@@ -162,13 +162,13 @@ impl Apply for Ebpf {
             Found::Loaded(loaded) => loaded,
             Found::Missing(what) => return Ok(Outcome::NeedsRestore(what)),
         };
-        let is_first = change.added.is_some() && change.is_first;
-        if is_first {
+        let mut are_none = false;
+        if change.added.is_some() && change.is_first {
             // Nobody has looked since the last one went: for claims of another state directory, or for
             // filters where no program is needed any more (a device that has become a bridge's port).
             // Programs by tcx are looked at by every ADD.
-            let none = entries::are_none(&loaded.maps).map_err(failed("read the eBPF maps"))?;
-            if !none || !host.kernel()?.tcx {
+            are_none = entries::are_none(&loaded.maps).map_err(failed("read the eBPF maps"))?;
+            if !are_none || !host.kernel()?.tcx {
                 return Ok(Outcome::NeedsRestore("this is the first attachment".into()));
             }
         }
@@ -202,7 +202,7 @@ impl Apply for Ebpf {
             let described = loaded.describe(host.ephemeral_ports(), facts, &after);
             described.map_err(io::Error::other)?;
             seed(host, &loaded, change.added);
-            let former = entries::change(&loaded.maps, &keys, &after, is_first)?;
+            let former = entries::change(&loaded.maps, &keys, &after, are_none)?;
             Ok((former, entries::addresses(&loaded.maps, &objects::addresses(facts))?))
         };
         match write() {
