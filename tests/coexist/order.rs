@@ -228,23 +228,26 @@ fn a_pod_whose_traffic_is_shaped_is_forwarded_to_and_hinders_nobody() {
     assert!(qdiscs.contains("qdisc ingress ffff:"), "{qdiscs}");
 }
 
-#[test]
-#[ignore = "privileged: makes network namespaces"]
-fn filters_of_cilium_s_priority_come_after_ours() {
-    let stage = Stage::new(Shape::Ptp);
+/// A device beside whose program Cilium has a filter, and who is not served while that runs first.
+struct Beside<'a> {
+    device: &'a str,
+    program: &'a str,
+    unserved: Place,
+}
+
+fn filters_of_cilium_s_priority(stage: &Stage, node: &Node, beside: &Beside) {
     let lab = &stage.lab;
-    let node = Node::new(&lab.node, Variant::Ebpf);
-    let container = Container::new(&node, lab, 0, mapped(PORT, INSIDE));
-    let device = &lab.pods[1].host_link;
+    let container = Container::new(node, lab, 0, mapped(PORT, INSIDE));
+    let Beside { device, program, unserved } = beside;
     let foreign = classifier("cil_from_contai", 0);
     let order = || filters(node.netns, device, Direction::Ingress);
     let theirs = "cil_from_container-lxc";
 
-    // The pod that calls has Cilium's filter already.
+    // Cilium was here first.
     attach_filter(node.netns, device, Direction::Ingress, &foreign);
     container.add();
     assert_eq!(order(), ["portmap", theirs]);
-    assert_calls("after Cilium", lab, calls(&stage));
+    assert_calls("after Cilium", lab, calls(stage));
     container.check();
 
     // The agent takes its filter away and makes it anew: of one priority the newest runs first.
@@ -253,12 +256,12 @@ fn filters_of_cilium_s_priority_come_after_ours() {
     attach_filter(node.netns, device, Direction::Ingress, &again);
     assert_eq!(order(), [theirs, "portmap"]);
     let ip = lab.node_address(Family::V4);
-    assert_calls("hidden", lab, refused(Place::Pod(1), ip, PORT));
-    let text = drift(&container, &node);
-    assert!(text.contains(&format!("{device}: program pm_pod_in expected")), "{text}");
+    assert_calls("hidden", lab, refused(*unserved, ip, PORT));
+    let text = drift(&container, node);
+    assert!(text.contains(&format!("{device}: program {program} expected")), "{text}");
     container.add();
     assert_eq!(order(), ["portmap", theirs]);
-    assert_calls("overtaken", lab, calls(&stage));
+    assert_calls("overtaken", lab, calls(stage));
     container.check();
     // Replacing, as the agent does at a restart, changes nothing.
     attach_filter(node.netns, device, Direction::Ingress, &foreign);
@@ -267,4 +270,25 @@ fn filters_of_cilium_s_priority_come_after_ours() {
     container.del();
     node.flush();
     assert_eq!(order(), [theirs]);
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn filters_of_cilium_s_priority_come_after_ours() {
+    let stage = Stage::new(Shape::Ptp);
+    let node = Node::new(&stage.lab.node, Variant::Ebpf);
+    let device = &stage.lab.pods[1].host_link;
+    let beside = Beside { device, program: "pm_pod_in", unserved: Place::Pod(1) };
+    filters_of_cilium_s_priority(&stage, &node, &beside);
+}
+
+/// Before Linux 6.6 uplinks have filters, too.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn filters_of_cilium_s_priority_come_after_ours_at_an_uplink_without_tcx() {
+    let stage = Stage::new(Shape::Ptp);
+    let node = Node::new(&stage.lab.node, Variant::Ebpf);
+    node.pretend(|kernel| kernel.tcx = false);
+    let beside = Beside { device: UPLINK, program: "pm_uplink_in", unserved: Place::Client };
+    filters_of_cilium_s_priority(&stage, &node, &beside);
 }

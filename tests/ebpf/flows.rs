@@ -2,7 +2,7 @@
 //! of the node itself.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
@@ -540,6 +540,44 @@ fn tcp_that_is_open_during_a_takeover_ends_and_begins_anew() {
     assert_eq!(call(&lab.node, loopback(8080)), "pod-b");
     // The node's own packets meet no claim.
     assert_eq!(inner.ask().unwrap().server, "pod-a");
+}
+
+/// Callers from elsewhere are told at once, and do not wait for a pod that has their port no more: by whoever
+/// has it now, or else by the node.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn tcp_from_elsewhere_is_reset_by_a_takeover_and_by_a_del() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    let open = |server: &str| -> Vec<Session> {
+        let callers = [&lab.client, &lab.pods[2].netns];
+        let calls = callers.into_iter().flat_map(|from| Family::ALL.map(|family| (from, family)));
+        let sessions = calls.map(|(from, family)| {
+            let target = lab.node_socket(family, 8080);
+            let call = Call::new(Transport::Tcp, target, TIMEOUT);
+            let mut session = Session::open(from, call).unwrap();
+            assert_eq!(session.ask().unwrap().server, server);
+            session
+        });
+        sessions.collect()
+    };
+    let reset = io::Error::from_raw_os_error(nix::libc::ECONNRESET).to_string();
+    let assert_reset = |sessions: Vec<Session>| {
+        for mut session in sessions {
+            assert_eq!(session.ask(), Err(Failure::Other(reset.clone())), "{session:?}");
+        }
+    };
+    scene.ok("ADD", 0);
+    let of_the_first = open("pod-a");
+    let taking = scene.config_with(1, 8080);
+    scene.node.ok("ADD", &taking, &scene.key(1));
+    assert_reset(of_the_first);
+    let of_the_second = open("pod-b");
+    scene.node.ok("DEL", &taking, &scene.key(1));
+    assert_reset(of_the_second);
+    let of_the_first = open("pod-a");
+    scene.ok("DEL", 0);
+    assert_reset(of_the_first);
 }
 
 /// What is true of the node's addresses changes between calls, and a node without ADDs has DELs.

@@ -10,6 +10,7 @@ use portmap::demo::topology::UPLINK;
 use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::{Attachment, Family};
 use portmap::record::record_id;
+use portmap::sys::bpf::map::Map;
 use portmap::sys::bpf::program::{Program, SocketHook};
 use portmap::sys::bpf::{Direction, cgroup, tcx};
 use portmap::sys::store::record_path;
@@ -227,6 +228,83 @@ fn a_node_without_ebpf_is_flushed() {
     assert!(met, "eBPF was not asked whether anything is attached");
     node.assert_clean(&before);
     assert!(!Path::new("/sys/fs/bpf/portmap").exists());
+}
+
+/// What the plugin starts would have to be on the node, and in PATH or where it is expected.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs strace"]
+fn no_call_and_no_command_that_changes_anything_starts_a_process() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    let started = |command: &Command, input: &str| {
+        let (output, log) = strace::traced(&lab.node, command, input, "execve,execveat");
+        assert!(output.success(), "{command:?}: {} {}", output.stdout, output.stderr);
+        log.matches("exec").count()
+    };
+    let at_work = |arguments: &[&str]| {
+        let mut command = Command::new(PORTMAP);
+        command.env_clear().env("PATH", &scene.node.path).args(arguments);
+        command.arg("--state-dir").arg(&scene.node.state_dir);
+        assert_eq!(started(&command, ""), 1, "{arguments:?}");
+    };
+    let call = |verb: &str, pod: usize| {
+        let mut config = scene.config(pod);
+        // For GC, which lets no attachment be then.
+        config["cni.dev/valid-attachments"] = json!([]);
+        let command = scene.command(&[], verb, pod);
+        assert_eq!(started(&command, &config.to_string()), 1, "{verb}");
+    };
+    call("STATUS", 0);
+    for (verb, pod) in [("ADD", 0), ("ADD", 1), ("ADD", 1), ("CHECK", 1), ("DEL", 1), ("GC", 1)] {
+        call(verb, pod);
+    }
+    assert!(scene.node.records().is_empty());
+    call("ADD", 0);
+    at_work(&["list"]);
+    scene.node.damage();
+    at_work(&["restore"]);
+    at_work(&["gc"]);
+    at_work(&["flush", "--all", "--yes"]);
+    call("DEL", 0);
+}
+
+/// What a call leaves to be sorted out by a later one would add up.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_add_and_its_del_leave_every_map_as_it_was() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    // Counters of a map are of one value for each processor.
+    let maps = || -> BTreeMap<String, Vec<String>> {
+        let read = || {
+            let pinned = ebpf::pinned(Path::new(ebpf::PINS)).into_iter();
+            let all = pinned.filter(|(_, path)| !path.to_string_lossy().contains("/p-"));
+            let entries = |path: &Path| {
+                let entries = Map::from_pin(path).unwrap().unwrap().entries().unwrap();
+                let mut lines: Vec<String> =
+                    entries.iter().map(|entry| format!("{entry:02x?}")).collect();
+                lines.sort();
+                lines
+            };
+            all.map(|(name, path)| (name, entries(&path))).collect()
+        };
+        lab.node.run(read).unwrap()
+    };
+    scene.ok("ADD", 0);
+    let before = maps();
+    assert!(before.len() >= 10 && !before["pm_claims"].is_empty(), "{before:?}");
+    for _ in 0..2 {
+        scene.ok("ADD", 1);
+        assert_ne!(maps(), before);
+        scene.ok("DEL", 1);
+        let after = maps();
+        for (name, entries) in &before {
+            assert_eq!(&after[name], entries, "{name}");
+        }
+        assert_eq!(after.len(), before.len());
+    }
+    scene.ok("DEL", 0);
+    scene.node.flush();
 }
 
 /// Calls remember the numbers of programs, and are not misled where somebody else has loaded others.

@@ -8,8 +8,6 @@ use std::time::Duration;
 use portmap::demo::traffic::{Call, Transport, reach};
 use portmap::model::Family;
 use portmap::sys::bpf::cookie;
-use portmap::sys::bpf::features::Features;
-use serde_json::json;
 
 use super::group::Group;
 use super::support::{PORTMAP, ebpf, strace};
@@ -17,16 +15,6 @@ use super::talks::Talks;
 use super::{Scene, TIMEOUT, lab};
 
 impl Scene<'_> {
-    /// Says of the kernel what is not so, before the first ADD would find it out.
-    fn pretend(&self, change: impl FnOnce(&mut Features)) {
-        let mut features = Features::probe().unwrap();
-        change(&mut features);
-        let notes = self.node.state_dir.join("notes");
-        std::fs::create_dir_all(&notes).unwrap();
-        let note = json!({"features": features});
-        std::fs::write(notes.join("kernel"), note.to_string()).unwrap();
-    }
-
     fn come(&self) {
         for pod in 0..2 {
             let note = self.ok("ADD", pod);
@@ -77,7 +65,7 @@ impl Scene<'_> {
 fn without_tcx() {
     let lab = lab(3);
     let scene = Scene::new(&lab);
-    scene.pretend(|kernel| kernel.tcx = false);
+    scene.node.pretend(|kernel| kernel.tcx = false);
     scene.come();
     let hooks = scene.hooks();
     assert!(hooks.iter().any(|hook| hook == "eth0 Ingress bpf pm_uplink_in"), "{hooks:#?}");
@@ -91,7 +79,7 @@ fn without_tcx() {
 fn without_tcx_beside_an_ingress_qdisc() {
     let lab = lab(2);
     let scene = Scene::new(&lab);
-    scene.pretend(|kernel| kernel.tcx = false);
+    scene.node.pretend(|kernel| kernel.tcx = false);
     let device = &lab.pods[1].host_link;
     scene.node.shell(&format!("tc qdisc add dev {device} ingress"));
     let note = scene.ok("ADD", 0);
@@ -116,7 +104,7 @@ fn without_tcx_beside_an_ingress_qdisc() {
 fn without_tcx_beside_an_uplink_s_ingress_qdisc() {
     let lab = lab(2);
     let scene = Scene::new(&lab);
-    scene.pretend(|kernel| kernel.tcx = false);
+    scene.node.pretend(|kernel| kernel.tcx = false);
     scene.node.shell("tc qdisc add dev eth0 ingress");
     let note = scene.ok("ADD", 0);
     let text = "eth0 leads out of the node and has an ingress qdisc, beside which Linux before 6.6 has no room for programs: no hostPort of the node is reached by it";
@@ -144,7 +132,7 @@ fn without_tcx_beside_an_uplink_s_ingress_qdisc() {
 fn without_tcx_a_repair_takes_off_what_is_needed_no_more() {
     let lab = lab(1);
     let scene = Scene::new(&lab);
-    scene.pretend(|kernel| kernel.tcx = false);
+    scene.node.pretend(|kernel| kernel.tcx = false);
     scene.node.shell(
         "ip link add lan type bridge && ip link add wire type vxlan id 7 dstport 4789
          ip link set wire master lan && ip link set lan up",
@@ -172,7 +160,7 @@ fn without_tcx_a_repair_takes_off_what_is_needed_no_more() {
 fn without_so_netns_cookie() {
     let lab = lab(3);
     let scene = Scene::new(&lab);
-    scene.pretend(|kernel| kernel.cookie_option = false);
+    scene.node.pretend(|kernel| kernel.cookie_option = false);
     scene.come();
     let learnt = lab.node.run(|| ebpf::map("pm_config").get(&[0; 4]).unwrap().unwrap()).unwrap();
     let cookie = lab.node.run(|| cookie::own().unwrap().unwrap()).unwrap();
@@ -202,7 +190,7 @@ fn without_batches() {
     assert!(all > batches && batches > 0, "{batches} of {all}");
     scene.ok("DEL", 0);
     assert!(scene.node.flush().success());
-    scene.pretend(|kernel| kernel.batches = false);
+    scene.node.pretend(|kernel| kernel.batches = false);
     scene.come();
     let (all, batches) = calls();
     assert!(all > 0 && batches == 0, "{batches} of {all}");
@@ -223,7 +211,7 @@ fn without_getpeername() {
     scene.come();
     assert_eq!(peer(&scene, target), target);
     assert!(scene.node.flush().success());
-    scene.pretend(|kernel| kernel.getpeername = false);
+    scene.node.pretend(|kernel| kernel.getpeername = false);
     scene.come();
     let hooks = scene.hooks();
     assert!(!hooks.iter().any(|hook| hook.contains("Getpeername")), "{hooks:#?}");
@@ -302,7 +290,7 @@ fn without_cookies_at_all() {
     let scene = Scene::new(&lab);
     if !std::path::Path::new("/run/systemd/system").exists() {
         // Without a cgroup for services only the node's own processes are left out.
-        scene.pretend(|kernel| (kernel.cookie_helper, kernel.cookie_option) = (false, false));
+        scene.node.pretend(|kernel| (kernel.cookie_helper, kernel.cookie_option) = (false, false));
         let note = scene.ok("ADD", 0);
         assert!(note.contains("no cgroup is known to hold the node's own processes"), "{note}");
         Talks::open_from(&lab, &["client", "pod-a", "pod-b"]).go_on();
@@ -310,7 +298,7 @@ fn without_cookies_at_all() {
     }
     let services = Group::new("system.slice");
     let pods = Group::new(&format!("portmap-test-pods-{}", std::process::id()));
-    scene.pretend(|kernel| {
+    scene.node.pretend(|kernel| {
         (kernel.cookie_helper, kernel.cookie_option) = (false, false);
         (kernel.batches, kernel.tcx, kernel.getpeername) = (false, false, false);
     });

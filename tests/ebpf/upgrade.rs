@@ -179,6 +179,34 @@ fn an_older_layout_is_upgraded_while_connections_go_on() {
     scene.ok("DEL", 0);
 }
 
+/// With what kernels before 5.6 have: entries are carried over one by one, and filters are replaced at all
+/// devices.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_older_layout_is_upgraded_on_an_old_kernel() {
+    let lab = lab(3);
+    let scene = Scene::new(&lab);
+    scene.node.pretend(|kernel| {
+        (kernel.tcx, kernel.batches, kernel.getpeername) = (false, false, false);
+        kernel.cgroup_replace = false;
+    });
+    (0..2).for_each(|pod| drop(scene.ok("ADD", pod)));
+    scene.loaded_by(&versions::older());
+    let mut talks = Talks::open(&lab);
+    let (maps, programs) = scene.ids();
+    let places = ebpf::hooks(&lab.node);
+    assert!(!places.iter().any(|place| place.contains(" tcx ")), "{places:#?}");
+
+    talks.during_a_change_of_maps(|| drop(scene.ok("ADD", 1)));
+
+    assert_eq!(scene.pinned(), versions::only(&OWN));
+    assert_gone(&maps, &programs);
+    assert_eq!(ebpf::hooks(&lab.node), places);
+    (0..2).for_each(|pod| drop(scene.ok("CHECK", pod)));
+    talks.go_on();
+    (0..2).for_each(|pod| drop(scene.ok("DEL", pod)));
+}
+
 /// Numbers of the programs at all devices: at ingress, and at egress.
 fn at_devices(lab: &Lab) -> [BTreeSet<u32>; 2] {
     let read = || {

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::rig::{
     Container, INSIDE, PORT, Stage, TIMEOUT, all, assert_calls, assert_unmapped, bound, client,
-    every_path, mapped, reaches,
+    every_path, mapped, own_address_towards, reaches,
 };
 use crate::support::{IPTABLES, Node, Variant};
 
@@ -246,9 +246,7 @@ fn ebpf_shows_the_node_s_address_towards_the_pod() {
         for pod in [0, 1] {
             for mut case in every_path(Variant::Ebpf, lab, pod, PORT + pod as u16) {
                 let to = lab.pods[pod].address(Family::of(&case.target.ip())).unwrap();
-                let route = node.shell(&format!("ip route get {to}"));
-                let source = route.split_whitespace().skip_while(|word| *word != "src").nth(1);
-                case.expect = Expect::Reached(Source::Kept(source.unwrap().parse().unwrap()));
+                case.expect = Expect::Reached(own_address_towards(&node, to));
                 cases.push(case);
             }
         }

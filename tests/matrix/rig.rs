@@ -149,6 +149,13 @@ pub fn reaches(from: Place, ip: IpAddr, port: u16, server: &str, source: Source)
         .into()
 }
 
+/// The address that the node's own packets to `to` have as their source, by its routes.
+pub fn own_address_towards(node: &Node, to: IpAddr) -> Source {
+    let route = node.shell(&format!("ip route get {to}"));
+    let source = route.split_whitespace().skip_while(|word| *word != "src").nth(1);
+    Source::Kept(source.unwrap().parse().unwrap())
+}
+
 /// Calls that nothing answers and nothing swallows. Only connected sockets are told so.
 pub fn refused(from: Place, ip: IpAddr, port: u16) -> Vec<Case> {
     [Transport::Tcp, Transport::Udp]

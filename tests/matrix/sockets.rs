@@ -12,7 +12,7 @@ use portmap::model::Family;
 
 use crate::rig::{
     Container, INSIDE, PORT, Stage, TIMEOUT, TRANSPORTS, assert_calls, bound, mapped, mapped_at,
-    reaches, refused,
+    own_address_towards, reaches, refused,
 };
 use crate::support::{Node, Variant};
 
@@ -54,8 +54,12 @@ fn every_address_of_the_node_is_called() {
         let addresses = Family::ALL.map(|family| own_addresses(lab, family)).concat();
         let cases = addresses
             .iter()
-            .flat_map(|ip| reaches(Place::Node, *ip, PORT, "pod-a", Source::Node))
+            .flat_map(|ip| {
+                let pod = lab.pods[0].address(Family::of(&ip.to_canonical())).unwrap();
+                reaches(Place::Node, *ip, PORT, "pod-a", own_address_towards(&node, pod))
+            })
             .collect();
+        // Whichever address is called, the pod sees the one that the node would call it from.
         assert_calls("from the node", lab, cases);
         // A pod's loopback addresses are its own, also where its processes are in the same cgroup.
         let cases = addresses

@@ -26,6 +26,7 @@ use portmap::demo::netns::Netns;
 use portmap::demo::plugin::{self, Attachment, Output};
 use portmap::demo::snapshot::{Snapshot, pins};
 use portmap::demo::topology::{Lab, Pod};
+use portmap::sys::bpf::features::Features;
 use serde_json::{Value, json};
 
 /// The binary under test.
@@ -164,6 +165,23 @@ impl<'a> Node<'a> {
             config["prevResult"] = prev_result;
         }
         config
+    }
+
+    /// Says of the kernel what is not so, before the first call would find it out.
+    pub fn pretend(&self, change: impl FnOnce(&mut Features)) {
+        let mut features = Features::probe().unwrap();
+        change(&mut features);
+        let notes = self.state_dir.join("notes");
+        std::fs::create_dir_all(&notes).unwrap();
+        let note = json!({"features": features});
+        std::fs::write(notes.join("kernel"), note.to_string()).unwrap();
+    }
+
+    /// What calls take the kernel for.
+    pub fn pretended(&self) -> Option<Features> {
+        let note = std::fs::read(self.state_dir.join("notes/kernel")).ok()?;
+        let mut note: Value = serde_json::from_slice(&note).unwrap();
+        Some(serde_json::from_value(note["features"].take()).unwrap())
     }
 
     /// Calls a plugin inside the node, with the variant's tools in PATH.

@@ -34,6 +34,9 @@ pub fn load(node: &Node, build: &Build) {
     let work = || {
         Pins::open().unwrap().remove_all().unwrap();
         let host = Host::new(None);
+        if let Some(features) = node.pretended() {
+            host.remember_kernel(features);
+        }
         let records = Store::open(&node.state_dir, host.boot_id()).unwrap().all().unwrap().0;
         let loaded = Loaded::ensure(build, true).unwrap();
         let facts = host.node_facts().unwrap();
