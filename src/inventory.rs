@@ -23,6 +23,8 @@ pub struct Inventory {
     /// Oldest first.
     pub attached: Vec<Attached>,
     pub counters: BTreeMap<(BackendKind, Claim), Counters>,
+    /// What eBPF programs have done with packets, by reason; empty where there are none.
+    pub packets: BTreeMap<&'static str, u64>,
     /// What has no record.
     pub leftovers: Vec<Leftover>,
 }

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::process::Command;
 
 use clap::CommandFactory;
+use portmap::backend::ebpf::layout::REASONS;
 use portmap::usage::Cli;
 
 const PAGE: &str = "docs/operating.md";
@@ -53,6 +54,16 @@ fn the_output_that_is_shown_is_golden() {
         assert_eq!(page, expected);
     }
     assert!(names.len() >= 8, "{names:?}");
+}
+
+#[test]
+fn every_reason_that_packets_are_counted_by_is_explained() {
+    let page = read(PAGE);
+    let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
+    for reason in REASONS {
+        let named = rows.iter().filter(|row| row.contains(&format!("`{reason}`")));
+        assert_eq!(named.count(), 1, "{reason}");
+    }
 }
 
 /// The statuses are part of the page.

@@ -191,6 +191,12 @@ pub trait Observe {
         Ok(BTreeMap::new())
     }
 
+    /// What has become of packets that concern hostPorts, since programs were loaded: how many, by the name of
+    /// the reason. Of those that only count claims or rules, nothing.
+    fn packets(&self, _host: &Host) -> Result<BTreeMap<&'static str, u64>> {
+        Ok(BTreeMap::new())
+    }
+
     /// What forwards and belongs to none of the records, which are all of the backend's. What cannot
     /// be read is a warning of the host.
     fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>>;

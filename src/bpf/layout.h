@@ -228,7 +228,6 @@ enum reason {
 	REASON_PEERNAME,
 	REASON_DROP_NO_PORT,	/* no port left for a peer */
 	REASON_DROP_REWRITE,	/* the kernel refused to change a packet half-way */
-	REASON_DROP_LATE_FRAGMENT, /* of a hairpin, before its first */
 	REASON_SCTP_FRAGMENT,	/* passed: its checksum needs the length of the whole datagram */
 	REASON_HELD,		/* dropped: of a connection that an upgrade has not taken along yet */
 	REASONS

@@ -237,7 +237,8 @@ pub fn as_json(inventory: &Inventory, notes: &[String], now: u64) -> Value {
     let claims: Vec<Value> =
         inventory.entries(&records).iter().map(|entry| entry_json(entry, now)).collect();
     let unrecorded: Vec<Value> = inventory.leftovers.iter().map(leftover_json).collect();
-    json!({ "claims": claims, "unrecorded": unrecorded, "notes": notes })
+    let packets = (!inventory.packets.is_empty()).then_some(&inventory.packets);
+    json!({ "claims": claims, "unrecorded": unrecorded, "packets": packets, "notes": notes })
 }
 
 pub(super) fn claim_json(claim: &Claim) -> Value {

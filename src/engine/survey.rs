@@ -46,6 +46,8 @@ pub fn survey(host: &Host, engine: Option<&Engine>) -> Result<Inventory> {
             Ok(leftovers) => inventory.leftovers.extend(leftovers),
             Err(error) => unreadable(host, kind, &error),
         }
+        // Where nothing can be read, that has been said.
+        inventory.packets.extend(backend::of(kind).packets(host).unwrap_or_default());
     }
     inventory.attached.sort_by_key(|attached| attached.record.order);
     Ok(inventory)

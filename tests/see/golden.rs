@@ -1,5 +1,7 @@
 //! The commands' texts and JSON for a node that has everything, at a fixed time and widths.
 
+use std::collections::BTreeMap;
+
 use portmap::backend::iptables::{listing::Listing, path, rules};
 use portmap::backend::{Counters, Leftover};
 use portmap::commands::{Verdict, gc, list, who};
@@ -110,6 +112,7 @@ fn inventory() -> Inventory {
         bytes_out: 1_200_000,
     };
     Inventory {
+        packets: BTreeMap::from([("forwarded", 3400), ("answered", 3399), ("dropNoPort", 0)]),
         attached: vec![
             attached(
                 record("shop/web-6f7d9c-abcde", 1, iptables, &dual, &["tcp 8080 80"]),

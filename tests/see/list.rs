@@ -35,7 +35,8 @@ fn every_claim_is_there_with_its_owner_and_state() {
         let lab = lab(4);
         let node = Node::new(&lab.node, variant);
         let (empty, status) = changes_nothing(&node, || report(&node, &["list"]));
-        assert_eq!((empty, status), (json!({"claims": [], "unrecorded": [], "notes": []}), 0));
+        let nothing = json!({"claims": [], "unrecorded": [], "packets": null, "notes": []});
+        assert_eq!((empty, status), (nothing, 0));
         assert!(!node.state_dir.exists(), "{variant:?}: looking has made a state directory");
         assert_eq!(run(&node, &["list"]).stdout, "no hostPorts on this node\n");
 
@@ -91,7 +92,7 @@ fn every_claim_is_there_with_its_owner_and_state() {
 fn ebpf_counts_what_passes() {
     let lab = lab(1);
     let node = Node::new(&lab.node, Variant::Ebpf);
-    add(&node, &lab, 0, 8080);
+    let (config, attachment) = add(&node, &lab, 0, 8080);
     let counters = || report(&node, &["list"]).0["claims"][0]["counters"].clone();
     assert_eq!(counters()["connections"], 0);
     let _servers: Servers = lab.pods[0].serve(&[80], &[]).unwrap();
@@ -103,6 +104,28 @@ fn ebpf_counts_what_passes() {
     for number in ["packetsIn", "bytesIn", "packetsOut", "bytesOut"] {
         assert!(counted[number].as_u64().unwrap() > 0, "{number}: {counted}");
     }
+
+    // The same packets by what became of them, and others that nobody is counted for.
+    let packets = || report(&node, &["list"]).0["packets"].clone();
+    let before = packets();
+    assert_eq!(before["newFlow"], 1, "{before}");
+    assert_eq!(before["forwarded"], counted["packetsIn"], "{before}");
+    assert_eq!(before["answered"], counted["packetsOut"], "{before}");
+    assert_eq!(before["connect"], 0, "{before}");
+    traffic::reach(&lab.node, call).unwrap();
+    let after = packets();
+    let changed: Vec<&String> = after
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter_map(|(name, number)| (before[name] != *number).then_some(name))
+        .collect();
+    assert_eq!(changed, ["connect"], "{after}");
+    // What was counted stays with the programs, and not with the claim.
+    node.ok("DEL", &config, &attachment);
+    assert_eq!(packets(), after);
+    assert!(node.flush().success());
+    assert_eq!(packets(), Value::Null);
 }
 
 #[test]

@@ -6,7 +6,9 @@ use std::mem::discriminant;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::layout::{Addr, ClaimKey, ClaimValue, Traffic, claim_flags, port_bit, ports_of};
+use super::layout::{
+    Addr, ClaimKey, ClaimValue, REASONS, Traffic, claim_flags, port_bit, ports_of,
+};
 use super::loaded::Maps;
 use super::objects::{self, Claims};
 use super::plan::{self, Former, Present, Write};
@@ -277,6 +279,16 @@ pub fn traffic(maps: &Maps, key: &ClaimKey) -> io::Result<Option<Traffic>> {
         }
     }
     Ok(Some(sum))
+}
+
+/// What programs have done with packets, of all CPUs together, by the names of [`REASONS`].
+pub fn reasons(map: &Map) -> io::Result<BTreeMap<&'static str, u64>> {
+    let count = |(index, name): (u32, &'static str)| {
+        let values = map.get(index.as_bytes())?.unwrap_or_default();
+        let of_cpus = values.chunks_exact(8).filter_map(|value| u64::read_from_bytes(value).ok());
+        Ok((name, of_cpus.sum()))
+    };
+    (0..).zip(REASONS).map(count).collect()
 }
 
 fn read_uses(maps: &Maps, port: u16) -> io::Result<u32> {

@@ -332,7 +332,7 @@ pub fn ports_of(index: u32) -> impl Iterator<Item = u16> {
 }
 
 /// `enum reason`, in the order of its values: names for people.
-pub const REASONS: [&str; 22] = [
+pub const REASONS: [&str; 21] = [
     "forwarded",
     "answered",
     "newFlow",
@@ -352,7 +352,6 @@ pub const REASONS: [&str; 22] = [
     "peername",
     "dropNoPort",
     "dropRewrite",
-    "dropLateFragment",
     "sctpFragment",
     "held",
 ];

@@ -286,7 +286,7 @@ impl Loaded {
         Ok(Flows { flows: open("pm_flows")?, sockets: open("pm_sockets")? })
     }
 
-    /// The map of counters by reason, in the order of `layout::REASONS`.
+    /// The map of counters by reason, whose keys are indices of `layout::REASONS`.
     pub fn reasons(&self) -> Result<Map> {
         let map =
             self.pins.map(self.build.layout, "pm_reasons").map_err(failed("open the eBPF maps"))?;

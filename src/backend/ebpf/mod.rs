@@ -120,6 +120,18 @@ impl Observe for Ebpf {
         Ok(counters)
     }
 
+    fn packets(&self, host: &Host) -> Result<BTreeMap<&'static str, u64>> {
+        if !loaded::is_pinned() {
+            return Ok(BTreeMap::new());
+        }
+        match open(host)? {
+            Found::Loaded(loaded) => {
+                entries::reasons(&loaded.reasons()?).map_err(failed("read the eBPF maps"))
+            }
+            Found::Missing(_) => Ok(BTreeMap::new()),
+        }
+    }
+
     fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>> {
         // Where nothing is pinned, nobody has to find out what the kernel can do.
         if !loaded::is_pinned() {
