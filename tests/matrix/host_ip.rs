@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use portmap::demo::matrix::{Case, Place, Source};
+use portmap::demo::topology::Shape;
 use portmap::model::Family;
 
 use crate::rig::{
@@ -49,72 +50,91 @@ fn life(variant: Variant, stage: &Stage, host_ip: &str, cases: Vec<Case>) {
     node.assert_clean(&before);
 }
 
+/// eBPF's programs are at links, which differ by shape. What rules do by shape is asked in `shapes`.
+fn on_each_stage(variant: Variant, test: fn(Variant, &Stage)) {
+    test(variant, &Stage::bypassing());
+    if variant == Variant::Ebpf {
+        for shape in [Shape::Ptp, Shape::Bridge, Shape::Mixed] {
+            test(variant, &Stage::new(shape));
+        }
+    }
+}
+
+fn a_specific_address_answers_alone_on(variant: Variant, stage: &Stage) {
+    let lab = &stage.lab;
+    for family in Family::ALL {
+        let other = match family {
+            Family::V4 => Family::V6,
+            Family::V6 => Family::V4,
+        };
+        let own = lab.node_address(family);
+        let cases = [
+            answers(variant, stage, own),
+            silent(lab.second_node_address(family)),
+            silent(lab.node_address(other)),
+            refused(Place::Node, LOCALHOST, PORT),
+            refused(Place::Node, LOCALHOST_V6, PORT),
+        ];
+        life(variant, stage, &own.to_string(), cases.concat());
+    }
+}
+
+fn unspecified_addresses_mean_their_family_on(variant: Variant, stage: &Stage) {
+    let lab = &stage.lab;
+    let both = |family| [lab.node_address(family), lab.second_node_address(family)];
+    let [v4, v6] = Family::ALL.map(both);
+    let cases = [
+        v4.map(|ip| answers(variant, stage, ip)).concat(),
+        v6.map(silent).concat(),
+        reaches(Place::Node, LOCALHOST, PORT, "pod-a", Source::Node),
+    ];
+    life(variant, stage, "0.0.0.0", cases.concat());
+    let cases = [
+        v6.map(|ip| answers(variant, stage, ip)).concat(),
+        v4.map(silent).concat(),
+        refused(Place::Node, LOCALHOST, PORT),
+        // IPv6 has no route_localnet that rules could use.
+        match variant {
+            Variant::Ebpf => reaches(Place::Node, LOCALHOST_V6, PORT, "pod-a", Source::Node),
+            _ => refused(Place::Node, LOCALHOST_V6, PORT),
+        },
+    ];
+    life(variant, stage, "::", cases.concat());
+}
+
+fn localhost_is_for_the_node_itself_on(variant: Variant, stage: &Stage) {
+    let lab = &stage.lab;
+    let cases = [
+        reaches(Place::Node, LOCALHOST, PORT, "pod-a", Source::Node),
+        silent(lab.node_address(Family::V4)),
+        silent(lab.second_node_address(Family::V4)),
+        silent(lab.node_address(Family::V6)),
+        refused(Place::Node, LOCALHOST_V6, PORT),
+    ];
+    life(variant, stage, "127.0.0.1", cases.concat());
+    if variant == Variant::Ebpf {
+        let cases = [
+            reaches(Place::Node, LOCALHOST_V6, PORT, "pod-a", Source::Node),
+            refused(Place::Node, LOCALHOST, PORT),
+            silent(lab.node_address(Family::V6)),
+            silent(lab.second_node_address(Family::V6)),
+            silent(lab.node_address(Family::V4)),
+        ];
+        life(variant, stage, "::1", cases.concat());
+    }
+}
+
 on_each_variant! {
     fn a_specific_address_answers_alone(variant: Variant) {
-        let stage = Stage::bypassing();
-        let lab = &stage.lab;
-        for family in Family::ALL {
-            let other = match family {
-                Family::V4 => Family::V6,
-                Family::V6 => Family::V4,
-            };
-            let own = lab.node_address(family);
-            let cases = [
-                answers(variant, &stage, own),
-                silent(lab.second_node_address(family)),
-                silent(lab.node_address(other)),
-                refused(Place::Node, LOCALHOST, PORT),
-                refused(Place::Node, LOCALHOST_V6, PORT),
-            ];
-            life(variant, &stage, &own.to_string(), cases.concat());
-        }
+        on_each_stage(variant, a_specific_address_answers_alone_on);
     }
 
     fn unspecified_addresses_mean_their_family(variant: Variant) {
-        let stage = Stage::bypassing();
-        let lab = &stage.lab;
-        let both = |family| [lab.node_address(family), lab.second_node_address(family)];
-        let [v4, v6] = Family::ALL.map(both);
-        let cases = [
-            v4.map(|ip| answers(variant, &stage, ip)).concat(),
-            v6.map(silent).concat(),
-            reaches(Place::Node, LOCALHOST, PORT, "pod-a", Source::Node),
-        ];
-        life(variant, &stage, "0.0.0.0", cases.concat());
-        let cases = [
-            v6.map(|ip| answers(variant, &stage, ip)).concat(),
-            v4.map(silent).concat(),
-            refused(Place::Node, LOCALHOST, PORT),
-            // IPv6 has no route_localnet that rules could use.
-            match variant {
-                Variant::Ebpf => reaches(Place::Node, LOCALHOST_V6, PORT, "pod-a", Source::Node),
-                _ => refused(Place::Node, LOCALHOST_V6, PORT),
-            },
-        ];
-        life(variant, &stage, "::", cases.concat());
+        on_each_stage(variant, unspecified_addresses_mean_their_family_on);
     }
 
     fn localhost_is_for_the_node_itself(variant: Variant) {
-        let stage = Stage::bypassing();
-        let lab = &stage.lab;
-        let cases = [
-            reaches(Place::Node, LOCALHOST, PORT, "pod-a", Source::Node),
-            silent(lab.node_address(Family::V4)),
-            silent(lab.second_node_address(Family::V4)),
-            silent(lab.node_address(Family::V6)),
-            refused(Place::Node, LOCALHOST_V6, PORT),
-        ];
-        life(variant, &stage, "127.0.0.1", cases.concat());
-        if variant == Variant::Ebpf {
-            let cases = [
-                reaches(Place::Node, LOCALHOST_V6, PORT, "pod-a", Source::Node),
-                refused(Place::Node, LOCALHOST, PORT),
-                silent(lab.node_address(Family::V6)),
-                silent(lab.second_node_address(Family::V6)),
-                silent(lab.node_address(Family::V4)),
-            ];
-            life(variant, &stage, "::1", cases.concat());
-        }
+        on_each_stage(variant, localhost_is_for_the_node_itself_on);
     }
 
     /// A pod with IPv6 alone cannot serve an IPv4 hostIP: that mapping is left out, the others hold.
