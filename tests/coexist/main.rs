@@ -30,6 +30,7 @@ mod sockets;
 mod standins;
 #[path = "../support/mod.rs"]
 mod support;
+mod tunnel;
 
 use std::io::{self, ErrorKind};
 use std::time::Instant;
