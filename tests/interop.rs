@@ -305,6 +305,26 @@ fn upstream_nftables(container_id: &str, last: u8) -> String {
     }).concat()
 }
 
+/// A node that has lost nft goes on: whose pod it is does not matter, and DEL is repeated until it succeeds.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs nftables"]
+fn what_no_tool_can_remove_keeps_no_del_and_no_gc_from_its_work() {
+    let netns = netns();
+    let mut node = Node::new(&netns, Variant::Nftables);
+    node.cni_version = "1.1.0".into();
+    node.shell(&format!("nft -f - <<'END'\n{}END\n", upstream_nftables("theirs", 10)));
+    let config = pod(&node, 10, 8010);
+    let mut valid = config.clone();
+    valid["cni.dev/valid-attachments"] = json!([]);
+    node.path = "/nowhere".into();
+    let said = "table ip cni_hostport of upstream's portmap cannot be read, and is left as it is: nft is not installed";
+    for (verb, config) in [("DEL", &config), ("DEL", &config), ("GC", &valid)] {
+        let output = node.ok(verb, config, &attachment("theirs"));
+        assert!(output.stderr.contains(said), "{verb}: {}", output.stderr);
+    }
+    assert!(node.shell("nft list table ip cni_hostport").contains("198.18.2.10"));
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces, needs nftables"]
 fn rules_of_upstream_s_nftables_backend_are_checked() {

@@ -155,6 +155,19 @@ fn a_damaged_record_is_cleaned_up_by_whoever_meets_it() {
         node.ok("DEL", &without, &pod);
         node.assert_clean(&before);
 
+        // What these leave is named, and the status tells.
+        damage();
+        for words in [&["restore"][..], &["flush", "--all", "--yes"]] {
+            let mut command = std::process::Command::new(PORTMAP);
+            command.env_clear().env("PATH", &node.path).args(words);
+            command.arg("--state-dir").arg(&node.state_dir);
+            let output = plugin::run(&mut command, b"", node.netns).unwrap();
+            assert_eq!(output.status, Some(1), "{words:?}: {output:?}");
+            assert!(output.stdout.contains("note: record "), "{words:?}: {output:?}");
+        }
+        node.ok("DEL", &without, &pod);
+        node.assert_clean(&before);
+
         damage();
         // By nobody's call: what is readable says that nobody lives there.
         node.ok("ADD", &config, &pod);

@@ -40,7 +40,7 @@ pub fn run(
     progress.step(LOCKING);
     let engine = Engine::lock_at_home(host, options.state_dir)?;
     progress.step(CHANGING);
-    let Flushed { removed, failed } = engine.flush(options.network)?;
+    let Flushed { removed, failed, unread } = engine.flush(options.network)?;
     drop(progress);
     if options.json {
         let list: Vec<_> = removed.iter().map(|record| json!(record.attachment)).collect();
@@ -48,7 +48,7 @@ pub fn run(
         let report =
             json!({ "removed": list, "failed": failed_list, "notes": host.take_warnings() });
         writeln!(terminal.output, "{report}")?;
-        return all_done(WHAT, failed);
+        return all_done(WHAT, failed, unread);
     }
     for record in &removed {
         writeln!(terminal.output, "removed {}", describe(record))?;
@@ -56,7 +56,7 @@ pub fn run(
     let (what, whose) = (plural(removed.len()), options.network.unwrap_or("every network"));
     writeln!(terminal.output, "{what} of {whose} removed")?;
     notes(host, terminal)?;
-    all_done(WHAT, failed)
+    all_done(WHAT, failed, unread)
 }
 
 fn ask(host: &Host, options: &Options, terminal: &mut Terminal) -> Result<(), CommandError> {

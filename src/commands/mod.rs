@@ -63,11 +63,16 @@ pub enum Verdict {
 /// What could not be done, and why.
 pub type Failed = (String, Error);
 
-/// Fine if nothing has failed.
-fn all_done(what: &'static str, failed: Vec<Failed>) -> Result<Verdict, CommandError> {
-    match failed.is_empty() {
-        true => Ok(Verdict::Fine),
-        false => Err(CommandError::Partly { what, failed }),
+/// Fine if nothing has failed, and every record could be read.
+fn all_done(
+    what: &'static str,
+    failed: Vec<Failed>,
+    unread: usize,
+) -> Result<Verdict, CommandError> {
+    match (failed.is_empty(), unread) {
+        (true, 0) => Ok(Verdict::Fine),
+        (true, _) => Ok(Verdict::Warnings),
+        (false, _) => Err(CommandError::Partly { what, failed }),
     }
 }
 
@@ -127,9 +132,10 @@ mod tests {
 
     #[test]
     fn what_failed_is_named_and_the_status_tells() {
-        assert!(matches!(all_done("removing attachments", Vec::new()), Ok(Verdict::Fine)));
+        assert!(matches!(all_done("removing attachments", Vec::new(), 0), Ok(Verdict::Fine)));
+        assert!(matches!(all_done("removing attachments", Vec::new(), 1), Ok(Verdict::Warnings)));
         let error = |what: &str| (what.to_owned(), Error::Drift("no chain".into()));
-        let all = all_done("removing attachments", vec![error("a"), error("b")]);
+        let all = all_done("removing attachments", vec![error("a"), error("b")], 1);
         let report = all.map_or_else(|error| error.report(), |_| String::new());
         assert_eq!(report, "removing attachments: 2 of the steps failed\na: no chain\nb: no chain");
         let json = failed_json(&[error("a")]);

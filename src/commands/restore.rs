@@ -29,7 +29,7 @@ pub fn run(
     progress.step(LOCKING);
     let engine = Engine::lock_at_home(host, options.state_dir)?;
     progress.step(LOOKING);
-    let Restored { attachments, repaired, dead, failed } = engine.restore()?;
+    let Restored { attachments, repaired, dead, failed, unread } = engine.restore()?;
     drop(progress);
     if options.json {
         let name = |record: &Record| json!(record.attachment);
@@ -45,7 +45,7 @@ pub fn run(
             "notes": host.take_warnings(),
         });
         writeln!(terminal.output, "{report}")?;
-        return all_done(WHAT, failed);
+        return all_done(WHAT, failed, unread);
     }
     for (record, problems) in &repaired {
         writeln!(terminal.output, "repaired {}:", record.attachment)?;
@@ -63,5 +63,5 @@ pub fn run(
     let noun = if attachments == 1 { "attachment" } else { "attachments" };
     writeln!(terminal.output, "{attachments} {noun}, {} repaired", repaired.len())?;
     notes(host, terminal)?;
-    all_done(WHAT, failed)
+    all_done(WHAT, failed, unread)
 }

@@ -30,8 +30,9 @@ pub struct Facts {
     pub privileged: bool,
     /// In the order of `auto`.
     pub tried: Vec<Tried>,
-    /// What a former call has found to work, and all after it take without trying, in the file.
-    pub remembered: Option<(BackendKind, String)>,
+    /// What former calls have found to work, for pods without an IPv6 address and for those with one, and all
+    /// after them take without trying; with the file that says it.
+    pub remembered: Vec<(BackendKind, String)>,
     /// Where programs at sockets are attached (the root of cgroup v2), or why nowhere.
     pub sockets: Told<String>,
     /// Whether attachments use eBPF.
@@ -154,14 +155,18 @@ fn install() -> String {
 
 /// Calls trust the memory, so that something that has stopped working since makes each of them fail.
 fn remembered(facts: &Facts, configured: Option<BackendKind>) -> Option<Finding> {
-    let (kind, file) = facts.remembered.as_ref()?;
-    let trial = facts.of(*kind)?;
-    (configured.is_none() && facts.privileged && matches!(trial, Trial::Broken(_))).then(|| {
+    let misleads = |(kind, _): &&(BackendKind, String)| {
+        facts.of(*kind).is_some_and(|trial| matches!(trial, Trial::Broken(_)))
+    };
+    let misleading: Vec<_> = facts.remembered.iter().filter(misleads).collect();
+    let (kind, _) = misleading.first()?;
+    let files: Vec<&str> = misleading.iter().map(|(_, file)| file.as_str()).collect();
+    (configured.is_none() && facts.privileged).then(|| {
         AREA.broken(
             "remembered",
             format!("an earlier call found {kind} to work, which it does no more"),
             "auto goes by that until the next boot, and every ADD fails",
-            format!("rm {file}"),
+            format!("rm {}", files.join(" ")),
         )
     })
 }
@@ -206,7 +211,7 @@ mod tests {
         Facts {
             privileged: true,
             tried,
-            remembered: None,
+            remembered: Vec::new(),
             sockets: Ok("/x".into()),
             ebpf_in_use: false,
         }
@@ -259,10 +264,15 @@ mod tests {
     #[test]
     fn a_memory_that_misleads_is_named_with_its_file() {
         let mut facts = facts([broken(), Trial::Works, broken()]);
-        facts.remembered = Some((BackendKind::Iptables, "/run/x".into()));
+        let of = |kind, file: &str| (kind, file.to_owned());
+        facts.remembered =
+            vec![of(BackendKind::Iptables, "/run/x"), of(BackendKind::Nftables, "/run/y")];
         let found = findings(&facts, None);
         let found = found.iter().find(|finding| finding.check == "remembered").unwrap();
         assert_eq!((found.severity, found.fix.as_str()), (Severity::Broken, "rm /run/x"));
+        facts.remembered[1].0 = BackendKind::Iptables;
+        let found = findings(&facts, None);
+        assert!(found.iter().any(|finding| finding.fix == "rm /run/x /run/y"), "{found:?}");
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub struct Restored {
     pub dead: Vec<Record>,
     /// What could not be looked at, or not be repaired: attachments, and backends.
     pub failed: Vec<(String, Error)>,
+    /// How many records could not be read. Each is a warning of the host.
+    pub unread: usize,
 }
 
 impl Engine<'_> {
@@ -58,10 +60,10 @@ impl Engine<'_> {
     /// backend in which something is wrong. Where nothing is, nothing is changed.
     pub fn restore(&self) -> Result<Restored> {
         let (records, notes) = self.store.all()?;
+        let mut restored = Restored { unread: notes.len(), ..Restored::default() };
         for note in notes {
             self.host.warn(note);
         }
-        let mut restored = Restored::default();
         let mut wrong: BTreeMap<BackendKind, Vec<(Record, Vec<String>)>> = BTreeMap::new();
         for kind in BackendKind::ALL {
             let own: Vec<Record> =

@@ -36,6 +36,8 @@ pub struct Flushed {
     pub removed: Vec<Record>,
     /// What could not be removed.
     pub failed: Vec<(String, Error)>,
+    /// How many records could not be read, and were left. Each is a warning of the host.
+    pub unread: usize,
 }
 
 /// The node's state, locked.
@@ -162,10 +164,11 @@ impl<'a> Engine<'a> {
     /// it. Carries on after an error and reports them all.
     pub fn flush(&self, network: Option<&str>) -> Result<Flushed> {
         let (records, problems) = self.store.all()?;
+        let Flushed { mut removed, mut failed, .. } = Flushed::default();
+        let unread = problems.len();
         for problem in problems {
             self.host.warn(problem);
         }
-        let Flushed { mut removed, mut failed } = Flushed::default();
         for record in records {
             if network.is_some_and(|network| record.attachment.network != network) {
                 continue;
@@ -187,7 +190,7 @@ impl<'a> Engine<'a> {
                 failed.extend(backend::of(kind).unload(self.host).err().map(outliving(kind)));
             }
         }
-        Ok(Flushed { removed, failed })
+        Ok(Flushed { removed, failed, unread })
     }
 
     /// Whether a record has the backend, also one that only a newer plugin can read; true if that cannot be told.
@@ -261,7 +264,8 @@ impl<'a> Engine<'a> {
 }
 
 /// Name of the note that says which backend `auto` chose.
-fn backend_note(ipv6: bool) -> &'static str {
+#[must_use]
+pub fn backend_note(ipv6: bool) -> &'static str {
     if ipv6 { "backend-ipv6" } else { "backend" }
 }
 

@@ -13,11 +13,13 @@ use crate::model::{BackendKind, Claim};
 use crate::record::Record;
 use crate::sys::Host;
 use crate::sys::namespace::{self, Life};
-use crate::sys::store::has_records;
+use crate::sys::store::{has_records, is_of_another_boot};
 
-/// Waits for the lock, if there is anything to be locked. Those who only look make no state directory.
+/// Waits for the lock, if there is anything to be locked. Those who only look make no state directory, and
+/// leave it to others to discard what is of another boot, which is nothing any more.
 pub fn lock_to_look<'a>(host: &'a Host, state_dir: &Path) -> Result<Option<Engine<'a>>> {
-    let engine = has_records(state_dir)?.then(|| Engine::lock(host, state_dir)).transpose()?;
+    let is_there = has_records(state_dir)? && !is_of_another_boot(state_dir, host.boot_id())?;
+    let engine = is_there.then(|| Engine::lock(host, state_dir)).transpose()?;
     if let Some(engine) = &engine
         && let Some(reason) = engine.away(state_dir)?
     {
@@ -42,12 +44,18 @@ pub fn survey(host: &Host, engine: Option<&Engine>) -> Result<Inventory> {
         if let Some(engine) = engine.filter(|_| !own.is_empty()) {
             engine.add_attachments(kind, &own, &mut inventory);
         }
-        match backend::of(kind).leftovers(host, &own) {
-            Ok(leftovers) => inventory.leftovers.extend(leftovers),
+        let backend = backend::of(kind);
+        let packets = match backend.leftovers(host, &own) {
+            Ok(leftovers) => {
+                inventory.leftovers.extend(leftovers);
+                backend.packets(host)
+            }
+            Err(error) => Err(error),
+        };
+        match packets {
+            Ok(packets) => inventory.packets.extend(packets),
             Err(error) => unreadable(host, kind, &error),
         }
-        // Where nothing can be read, that has been said.
-        inventory.packets.extend(backend::of(kind).packets(host).unwrap_or_default());
     }
     inventory.attached.sort_by_key(|attached| attached.record.order);
     Ok(inventory)

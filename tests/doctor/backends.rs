@@ -51,4 +51,12 @@ fn a_choice_that_no_longer_works_is_forgotten_by_the_command_that_is_named() {
     assert_eq!(said.only("remembered")["severity"], "broken");
     rig.follow(said.only("remembered"));
     assert_eq!(rig.doctor().checks(), []);
+    // Pods with an IPv6 address have a choice of their own.
+    let note = rig.node.state_dir.join("notes/backend-ipv6");
+    std::fs::write(&note, format!("nftables\n{fingerprint}")).unwrap();
+    let said = rig.doctor();
+    assert!(said.only("remembered")["fix"].to_string().contains("backend-ipv6"));
+    rig.follow(said.only("remembered"));
+    assert!(!note.exists());
+    assert_eq!(rig.doctor().checks(), []);
 }

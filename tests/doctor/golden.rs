@@ -48,7 +48,7 @@ fn healthy() -> Facts {
         backends: backends::Facts {
             privileged: true,
             tried: tried([Trial::Works, Trial::Works, Trial::Works]),
-            remembered: Some((BackendKind::Iptables, "/run/cni/portmap/notes/backend".into())),
+            remembered: vec![(BackendKind::Iptables, "/run/cni/portmap/notes/backend".into())],
             sockets: Ok("the root of cgroup v2 (/sys/fs/cgroup)".into()),
             ebpf_in_use: false,
         },

@@ -87,6 +87,24 @@ fn every_claim_is_there_with_its_owner_and_state() {
     }
 }
 
+/// A state directory that outlives the boot: nothing of it is true any more, and to look is not to discard it.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn who_only_looks_leaves_what_is_of_another_boot() {
+    let lab = lab(1);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let (config, attachment) = add(&node, &lab, 0, 8080);
+    std::fs::write(node.state_dir.join("boot"), "another").unwrap();
+    node.damage();
+    for words in [&["list"][..], &["who", "8080"], &["gc", "--dry-run"]] {
+        let (found, _) = changes_nothing(&node, || report(&node, words));
+        assert!(!found.to_string().contains("container-0"), "{words:?}: {found}");
+    }
+    assert_eq!(node.records().len(), 1);
+    node.ok("DEL", &config, &attachment);
+    assert!(node.records().is_empty());
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn ebpf_counts_what_passes() {

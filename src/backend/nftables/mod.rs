@@ -262,7 +262,17 @@ impl Apply for Nftables {
             if !reader.table_exists(family.into(), upstream::TABLE).unwrap_or(false) {
                 continue;
             }
-            let objects = nft::list_table(host, name, upstream::TABLE).map_err(failed)?;
+            let objects = match nft::list_table(host, name, upstream::TABLE) {
+                // Nobody could do it then, and runtimes would repeat the DEL of every pod for ever.
+                Err(error @ ToolError::Missing { .. }) => {
+                    host.warn(format!(
+                        "table {name} {} of upstream's portmap cannot be read, and is left as it is: {error}",
+                        upstream::TABLE
+                    ));
+                    continue;
+                }
+                other => other.map_err(failed)?,
+            };
             let commands: Vec<Value> =
                 objects.iter().filter_map(|object| upstream::rule_of(object, unrecorded)).map(|(chain, handle)| {
                     json!({"delete": {"rule": {"family": name, "table": upstream::TABLE, "chain": chain, "handle": handle}}})

@@ -16,7 +16,7 @@ use crate::backend::{self, Unusable, ebpf};
 use crate::commands::flush::describe;
 use crate::conflist::files::is_configuration;
 use crate::conflist::{CILIUM, PLUGIN};
-use crate::engine::Engine;
+use crate::engine::{self, Engine};
 use crate::error::Error;
 use crate::model::{BackendKind, Family};
 use crate::record::Record;
@@ -43,7 +43,7 @@ pub struct Places {
 struct State {
     facts: state::Facts,
     records: Vec<Record>,
-    remembered: Option<BackendKind>,
+    remembered: Vec<(BackendKind, String)>,
 }
 
 /// Reads everything.
@@ -65,8 +65,7 @@ pub fn gather(host: &Host, places: &Places, progress: &Progress) -> Facts {
     let backends = backends::Facts {
         privileged: survey::is_root(),
         tried,
-        remembered: remembered
-            .map(|kind| (kind, places.state_dir.join("notes/backend").display().to_string())),
+        remembered,
         sockets: sockets(host),
         ebpf_in_use: records.iter().any(|record| record.backend == BackendKind::Ebpf),
     };
@@ -199,7 +198,7 @@ fn state(
     let nothing = |look| State {
         facts: state::Facts { dir: dir.clone(), directory: directory.clone(), look },
         records: Vec::new(),
-        remembered: None,
+        remembered: Vec::new(),
     };
     let look = match Store::look(dir, host.boot_id()) {
         Err(error) => return nothing(told(Err(error))),
@@ -233,7 +232,12 @@ fn state(
         Err(error) => nothing(told(Err(error))),
         Ok((records, facts)) => {
             let facts = strays::add(host, tables, &records, facts);
-            let remembered = engine.remembered_backend(false).ok().flatten();
+            let remembered = [false, true].into_iter().filter_map(|ipv6| {
+                let kind = engine.remembered_backend(ipv6).ok().flatten()?;
+                let file = dir.join("notes").join(engine::backend_note(ipv6));
+                Some((kind, file.display().to_string()))
+            });
+            let remembered = remembered.collect();
             State { records, remembered, ..nothing(Ok(state::Look::Read(facts))) }
         }
     }

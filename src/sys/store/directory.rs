@@ -36,6 +36,24 @@ pub fn has_records(dir: &Path) -> Result<bool> {
     }
 }
 
+/// Whether what is there is of another boot than `boot_id`, without a lock: the next call that changes
+/// something discards it. Who cannot tell the boot, now or then, has not seen another one.
+pub fn is_of_another_boot(dir: &Path, boot_id: &str) -> Result<bool> {
+    let path = dir.join("boot");
+    match fs::read_to_string(&path) {
+        Ok(known) => Ok(is_another(&known, boot_id)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(false)
+        }
+        Err(error) => Err(Error::io(format!("read {}", path.display()), error)),
+    }
+}
+
+/// Of two boots, as far as both are known.
+pub(super) fn is_another(known: &str, boot_id: &str) -> bool {
+    known != boot_id && !known.is_empty() && !boot_id.is_empty()
+}
+
 /// Whether some record has this backend, without a lock: for the calls that have nothing to do.
 #[must_use]
 pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use rustix::fs::OFlags;
 
-use super::directory::open_dir;
+use super::directory::{is_another, open_dir};
 use super::file::Files;
 use super::holder::holder;
 use super::{Store, lock};
@@ -55,8 +55,7 @@ impl Store {
         };
         let store = Store { only_reads: true, ..Store::new(files, held) };
         match store.files.read_text("boot")? {
-            // Who cannot tell the boot, now or then, has not seen another one.
-            Some(known) if known != boot_id && !known.is_empty() && !boot_id.is_empty() => {
+            Some(known) if is_another(&known, boot_id) => {
                 let names: Vec<String> = store.files.names("records")?;
                 let records = names.iter().filter(|name| name.ends_with(".json")).count();
                 Ok(Looked::OtherBoot(records))

@@ -35,7 +35,9 @@ use serde::Deserialize;
 use crate::error::{Error, Result};
 use crate::record::{FORMAT, IndexKey, Record, View};
 use directory::open_state_dir;
-pub use directory::{check_usable, has_records, is_recorded, note_of, refusal, uses_backend};
+pub use directory::{
+    check_usable, has_records, is_of_another_boot, is_recorded, note_of, refusal, uses_backend,
+};
 use file::{Files, ignore_absent};
 use index::index_dir;
 use lock::{LOCK_DEADLINE, lock};
