@@ -191,8 +191,8 @@ pub trait Observe {
         Ok(BTreeMap::new())
     }
 
-    /// What has become of packets that concern hostPorts, since programs were loaded: how many, by the name of
-    /// the reason. Of those that only count claims or rules, nothing.
+    /// What has become of packets that concern hostPorts, since the maps that count them were made: how many, by
+    /// the name of the reason. Nothing from a backend that counts claims or rules alone.
     fn packets(&self, _host: &Host) -> Result<BTreeMap<&'static str, u64>> {
         Ok(BTreeMap::new())
     }
