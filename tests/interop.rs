@@ -318,10 +318,11 @@ fn what_no_tool_can_remove_keeps_no_del_and_no_gc_from_its_work() {
     valid["cni.dev/valid-attachments"] = json!([]);
     node.path = "/nowhere".into();
     let said = "table ip cni_hostport of upstream's portmap cannot be read, and is left as it is: nft is not installed";
-    for (verb, config) in [("DEL", &config), ("DEL", &config), ("GC", &valid)] {
-        let output = node.ok(verb, config, &attachment("theirs"));
-        assert!(output.stderr.contains(said), "{verb}: {}", output.stderr);
+    for _ in 0..2 {
+        let output = node.ok("DEL", &config, &attachment("theirs"));
+        assert!(output.stderr.contains(said), "{}", output.stderr);
     }
+    node.ok("GC", &valid, &attachment("theirs"));
     assert!(node.shell("nft list table ip cni_hostport").contains("198.18.2.10"));
 }
 

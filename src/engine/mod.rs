@@ -31,7 +31,7 @@ pub use survey::{lock_to_look, survey};
 pub use unrecorded::remove_unrecorded;
 
 /// What a flush came to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Flushed {
     pub removed: Vec<Record>,
     /// What could not be removed.
@@ -164,7 +164,7 @@ impl<'a> Engine<'a> {
     /// it. Carries on after an error and reports them all.
     pub fn flush(&self, network: Option<&str>) -> Result<Flushed> {
         let (records, problems) = self.store.all()?;
-        let Flushed { mut removed, mut failed, .. } = Flushed::default();
+        let (mut removed, mut failed) = (Vec::new(), Vec::new());
         let unread = problems.len();
         for problem in problems {
             self.host.warn(problem);

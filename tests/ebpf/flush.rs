@@ -239,7 +239,7 @@ fn no_call_and_no_command_that_changes_anything_starts_a_process() {
     let started = |command: &Command, input: &str| {
         let (output, log) = strace::traced(&lab.node, command, input, "execve,execveat");
         assert!(output.success(), "{command:?}: {} {}", output.stdout, output.stderr);
-        log.matches("exec").count()
+        log.matches("execve").count()
     };
     let at_work = |arguments: &[&str]| {
         let mut command = Command::new(PORTMAP);

@@ -252,6 +252,11 @@ impl Apply for Nftables {
         unrecorded: &Unrecorded,
         removed: &mut BTreeSet<Forward>,
     ) -> Result<()> {
+        // Rules name their container, and not its network.
+        let Unrecorded::One { attachment, .. } = unrecorded else {
+            return Ok(());
+        };
+        let container_id = &attachment.container_id;
         // A kernel without nf_tables has no table to look at.
         let Ok(mut reader) = NftReader::open() else {
             return Ok(());
@@ -274,16 +279,14 @@ impl Apply for Nftables {
                 other => other.map_err(failed)?,
             };
             let commands: Vec<Value> =
-                objects.iter().filter_map(|object| upstream::rule_of(object, unrecorded)).map(|(chain, handle)| {
+                objects.iter().filter_map(|object| upstream::rule_of(object, container_id)).map(|(chain, handle)| {
                     json!({"delete": {"rule": {"family": name, "table": upstream::TABLE, "chain": chain, "handle": handle}}})
                 }).collect();
             if !commands.is_empty() {
                 nft::apply(host, &json!({ "nftables": commands }).to_string()).map_err(failed)?;
             }
-            if let Unrecorded::One { attachment, .. } = unrecorded {
-                let found = upstream::leftovers(family, &objects);
-                removed.extend(upstream::forwards_of(&attachment.container_id, found));
-            }
+            let found = upstream::leftovers(family, &objects);
+            removed.extend(upstream::forwards_of(container_id, found));
         }
         Ok(())
     }

@@ -5,22 +5,19 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value;
 
-use crate::backend::{Leftover, Unrecorded};
+use crate::backend::Leftover;
 use crate::model::{Claim, Family, Forward, Protocol};
 
 /// Its name, in the families ip and ip6.
 pub const TABLE: &str = "cni_hostport";
 
-/// Chain and handle of a rule that upstream made for the attachment. Its comment is the container
+/// Chain and handle of a rule that upstream made for the container. Its comment is the container
 /// ID alone, which does not tell networks apart, so rules of a whole network cannot be found.
 #[must_use]
-pub fn rule_of(object: &Value, unrecorded: &Unrecorded) -> Option<(String, u64)> {
-    let Unrecorded::One { attachment, .. } = unrecorded else {
-        return None;
-    };
+pub fn rule_of(object: &Value, container_id: &str) -> Option<(String, u64)> {
     let rule = object.get("rule")?;
     let owner = rule.get("comment")?.as_str()?;
-    (owner == attachment.container_id)
+    (owner == container_id)
         .then(|| Some((rule.get("chain")?.as_str()?.to_owned(), rule.get("handle")?.as_u64()?)))?
 }
 
