@@ -124,6 +124,17 @@ pub fn record_id(attachment: &Attachment) -> String {
     hex(&hash.finalize(), 32)
 }
 
+/// Who rules belong to, for comments: start of the container ID, interface and network, cut
+/// to nft's limit of 128 bytes with the terminator.
+#[must_use]
+pub fn owner_of(attachment: &Attachment) -> String {
+    let Attachment { network, container_id, ifname } = attachment;
+    let container: String = container_id.chars().take(64).collect();
+    let mut owner = format!("{container} {ifname} {network}");
+    owner.truncate(127);
+    owner
+}
+
 /// Upstream's chain name: `CNI-DN-` and 21 hex digits of SHA-512 over network name and container
 /// ID, 28 characters in all. Never change it: running pods have these chains.
 #[must_use]
@@ -279,15 +290,10 @@ impl Record {
         self.options.masq_all && !self.options.no_snat
     }
 
-    /// Who the rules belong to, for comments: network, start of the container ID and interface, cut
-    /// to nft's limit of 128 bytes with the terminator.
+    /// [`owner_of`] the attachment.
     #[must_use]
     pub fn owner(&self) -> String {
-        let Attachment { network, container_id, ifname } = &self.attachment;
-        let container: String = container_id.chars().take(64).collect();
-        let mut owner = format!("{container} {ifname} {network}");
-        owner.truncate(127);
-        owner
+        owner_of(&self.attachment)
     }
 
     /// What other records are found by: everything two records could compete for or share.

@@ -789,3 +789,146 @@ fn a_repeated_del_makes_no_table_of_iptables() {
         assert!(!node.shell("nft list tables").contains(" nat"));
     }
 }
+
+/// Whose container, as `list` shows what has no record.
+fn unrecorded(node: &Node) -> Vec<String> {
+    let mut list = std::process::Command::new(PORTMAP);
+    list.env_clear().env("PATH", &node.path).args(["list", "--json", "--state-dir"]);
+    list.arg(&node.state_dir);
+    let output = plugin::run(&mut list, b"", node.netns).unwrap();
+    let report: Value = serde_json::from_str(&output.stdout).unwrap();
+    let mut forwards: Vec<String> = report["unrecorded"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|one| {
+            one["forwards"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(move |forward| format!("{} {}", one["containerID"], forward["hostPort"]))
+        })
+        .collect();
+    forwards.sort();
+    // Both families'.
+    forwards.dedup();
+    forwards
+}
+
+/// The kernel alone knows then whose what is, and others live on.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_del_finds_what_is_its_own_when_the_state_directory_is_lost() {
+    for variant in VARIANTS {
+        let lab = lab(Shape::Cilium, 3);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+        let mut node = Node::new(&lab.node, variant);
+        node.cni_version = "1.1.0".into();
+        let call = |pod: usize, port: u16| {
+            let config = node.config(mappings(&[port]), prev_result(&lab, pod, "1.1.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let calls = [call(0, 8080), call(1, 8081), call(2, 8082)];
+        let answers = || [8080, 8081, 8082].map(|port| who_answers(&lab, port));
+        let [a, b, c] = ["pod-a", "pod-b", "pod-c"].map(|name| Some(name.to_owned()));
+        for (config, pod) in &calls {
+            node.ok("ADD", config, pod);
+        }
+        assert_eq!(answers(), [a, b.clone(), c.clone()], "{variant:?}");
+        assert_eq!(unrecorded(&node), [""; 0], "{variant:?}");
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        assert_eq!(answers(), [Some("pod-a".into()), b.clone(), c.clone()], "{variant:?}");
+        assert_eq!(unrecorded(&node).len(), 3, "{variant:?}");
+
+        // As runtimes do it, and twice.
+        for _ in 0..2 {
+            node.ok("DEL", &calls[0].0, &calls[0].1);
+            assert_eq!(answers(), [None, b.clone(), c.clone()], "{variant:?}");
+        }
+        let left = unrecorded(&node);
+        assert!(left.len() == 2 && !left.iter().any(|one| one.contains("8080")), "{left:?}");
+        if variant == Variant::Ebpf {
+            // Entries do not tell whose network they are of.
+            node.ok("DEL", &calls[1].0, &calls[1].1);
+        } else {
+            let mut gc = node.config(Value::Null, Value::Null);
+            gc["cni.dev/valid-attachments"] = json!([{"containerID": "c2", "ifname": "eth0"}]);
+            let mut others = gc.clone();
+            others["name"] = json!("another");
+            node.ok("GC", &others, &calls[0].1);
+            assert_eq!(answers(), [None, b, c.clone()], "{variant:?}");
+            node.ok("GC", &gc, &calls[0].1);
+        }
+        assert_eq!(answers(), [None, None, c], "{variant:?}");
+        // Whoever comes next has the port, and leaves nothing of itself.
+        let again = call(0, 8081);
+        node.ok("DEL", &calls[2].0, &calls[2].1);
+        assert_eq!(answers(), [None, None, None], "{variant:?}");
+        assert_eq!(unrecorded(&node), [""; 0], "{variant:?}");
+        node.ok("ADD", &again.0, &again.1);
+        node.ok("CHECK", &again.0, &again.1);
+        assert_eq!(who_answers(&lab, 8081).as_deref(), Some("pod-a"), "{variant:?}");
+        node.ok("DEL", &again.0, &again.1);
+        assert_eq!(node.records(), [""; 0]);
+        node.flush();
+    }
+}
+
+/// One record of two for a port: the other one has it back.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_port_whose_record_is_lost_goes_to_the_next_owner() {
+    let lab = lab(Shape::Cilium, 2);
+    let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+    for variant in VARIANTS {
+        let node = Node::new(&lab.node, variant);
+        let before = node.snapshot();
+        let call = |pod: usize| {
+            let config = node.config(mappings(&[8080]), prev_result(&lab, pod, "1.0.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let [older, newer] = [call(0), call(1)];
+        node.ok("ADD", &older.0, &older.1);
+        node.ok("ADD", &newer.0, &newer.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-b"), "{variant:?}");
+        std::fs::remove_file(record_file(&node, "c1")).unwrap();
+        node.ok("DEL", &newer.0, &newer.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        node.ok("CHECK", &older.0, &older.1);
+        // The late one of a pod that has lost the port takes nothing.
+        node.ok("DEL", &newer.0, &newer.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        node.ok("DEL", &older.0, &older.1);
+        let now = node.snapshot();
+        now.same_rules(&before).unwrap_or_else(|lines| panic!("{variant:?}:\n{lines}"));
+        now.same_sysctls(&before).unwrap_or_else(|lines| panic!("{variant:?}:\n{lines}"));
+        assert_eq!(node.records(), [""; 0]);
+    }
+}
+
+/// Its rules are not in maps, but in chains that these lead to.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn chains_with_conditions_go_with_their_elements_when_the_record_is_lost() {
+    let lab = lab(Shape::Bridge, 2);
+    let node = Node::new(&lab.node, Variant::Nftables);
+    let call = |pod: usize, port: u16| {
+        let mut config = node.config(mappings(&[port]), prev_result(&lab, pod, "1.0.0"));
+        config["conditionsV4"] = json!(["ip", "saddr", "192.0.2.0/24"]);
+        (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+    };
+    let calls = [call(0, 8080), call(1, 8081)];
+    for (config, pod) in &calls {
+        node.ok("ADD", config, pod);
+    }
+    std::fs::remove_dir_all(&node.state_dir).unwrap();
+    let table = || node.shell("nft list table inet portmap");
+    let address = |pod: usize| lab.pods[pod].address(Family::V4).unwrap().to_string();
+    assert!(table().contains("chain any4_tcp_8080") && table().contains(&address(0)));
+    node.ok("DEL", &calls[0].0, &calls[0].1);
+    assert!(!table().contains("chain any4_tcp_8080"), "{}", table());
+    assert!(!table().contains(&format!("{} ", address(0))), "{}", table());
+    assert!(table().contains("chain any4_tcp_8081") && table().contains(&address(1)));
+    node.ok("DEL", &calls[1].0, &calls[1].1);
+    assert!(!table().contains("chain any4_tcp_8081"), "{}", table());
+}

@@ -92,7 +92,7 @@ pub enum Unusable {
     Busy(Error),
 }
 
-/// What forwards and has no record, as upstream's plugin leaves it.
+/// What forwards and has no record: upstream's plugin made it, or the record is lost.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Leftover {
     /// Where it is, such as `iptables-legacy`.
@@ -106,11 +106,22 @@ pub struct Leftover {
 }
 
 impl Leftover {
+    /// Whether upstream's nftables backend has made it, in a table of its own.
+    #[must_use]
+    pub fn is_of_upstream(&self) -> bool {
+        self.place == "nftables" && self.object.ends_with(nftables::upstream::TABLE)
+    }
+
     /// How it may have come about, and what takes it away.
     #[must_use]
     pub fn explain(&self) -> &'static str {
         match self.place.as_str() {
-            "ebpf" => "its record is lost; the next repair of the maps removes it",
+            "ebpf" => {
+                "its record is lost; the container's DEL or the next repair of the maps removes it"
+            }
+            "nftables" if !self.is_of_upstream() => {
+                "its record is lost; the container's DEL or its network's GC removes it"
+            }
             "nftables" => "upstream's portmap made it; the container's DEL removes it",
             _ => {
                 "upstream's portmap made it, or the record is lost; the container's DEL or its network's GC removes it"
@@ -251,13 +262,14 @@ pub trait Apply {
     /// else's are added to `kept`, also when it fails.
     fn restore(&self, host: &Host, desired: &Desired, kept: &mut BTreeSet<Part>) -> Result<()>;
 
-    /// Removes what upstream's plugin made for attachments of which there is no record: of
-    /// `attachment`, or of every container of its network that `keep` does not name. What that
-    /// forwarded is added to `removed`, also when it fails.
+    /// Removes what attachments have of which there is no record, because upstream's plugin made them or
+    /// the record is lost. What that forwarded, and others' packets may still follow in conntrack, is
+    /// added to `removed`, also when it fails.
     fn remove_unrecorded(
         &self,
         host: &Host,
         unrecorded: &Unrecorded,
+        records: Recorded,
         removed: &mut BTreeSet<Forward>,
     ) -> Result<()>;
 
@@ -286,6 +298,9 @@ pub enum Unrecorded<'a> {
         recorded: &'a BTreeSet<String>,
     },
 }
+
+/// All records of a backend but those of the attachments in question. Most often nobody has to read them.
+pub type Recorded<'a> = &'a dyn Fn() -> Result<Vec<Record>>;
 
 /// A backend, both ways.
 pub trait Backend: Observe + Apply {}

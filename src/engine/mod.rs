@@ -256,8 +256,10 @@ impl<'a> Engine<'a> {
     /// Removes a record and its rules where they can be reached, without regard to shared ones.
     fn purge(&self, record: &Record) -> Result<()> {
         let unrecorded = Unrecorded::One { attachment: &record.attachment, chain: &record.chain };
+        let records = || unrecorded::others(&self.store, record.backend, &unrecorded);
         let mut removed = BTreeSet::new();
-        self.backend(record.backend)?.remove_unrecorded(self.host, &unrecorded, &mut removed)?;
+        let backend = self.backend(record.backend)?;
+        backend.remove_unrecorded(self.host, &unrecorded, &records, &mut removed)?;
         self.store.remove(record)?;
         self.finish()
     }

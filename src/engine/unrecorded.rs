@@ -10,11 +10,11 @@ use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::flush::{Flush, Former};
 use crate::model::{BackendKind, Family};
-use crate::record::Part;
+use crate::record::{Part, Record};
 use crate::sys::Host;
 use crate::sys::store::Store;
 
-/// Removes what upstream's plugin made, from all backends, and flows that it translated. Carries on
+/// Removes what there is of them, from all backends, and flows that it translated. Carries on
 /// after an error and returns them all. `store` is `None` where nobody has a record.
 pub fn remove_unrecorded(
     host: &Host,
@@ -22,7 +22,10 @@ pub fn remove_unrecorded(
     unrecorded: &Unrecorded,
 ) -> Vec<Error> {
     let mut removed = BTreeSet::new();
-    let remove = |kind| backend::of(kind).remove_unrecorded(host, unrecorded, &mut removed).err();
+    let remove = |kind| {
+        let records = || store.map_or(Ok(Vec::new()), |store| others(store, kind, unrecorded));
+        backend::of(kind).remove_unrecorded(host, unrecorded, &records, &mut removed).err()
+    };
     let errors = BackendKind::ALL.into_iter().filter_map(remove).collect();
     let former = Former::of_rules(&removed);
     if !former.is_empty() {
@@ -32,6 +35,21 @@ pub fn remove_unrecorded(
         }
     }
     errors
+}
+
+/// The records of a backend that are to stay.
+pub(super) fn others(
+    store: &Store,
+    kind: BackendKind,
+    unrecorded: &Unrecorded,
+) -> Result<Vec<Record>> {
+    let goes = |record: &Record| match unrecorded {
+        Unrecorded::One { attachment, .. } => record.attachment == **attachment,
+        Unrecorded::AllBut { .. } => false,
+    };
+    let (mut records, _) = store.all()?;
+    records.retain(|record| record.backend == kind && !goes(record));
+    Ok(records)
 }
 
 fn flush_former(host: &Host, store: Option<&Store>, former: &Former, facts: &NodeFacts) {

@@ -176,10 +176,11 @@ fn of_leftovers(
     place: &str,
     backend: Option<BackendKind>,
 ) -> Vec<Rival> {
-    // Where packets meet it: programs, table nat of either variant, upstream's nftables chains (dstnat).
-    let turn = match place {
+    // Where packets meet it: programs, our own nftables chains, upstream's (dstnat), table nat of either variant.
+    let turn = |leftover: &Leftover| match place {
         "ebpf" if backend == Some(BackendKind::Ebpf) => Turn::Behind,
         "ebpf" => Turn::First,
+        "nftables" if !leftover.is_of_upstream() => by_priority(NFTABLES, backend),
         _ => by_priority(IPTABLES, backend),
     };
     leftovers
@@ -199,8 +200,8 @@ fn of_leftovers(
                 }
             },
             place: format!("{} {}", leftover.place, leftover.object),
-            outside: Some(turn),
-            node: Some(turn),
+            outside: Some(turn(leftover)),
+            node: Some(turn(leftover)),
             is_host_port: true,
         })
         .collect()

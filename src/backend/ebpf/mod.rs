@@ -43,7 +43,8 @@ use loaded::{Found, Loaded, OWN};
 use plan::Former;
 
 use super::{
-    Apply, Change, Counters, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable,
+    Apply, Change, Counters, Desired, Leftover, Observe, Outcome, Recorded, Step, Unrecorded,
+    Unusable,
 };
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
@@ -266,11 +267,40 @@ impl Apply for Ebpf {
 
     fn remove_unrecorded(
         &self,
-        _host: &Host,
-        _unrecorded: &Unrecorded,
+        host: &Host,
+        unrecorded: &Unrecorded,
+        records: Recorded,
         _removed: &mut BTreeSet<Forward>,
     ) -> Result<()> {
-        // Upstream's plugin has no eBPF.
+        // Entries tell of their owner a digest alone, and nothing of networks.
+        let Unrecorded::One { attachment, .. } = unrecorded else {
+            return Ok(());
+        };
+        if !loaded::is_pinned() {
+            return Ok(());
+        }
+        let loaded = match open(host) {
+            Ok(Found::Loaded(loaded)) => loaded,
+            Ok(Found::Missing(_)) => return Ok(()),
+            // It knows these maps, and runtimes would repeat this until it is asked.
+            Err(error) if error.is_newer() => {
+                host.warn(format!("what eBPF may have of {attachment} is left alone: {error}"));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let owner = objects::owner_of(attachment);
+        let mut lost = entries::claims(&loaded.maps).map_err(failed("read the eBPF maps"))?;
+        lost.retain(|_, value| value.owner == owner);
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let keys = lost.into_keys().collect();
+        let after = objects::claims_at(&keys, &records()?, None);
+        let former = entries::change(&loaded.maps, &keys, &after, false)
+            .map_err(failed("write the eBPF maps"))?;
+        forget(host, &loaded, Suspects::Former(&former))?;
+        rule_out(host, &loaded);
         Ok(())
     }
 

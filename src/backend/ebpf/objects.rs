@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::layout::{Addr, ClaimKey, ClaimValue, claim_flags};
 use crate::facts::NodeFacts;
-use crate::model::{Family, Forward, Protocol};
-use crate::record::Record;
+use crate::model::{Attachment, Family, Forward, Protocol};
+use crate::record::{Record, record_id};
 
 /// The entries of the map of claims.
 pub type Claims = BTreeMap<ClaimKey, ClaimValue>;
@@ -67,10 +67,20 @@ fn keys_of(forward: &Forward) -> [ClaimKey; 2] {
     [ClaimKey::new(target.ip().into(), claim.protocol, target.port()), ClaimKey::of(claim)]
 }
 
-/// Who flows belong to: the beginning of the record's id.
+/// Who claims and flows belong to: the beginning of the record's id.
 #[must_use]
 pub fn owner(record: &Record) -> u32 {
-    record.id().get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or_default()
+    owner_by_id(record.id())
+}
+
+/// [`owner`] of the attachment's record, which may be lost.
+#[must_use]
+pub fn owner_of(attachment: &Attachment) -> u32 {
+    owner_by_id(&record_id(attachment))
+}
+
+fn owner_by_id(id: &str) -> u32 {
+    id.get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or_default()
 }
 
 fn entries(record: &Record) -> Vec<(ClaimKey, ClaimValue)> {
@@ -184,6 +194,7 @@ mod tests {
             ]
         );
         assert_ne!(owner(&old), owner(&new));
+        assert_eq!(owner(&old), owner_of(&old.attachment));
     }
 
     #[test]

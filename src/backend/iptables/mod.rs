@@ -17,7 +17,9 @@ use std::collections::BTreeSet;
 use listing::Listing;
 use script::Shared;
 
-use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
+use super::{
+    Apply, Change, Desired, Leftover, Observe, Outcome, Recorded, Step, Unrecorded, Unusable,
+};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{Claim, Family, Forward};
@@ -261,6 +263,7 @@ impl Apply for Iptables {
         &self,
         host: &Host,
         unrecorded: &Unrecorded,
+        _records: Recorded,
         removed: &mut BTreeSet<Forward>,
     ) -> Result<()> {
         variants::remove_unrecorded(host, unrecorded, removed)

@@ -1,6 +1,8 @@
 //! nftables, in constant time: a table of our own with maps, written by one `nft -j -f -` and read
-//! back element by element over netlink. Nothing is ever listed.
+//! back element by element over netlink. Nothing is listed for an attachment that has a record.
 
+mod elements;
+pub mod lost;
 pub mod objects;
 pub mod scaffold;
 pub mod script;
@@ -9,11 +11,14 @@ pub mod upstream;
 
 use std::collections::BTreeSet;
 
-use objects::{Atom, Data, Names, Objects, Place};
+use elements::{holds, key};
+use objects::{Data, Names, Objects, Place};
 use scaffold::TABLE;
 use serde_json::{Value, json};
 
-use super::{Apply, Change, Desired, Leftover, Observe, Outcome, Step, Unrecorded, Unusable};
+use super::{
+    Apply, Change, Desired, Leftover, Observe, Outcome, Recorded, Step, Unrecorded, Unusable,
+};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::model::{BackendKind, Claim, Family, Forward};
@@ -22,7 +27,6 @@ use crate::sys::Host;
 use crate::sys::command::ToolError;
 use crate::sys::namespace::in_scratch_netns;
 use crate::sys::netlink::nftables::{NftFamily, NftReader};
-use crate::sys::netlink::nftkey::Key;
 use crate::sys::nft;
 
 /// The backend.
@@ -113,8 +117,8 @@ impl Observe for Nftables {
         Ok(problems)
     }
 
-    fn leftovers(&self, host: &Host, _records: &[Record]) -> Result<Vec<Leftover>> {
-        let mut leftovers = Vec::new();
+    fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>> {
+        let mut leftovers = lost::leftovers(records)?;
         for (family, found) in leftovers_of_upstream(host) {
             match found {
                 Ok(found) => leftovers.extend(found),
@@ -169,7 +173,7 @@ impl Observe for Nftables {
                 reader.element(NftFamily::Inet, TABLE, &place.set, &key(place)).map_err(read)?;
             steps.push(Step {
                 place: format!("inet {TABLE} @{}", place.set),
-                what: format!("{} :{}", key_text(place), describe_data(&element.data)),
+                what: format!("{} :{}", place.key_text(), describe_data(&element.data)),
                 found: found.is_some_and(|found| holds(&found, &element.data)),
             });
         }
@@ -250,9 +254,11 @@ impl Apply for Nftables {
         &self,
         host: &Host,
         unrecorded: &Unrecorded,
+        records: Recorded,
         removed: &mut BTreeSet<Forward>,
     ) -> Result<()> {
-        // Rules name their container, and not its network.
+        removed.extend(lost::remove(host, unrecorded, records)?);
+        // Upstream's rules name their container, and not its network.
         let Unrecorded::One { attachment, .. } = unrecorded else {
             return Ok(());
         };
@@ -338,45 +344,8 @@ fn objects_of<const N: usize>(
     Objects::of(&records).restricted_to(names)
 }
 
-fn key(place: &Place) -> Vec<u8> {
-    place
-        .key
-        .iter()
-        .fold(Key::new(), |key, atom| match atom {
-            Atom::Ip(ip) => key.ip(*ip),
-            Atom::Protocol(protocol) => key.proto(protocol.number()),
-            Atom::Port(port) => key.port(*port),
-            Atom::Device(name) => key.device(name),
-        })
-        .bytes()
-}
-
-fn holds(found: &crate::sys::netlink::nftables::Element, data: &Data) -> bool {
-    match data {
-        Data::None => true,
-        Data::Ip(ip) => found.data.as_deref() == Some(&Key::new().ip(*ip).bytes()),
-        Data::Port(port) => found.data.as_deref() == Some(&Key::new().port(*port).bytes()),
-        Data::Jump(chain) => found.goto.as_ref() == Some(chain),
-    }
-}
-
 fn describe(place: &Place) -> String {
-    format!("{} in {} of table inet {TABLE}:", key_text(place), place.set)
-}
-
-/// As nft writes it.
-fn key_text(place: &Place) -> String {
-    let key: Vec<String> = place
-        .key
-        .iter()
-        .map(|atom| match atom {
-            Atom::Ip(ip) => ip.to_string(),
-            Atom::Protocol(protocol) => protocol.to_string(),
-            Atom::Port(port) => port.to_string(),
-            Atom::Device(name) => name.clone(),
-        })
-        .collect();
-    key.join(" . ")
+    format!("{} in {} of table inet {TABLE}:", place.key_text(), place.set)
 }
 
 fn describe_data(data: &Data) -> String {

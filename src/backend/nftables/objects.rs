@@ -30,8 +30,22 @@ pub struct Place {
     pub key: Vec<Atom>,
 }
 
+impl Place {
+    /// The key as nft writes it.
+    #[must_use]
+    pub fn key_text(&self) -> String {
+        let text = |atom: &Atom| match atom {
+            Atom::Ip(ip) => ip.to_string(),
+            Atom::Protocol(protocol) => protocol.to_string(),
+            Atom::Port(port) => port.to_string(),
+            Atom::Device(name) => name.clone(),
+        };
+        self.key.iter().map(text).collect::<Vec<_>>().join(" . ")
+    }
+}
+
 /// What a map has at a place; sets have nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Data {
     None,
     Ip(IpAddr),

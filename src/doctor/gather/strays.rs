@@ -11,9 +11,11 @@ use super::tables::{Tables, named};
 use crate::backend;
 use crate::backend::iptables::listing::Listing;
 use crate::backend::iptables::rules::DNAT;
-use crate::backend::nftables::objects::{Atom, Objects, Place};
+use crate::backend::nftables::lost;
+use crate::backend::nftables::objects::Objects;
 use crate::backend::nftables::scaffold::TABLE;
 use crate::backend::nftables::upstream::TABLE as UPSTREAM_TABLE;
+use crate::error::Result;
 use crate::model::{BackendKind, Family, Forward};
 use crate::record::Record;
 use crate::sys::netlink::nftables::{NftFamily, NftReader};
@@ -106,50 +108,42 @@ fn removal(listing: &Listing, chain: &str, tool: &str) -> String {
 fn in_nftables(host: &Host, records: &[&Record], facts: &mut Facts) {
     // A kernel without nf_tables has no table; who may not ask has been told already.
     let Ok(mut reader) = NftReader::open() else { return };
-    let mut list = |family: NftFamily, name: &str, table: &str| {
-        if !reader.table_exists(family, table).unwrap_or(false) {
+    let mut is_there = |family, table| reader.table_exists(family, table).unwrap_or(false);
+    if is_there(NftFamily::Inet, TABLE) {
+        match own_elements(records) {
+            Ok(orphan) => facts.orphans.extend(orphan),
+            Err(error) => {
+                facts.unread.push((format!("table inet {TABLE}"), error.details()));
+            }
+        }
+    }
+    let mut list = |family: NftFamily, name: &str| {
+        if !is_there(family, UPSTREAM_TABLE) {
             return Vec::new();
         }
-        nft::list_table(host, name, table).unwrap_or_else(|error| {
-            facts.unread.push((format!("table {name} {table}"), error.to_string()));
+        nft::list_table(host, name, UPSTREAM_TABLE).unwrap_or_else(|error| {
+            facts.unread.push((format!("table {name} {UPSTREAM_TABLE}"), error.to_string()));
             Vec::new()
         })
     };
-    let own = list(NftFamily::Inet, "inet", TABLE);
     let upstreams = [(NftFamily::Ip, "ip"), (NftFamily::Ip6, "ip6")]
-        .map(|(family, name)| (name, list(family, name, UPSTREAM_TABLE)));
-    if !own.is_empty() {
-        facts.orphans.extend(own_elements(&own, records));
-    }
+        .map(|(family, name)| (name, list(family, name)));
     for (name, objects) in upstreams {
         facts.orphans.extend(of_upstream(name, &objects));
     }
 }
 
-/// Elements of the plugin's table that no record asks for.
-fn own_elements(objects: &[Value], records: &[&Record]) -> Option<Orphan> {
-    let expected: BTreeSet<(String, Vec<String>)> = Objects::of(records)
-        .elements
-        .keys()
-        .map(|Place { set, key }| (set.clone(), key.iter().map(text_of).collect()))
-        .collect();
+/// Elements of the plugin's table at places where no record asks for any.
+fn own_elements(records: &[&Record]) -> Result<Option<Orphan>> {
+    let expected = Objects::of(records).elements;
     let mut strays = Vec::new();
-    for object in objects {
-        let Some(set) = object.get("map").or_else(|| object.get("set")) else { continue };
-        let name = set.get("name").and_then(Value::as_str).unwrap_or_default();
-        // What the node itself has is in these.
-        if matches!(name, "uplinks" | "listed_only") || name.starts_with("nodes") {
-            continue;
-        }
-        for element in set.get("elem").and_then(Value::as_array).into_iter().flatten() {
-            let key = key_of(element);
-            if !expected.contains(&(name.to_owned(), key.clone())) {
-                strays.push(format!("{} in {name}", key.join(" . ")));
-            }
+    for place in lost::present()?.elements.into_keys() {
+        if !expected.contains_key(&place) {
+            strays.push(format!("{} in {}", place.key_text(), place.set));
         }
     }
     let removal = format!("nft delete table inet {TABLE} && portmap restore");
-    match (strays.is_empty(), records.is_empty()) {
+    Ok(match (strays.is_empty(), records.is_empty()) {
         (false, _) => Some(Orphan {
             what: format!(
                 "table inet {TABLE} has {} of no attachment: {}",
@@ -163,25 +157,7 @@ fn own_elements(objects: &[Value], records: &[&Record]) -> Option<Orphan> {
             removal,
         }),
         (true, false) => None,
-    }
-}
-
-fn text_of(atom: &Atom) -> String {
-    match atom {
-        Atom::Ip(ip) => ip.to_string(),
-        Atom::Protocol(protocol) => protocol.name().to_owned(),
-        Atom::Port(port) => port.to_string(),
-        Atom::Device(name) => name.clone(),
-    }
-}
-
-/// An element of a set is its key, or an object with that; one of a map a pair of such and a value.
-fn key_of(element: &Value) -> Vec<String> {
-    let element = element.as_array().and_then(|pair| pair.first()).unwrap_or(element);
-    let value = element.pointer("/elem/val").unwrap_or(element);
-    let atoms = value.get("concat").and_then(Value::as_array).cloned();
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
-    atoms.unwrap_or_else(|| vec![value.clone()]).iter().map(text).collect()
+    })
 }
 
 /// Rules of upstream's nftables backend, by the container that they name.

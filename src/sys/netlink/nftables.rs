@@ -5,7 +5,7 @@ use std::io;
 
 use netlink_packet_core::{DefaultNla, Nla, parse_u32_be};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, DataAttribute, ListAttribute, RuleAttribute, SetElementAttribute,
+    ChainAttribute, DataAttribute, ListAttribute, RuleAttribute, SetAttribute, SetElementAttribute,
     SetElementList, TableAttribute,
 };
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterProtoFamily};
@@ -30,8 +30,11 @@ const NFTA_RULE_EXPRESSIONS: u16 = 4;
 const NFTA_RULE_USERDATA: u16 = 7;
 const NFTA_EXPR_DATA: u16 = 2;
 const NFTA_IMMEDIATE_DATA: u16 = 2;
+const NFTA_SET_TABLE: u16 = 1;
+const NFTA_SET_NAME: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_SET_ELEM_KEY: u16 = 1;
 const NFTA_SET_ELEM_DATA: u16 = 2;
 const NFTA_SET_ELEM_USERDATA: u16 = 6;
 const NFTA_DATA_VALUE: u16 = 1;
@@ -218,6 +221,36 @@ impl NftReader {
         keys.iter().map(|key| self.element(family, table, set, key)).collect()
     }
 
+    /// The names of all sets and maps of a table; none if the table does not exist.
+    pub fn sets(&mut self, family: NftFamily, table: &str) -> io::Result<Vec<String>> {
+        let request =
+            message(libc::NFT_MSG_GETSET, family, &[SetAttribute::Table(table.to_owned())]);
+        let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWSET);
+        let sets = self.socket.dump(&request, |kind, payload| {
+            let rest = payload.get(NFGENMSG_LENGTH..).filter(|_| kind == new)?;
+            named(rest, NFTA_SET_TABLE, table).then(|| find(rest, NFTA_SET_NAME).map(text))?
+        });
+        none_if_absent(sets)
+    }
+
+    /// All elements of a set or map with their keys, whose form is that of [`super::nftkey::Key`]; none if
+    /// the set or the table does not exist.
+    pub fn all_elements(
+        &mut self,
+        family: NftFamily,
+        table: &str,
+        set: &str,
+    ) -> io::Result<Vec<(Vec<u8>, Element)>> {
+        let names = [SetElementList::Table(table.to_owned()), SetElementList::Set(set.to_owned())];
+        let request = message(libc::NFT_MSG_GETSETELEM, family, &names);
+        let new = netfilter_kind(libc::NFNL_SUBSYS_NFTABLES, libc::NFT_MSG_NEWSETELEM);
+        let lists = self.socket.dump(&request, |kind, payload| {
+            let rest = payload.get(NFGENMSG_LENGTH..).filter(|_| kind == new)?;
+            Some(listed(rest).map(keyed).collect::<Vec<_>>())
+        });
+        Ok(none_if_absent(lists)?.into_iter().flatten().flatten().collect())
+    }
+
     /// Asks for one object. `decode` gets the attributes of the answer.
     fn get<T>(
         &mut self,
@@ -276,10 +309,31 @@ fn chain(attributes: &[u8]) -> Option<Chain> {
     Some(Chain { name: text(find(attributes, NFTA_CHAIN_NAME)?), base })
 }
 
+fn none_if_absent<T>(found: io::Result<Vec<T>>) -> io::Result<Vec<T>> {
+    match found {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// The elements of a message, each as its attributes.
+fn listed(message: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let list = find(message, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+    attributes(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM).map(|(_, element)| element)
+}
+
 fn element(message: &[u8]) -> Option<Element> {
-    let list = find(message, NFTA_SET_ELEM_LIST_ELEMENTS)?;
+    listed(message).next().map(one_element)
+}
+
+fn keyed(element: &[u8]) -> Option<(Vec<u8>, Element)> {
+    let key = find(find(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?;
+    Some((key.to_vec(), one_element(element)))
+}
+
+fn one_element(element_attributes: &[u8]) -> Element {
     let mut element = Element::default();
-    for (kind, value) in attributes(find(list, NFTA_LIST_ELEM)?) {
+    for (kind, value) in attributes(element_attributes) {
         match kind {
             NFTA_SET_ELEM_DATA => {
                 element.data = find(value, NFTA_DATA_VALUE).map(<[u8]>::to_vec);
@@ -291,7 +345,7 @@ fn element(message: &[u8]) -> Option<Element> {
             _ => {}
         }
     }
-    Some(element)
+    element
 }
 
 /// A jump is an immediate expression that loads a verdict.
@@ -370,6 +424,19 @@ mod tests {
         assert_eq!((found.goto.as_deref(), found.data), (Some("pod-1"), None));
 
         assert_eq!(element(b""), None);
+    }
+
+    #[test]
+    fn a_message_of_a_dump_has_several_elements() {
+        let key = |port: u8| nla(1 | NLA_F_NESTED, &nla(NFTA_DATA_VALUE, &[0, port]));
+        let comment = nla(NFTA_SET_ELEM_USERDATA, b"\x00\x04pod\0");
+        let elements = [[key(80), comment].concat(), key(81)];
+        let list = elements.map(|element| nla(NFTA_LIST_ELEM | NLA_F_NESTED, &element)).concat();
+        let message = nla(NFTA_SET_ELEM_LIST_ELEMENTS | NLA_F_NESTED, &list);
+        let found: Vec<_> = listed(&message).filter_map(keyed).collect();
+        let named = Element { comment: Some("pod".into()), ..Element::default() };
+        assert_eq!(found, [(vec![0, 80], named), (vec![0, 81], Element::default())]);
+        assert_eq!(listed(b"").count(), 0);
     }
 
     #[test]
