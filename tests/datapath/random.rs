@@ -8,7 +8,10 @@ use portmap::model::{Family, Protocol};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::packet::{Kind, Packet, error, error_kinds};
-use crate::rig::{At, LEAST, NEXT, REDIRECT, Rig, SHOT, hex, on_both_nodes, on_node};
+use crate::rig::{
+    At, LEAST, NEXT, REDIRECT, Rig, SHOT, hex, on_both_nodes, on_node,
+    on_nodes_with_and_without_frames,
+};
 use crate::seen::Seen;
 
 /// For each family.
@@ -266,6 +269,10 @@ fn remembered(rig: &Rig) -> impl PartialEq + std::fmt::Debug {
 
 /// Without anything special, of few connections.
 fn usual(rig: &Rig, random: &mut Random) -> Vec<u8> {
+    usual_with(Vec::new(), rig, random)
+}
+
+fn usual_with(options: Vec<u8>, rig: &Rig, random: &mut Random) -> Vec<u8> {
     let flags = random.byte();
     let kind = random.one_of(&[Kind::Tcp(flags), Kind::Udp, Kind::UdpWithout]);
     let peer = rig.client(random.one_of(&[40000, 61000]));
@@ -277,7 +284,8 @@ fn usual(rig: &Rig, random: &mut Random) -> Vec<u8> {
         _ => rig.node(8080),
     };
     let answered = rig.other_pod(random.one_of(&[80, 443, 8081]));
-    let call = Packet::new(kind, peer, called).sized(random.below(200));
+    let mut call = Packet::new(kind, peer, called).sized(random.below(200));
+    call.options = options;
     let answer = call.between(answered, peer);
     random.one_of(&[&call, &answer]).frame()
 }
@@ -320,5 +328,78 @@ fn the_short_way_leads_where_the_long_one_does() {
         let of = |reason| short.count(reason);
         println!("{:?}", short.counts());
         assert!(of("forwarded") > 2 * of("newFlow") && of("answered") > 100);
+    });
+}
+
+/// Devices without frames, such as tunnels, have programs of their own: of every IP packet the same becomes.
+#[test]
+#[ignore = "privileged: loads BPF programs"]
+fn without_frames_packets_fare_as_with_them() {
+    let seed = seed();
+    on_nodes_with_and_without_frames(|rigs| {
+        for rig in rigs {
+            rig.claim_any(8080, rig.other_pod(80));
+            rig.claim(rig.second(8080), rig.pod(80));
+            rig.claim_any(8081, rig.other_pod(8081));
+            rig.claim_any(40000, rig.other_pod(40001));
+            rig.claim_any(443, rig.other_pod(443));
+        }
+        let [framed, bare] = rigs;
+        let mut random = Random(seed);
+        let (mut tried, mut changed, mut number) = (0, 0, 0);
+        while tried < PACKETS / 2 {
+            number += 1;
+            let ways = [(At::UplinkIn, At::UplinkInLayer3), (At::Out, At::OutLayer3)];
+            let (with, without) = random.one_of(&ways);
+            let frame = match random.below(2) {
+                0 if without == At::UplinkInLayer3 => usual_with(vec![1; 4], framed, &mut random),
+                0 => usual(framed, &mut random),
+                _ => packet(framed, &mut random),
+            };
+            let (_, ip) = frame.split_at(14);
+            // With an odd first byte a frame would be for a group, for which nothing is done on its way in.
+            let is_for_group =
+                without == At::UplinkInLayer3 && ip.first().is_some_and(|one| one & 1 != 0);
+            if ip.len() < LEAST || is_for_group || ip[12..14] != frame[12..14] {
+                continue;
+            }
+            let context = || format!("packet {number} at {without:?}: {}", hex(ip));
+            let (one, other) = (framed.trial(with, &frame), bare.trial(without, ip));
+            assert_eq!(one.verdict, other.verdict, "{}", context());
+            assert_eq!(hex(&one.packet[14..]), hex(&other.packet), "{}", context());
+            tried += 1;
+            changed += usize::from(other.packet != ip);
+        }
+        assert_eq!(remembered(framed), remembered(bare));
+        println!("{changed} of {tried} changed, {:?}", bare.counts());
+        assert!(changed > PACKETS / 20);
+        assert_eq!(bare.count("dropRewrite"), 0);
+        for reason in ["forwarded", "answered", "newFlow", "remapped", "notLocal", "sctpChecksum"] {
+            assert!(bare.count(reason) > 0, "{reason}");
+        }
+        // What is rare among these.
+        let mut call = Packet::new(Kind::Udp, bare.client(50000), bare.node(8081)).sized(1000);
+        call.options = vec![1; 4];
+        for (frame, expected) in
+            call.fragments(400).iter().zip(call.to(bare.other_pod(8081)).fragments(400))
+        {
+            bare.gives(At::UplinkInLayer3, &frame[14..], NEXT, &expected[14..]);
+        }
+        let called = call.to(bare.other_pod(8081));
+        for kind in error_kinds(bare.is_v4()) {
+            let error = |from: IpAddr, quoted: &[u8]| {
+                error(from, call.source.ip(), *kind, quoted)[14..].to_vec()
+            };
+            let (sent, expected) = (
+                error(called.destination.ip(), &called.quoted(8)),
+                error(call.destination.ip(), &called.quoted_as(&call, 8)),
+            );
+            bare.gives(At::OutLayer3, &sent, NEXT, &expected);
+        }
+        let whole = call.sized(90).ip();
+        for length in LEAST..whole.len() {
+            bare.gives(At::UplinkInLayer3, &whole[..length], NEXT, &whole[..length]);
+        }
+        bare.gives(At::UplinkInLayer3, &whole, NEXT, &called.sized(90).ip());
     });
 }

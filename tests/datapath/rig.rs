@@ -1,7 +1,7 @@
 //! A node, the programs of one object, and its maps.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
 
 use nix::net::if_::if_nametoindex;
@@ -129,6 +129,35 @@ pub fn on_both_nodes(test: impl Fn([&Rig; 2]) + Sync) {
             for family in Family::ALL {
                 let any = Rig::new(&lab, family, OWN.object, &programs);
                 test([&any, &Rig::usual(&lab, family, OWN.object, &programs)]);
+            }
+        })
+        .unwrap();
+}
+
+/// Two nodes, the second of which has the programs for devices without frames, each with everything or
+/// with the usual claims alone. A test run takes Ethernet frames: so all ends but the node's have addresses
+/// of which a part, in a packet's bytes 12 and 13, is an EtherType.
+pub fn on_nodes_with_and_without_frames(test: impl Fn([&Rig; 2]) + Sync) {
+    let lab = Lab::build(Options::new(Shape::Ptp)).expect("root is needed");
+    let programs = [[At::UplinkIn, At::Out], [At::UplinkInLayer3, At::OutLayer3]];
+    lab.node
+        .run(|| {
+            for family in Family::ALL {
+                let end = |number: u16| -> IpAddr {
+                    match family {
+                        Family::V4 => Ipv4Addr::new(8, 0, 1, number.to_be_bytes()[1]).into(),
+                        Family::V6 => Ipv6Addr::new(0xfd00, 1, 0x86dd, 1, 0, 0, 0, number).into(),
+                    }
+                };
+                for make in [Rig::new, Rig::usual] {
+                    let rigs = programs.map(|programs| {
+                        let mut rig = make(&lab, family, OWN.object, &programs);
+                        rig.client = end(1);
+                        rig.pods = vec![end(2), end(3)];
+                        rig
+                    });
+                    test(rigs.each_ref());
+                }
             }
         })
         .unwrap();
