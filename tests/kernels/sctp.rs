@@ -15,14 +15,18 @@ use nix::sys::time::TimeVal;
 use portmap::demo::netns::Netns;
 use portmap::demo::topology::{Shape, UPLINK};
 use portmap::model::Family;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::rig::{Container, Stage};
+use crate::rig::{Container, Stage, itself};
 use crate::support::{Node, Variant};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 /// Ports of the pod, and the hostPorts that lead to them.
 const PORTS: [(u16, u16); 2] = [(3868, 3868), (3869, 9000)];
+
+fn mapped((inside, outside): (u16, u16)) -> Value {
+    json!({"hostPort": outside, "containerPort": inside, "protocol": "sctp"})
+}
 
 /// An SCTP socket of the kind that is used like TCP's.
 fn sctp(address: SocketAddr) -> OwnedFd {
@@ -117,10 +121,7 @@ fn associations_are_made_through_host_ports() {
             offload(netns, device, on);
         }
         let node = Node::new(&lab.node, Variant::Ebpf);
-        let mappings = PORTS.map(|(inside, outside)| {
-            json!({"hostPort": outside, "containerPort": inside, "protocol": "sctp"})
-        });
-        let container = Container::new(&node, lab, 0, mappings.into());
+        let container = Container::new(&node, lab, 0, PORTS.map(mapped).into());
         container.add();
         for family in Family::ALL {
             for (inside, outside) in PORTS {
@@ -149,5 +150,55 @@ fn associations_are_made_through_host_ports() {
         container.check();
         container.del();
         refused(&lab.client, lab.client_address(Family::V4));
+    }
+}
+
+/// A hostIP, an address of the node that no claim names, and a pod that calls itself.
+#[test]
+#[ignore = "guest: needs SCTP sockets"]
+fn associations_by_other_addresses_and_of_a_pod_with_itself() {
+    for (shape, on) in [(Shape::Ptp, true), (Shape::Bridge, true), (Shape::Bridge, false)] {
+        let stage = Stage::new(shape);
+        let lab = &stage.lab;
+        let [pod, other] = [&lab.pods[0], &lab.pods[1]];
+        for (netns, device) in [(&lab.client, UPLINK), (&pod.netns, "eth0"), (&other.netns, "eth0")]
+        {
+            offload(netns, device, on);
+        }
+        let node = Node::new(&lab.node, Variant::Ebpf);
+        let mut mappings = PORTS.map(mapped).to_vec();
+        for family in Family::ALL {
+            let mut specific = mapped((3869, 9100));
+            specific["hostIP"] = json!(lab.second_node_address(family));
+            mappings.push(specific);
+        }
+        let container = Container::new(&node, lab, 0, mappings);
+        container.add();
+        for family in Family::ALL {
+            let own = pod.address(family).unwrap();
+            for (inside, _) in PORTS {
+                serve(&pod.netns, SocketAddr::new(own, inside));
+            }
+            let (first, second) = (lab.node_address(family), lab.second_node_address(family));
+            let callers = [
+                (&lab.client, lab.client_address(family), lab.client_address(family)),
+                (&other.netns, other.address(family).unwrap(), other.address(family).unwrap()),
+                (&pod.netns, own, itself(family)),
+            ];
+            for (caller, source, expected) in callers {
+                let targets = [(first, 3868), (first, 9000), (second, 9000), (second, 9100)];
+                for target in targets.map(SocketAddr::from) {
+                    let context = format!("{shape:?}, offload {on}, {source} to {target}");
+                    let seen = ask(caller, source, target)
+                        .unwrap_or_else(|error| panic!("{context}: {error}"));
+                    let seen: SocketAddr = seen.parse().unwrap();
+                    assert_eq!(seen.ip(), expected, "{context}");
+                }
+                let error = ask(caller, source, SocketAddr::new(first, 9100)).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED), "{error}");
+            }
+        }
+        container.check();
+        container.del();
     }
 }
