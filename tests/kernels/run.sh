@@ -95,8 +95,8 @@ tests 9 ./netlink socket_diag
 # Times of directories are what calls go by.
 tests 1 ./bpf pins::stamps
 case \$(uname -r) in
-    5.* | 6.[0-7].*) tests 4 ./kernels --skip netkit --skip ipv6:: ;;
-    *) tests 5 ./kernels --skip ipv6:: ;;
+    5.* | 6.[0-7].*) tests 5 ./kernels --skip netkit --skip ipv6:: ;;
+    *) tests 6 ./kernels --skip ipv6:: ;;
 esac
 # Tests of rules are about tools, and replays and versions about what runtimes send: no kernel changes that.
 tests 44 ./matrix --skip iptables --skip nftables --skip rules_for_one_family --skip a_chain_of_others_marks \\
