@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::Engine;
 use super::effects::delete_flows;
 use super::step::Lost;
-use crate::backend::{self, Unrecorded};
+use crate::backend::{self, Unrecorded, nftables};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::flush::{Flush, Former};
@@ -60,6 +60,37 @@ fn flush_former(host: &Host, store: Option<&Store>, former: &Former, facts: &Nod
 }
 
 impl Engine<'_> {
+    /// Lets the record have its claims where rules of upstream's nftables backend have them, too. Whether their
+    /// container lives they do not tell; one that died without a DEL would have the port for good.
+    pub fn take_from_upstream(&self, record: &Record, facts: &NodeFacts) {
+        // eBPF sees packets before these rules do.
+        if record.backend == BackendKind::Ebpf {
+            return;
+        }
+        let gone = match nftables::take_from_upstream(self.host, &record.claims()) {
+            Ok(gone) => gone,
+            Err(error) => {
+                return self.host.warn(format!(
+                    "rules of upstream's portmap may go before those of {}: {error}: {}",
+                    record.attachment,
+                    error.details()
+                ));
+            }
+        };
+        for rule in &gone {
+            if let Some(forward) = rule.forward {
+                self.host.warn(format!(
+                    "{forward} of container {}, which upstream's portmap has made, gives way to {}",
+                    rule.container_id, record.attachment
+                ));
+            }
+        }
+        let former = Former::of_rules(&gone.into_iter().filter_map(|rule| rule.forward).collect());
+        if !former.is_empty() {
+            flush_former(self.host, Some(&self.store), &former, facts);
+        }
+    }
+
     /// Removes what is left of a record that cannot be read: its index entries still say which
     /// backend, chain, families and ports it had.
     pub fn repair(&self, id: &str) -> Result<()> {

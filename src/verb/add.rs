@@ -83,6 +83,7 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let record = Record { view, ..plan(&engine, &request, kind, old.as_deref(), &facts)? };
     resolve_conflicts(&engine, &request, &record)?;
     engine.add(&record, old.as_deref(), &facts)?;
+    engine.take_from_upstream(&record, &facts);
     // By now it is known, without looking again, which ports nobody else has.
     let rivals = engine.remove_dead_rivals(&record)?;
     adopt_from_other_backends(&engine, record.backend, rivals, &facts)?;

@@ -171,33 +171,32 @@ fn pain_06_flows_to_pods_of_upstream_go_with_their_rules() {
     });
 }
 
-/// The same, of upstream's nftables backend (1.6.0 and later).
+/// UDP to a pod, as upstream's nftables backend (1.6.0 and later) has it.
+fn upstream_rules(site: &Site, pod: usize, id: &str, port: u16) {
+    let table = |family: &Family| {
+        let name = if *family == Family::V4 { "ip" } else { "ip6" };
+        let target = SocketAddr::new(site.pod(pod).address(*family).unwrap(), 53);
+        format!(
+            "table {name} cni_hostport {{
+                 chain hostports {{ udp dport {port} dnat to {target} comment \"{id}\"; }}
+                 chain prerouting {{ type nat hook prerouting priority -100; }}
+             }}
+             flush chain {name} cni_hostport prerouting
+             add rule {name} cni_hostport prerouting fib daddr type local jump hostports\n"
+        )
+    };
+    let text: String = site.lab.options.families.iter().map(table).collect();
+    site.node.shell(&format!("nft -f - <<'END'\n{text}END\n"));
+}
+
+/// The same, of upstream's nftables backend.
 #[test]
 #[ignore = "privileged: makes network namespaces, needs nft and conntrack"]
 fn pain_06_flows_to_pods_of_upstream_s_nftables_backend_go_with_their_rules() {
     on_each(&[Variant::Nftables], &bridge(), |site| {
         site.add(1, "other", &[tcp(9000)]);
-        let rules = |pod: usize, id: &str, port: u16| {
-            let table = |family: &Family| {
-                let name = if *family == Family::V4 { "ip" } else { "ip6" };
-                let target = SocketAddr::new(site.pod(pod).address(*family).unwrap(), 53);
-                format!(
-                    "table {name} cni_hostport {{
-                         chain hostports {{ udp dport {port} dnat to {target} comment \"{id}\"; }}
-                         chain prerouting {{ type nat hook prerouting priority -100; }}
-                     }}\n"
-                )
-            };
-            let text: String = site.lab.options.families.iter().map(table).collect();
-            site.node.shell(&format!("nft -f - <<'END'\n{text}END\n"));
-        };
-        rules(1, "stays", 8054);
-        site.node.shell(
-            "for family in ip ip6; do
-                 nft add rule $family cni_hostport prerouting fib daddr type local jump hostports
-             done",
-        );
-        rules(0, "gone", 8053);
+        upstream_rules(site, 1, "stays", 8054);
+        upstream_rules(site, 0, "gone", 8053);
         let (mut clients, mut others) = (sessions(site, 8053), sessions(site, 8054));
         expect(&mut clients, Ok("pod-a"), "before");
         expect(&mut others, Ok("pod-b"), "before");
@@ -206,6 +205,38 @@ fn pain_06_flows_to_pods_of_upstream_s_nftables_backend_go_with_their_rules() {
         expect(&mut clients, Err(Failure::Refused), "after");
         expect(&mut others, Ok("pod-b"), "after");
         assert_eq!((kept.len(), identities(site, 8054)), (2, kept));
+    });
+}
+
+/// Its rules go before ours, and do not tell whether their container lives.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables, nft and conntrack"]
+fn pain_01_a_new_pod_has_the_port_of_one_that_upstream_s_nftables_backend_has_left() {
+    on_each(&RULES, &bridge(), |site| {
+        let nft = site.node.path.join("nft");
+        if !nft.exists() {
+            std::os::unix::fs::symlink("/usr/sbin/nft", nft).unwrap();
+        }
+        upstream_rules(site, 0, "left", 8053);
+        upstream_rules(site, 0, "left", 8054);
+        let (mut clients, mut others) = (sessions(site, 8053), sessions(site, 8054));
+        expect(&mut clients, Ok("pod-a"), "before");
+        expect(&mut others, Ok("pod-a"), "before");
+        let said = site.add(1, "new", &[udp(8053)]).stderr;
+        assert!(
+            said.contains("of container left, which upstream's portmap has made, gives way to"),
+            "{said}"
+        );
+        expect(&mut clients, Ok("pod-b"), "the new owner");
+        expect(&mut others, Ok("pod-a"), "another port");
+        expect(&mut sessions(site, 8053), Ok("pod-b"), "the new owner");
+        // Repeated, there is nothing left to say.
+        let said = site.add(1, "new", &[udp(8053)]).stderr;
+        assert!(!said.contains("gives way"), "{said}");
+        site.del(1, "new", &[udp(8053)]);
+        expect(&mut clients, Err(Failure::Refused), "after");
+        site.del(0, "left", &[udp(8053)]);
+        expect(&mut others, Err(Failure::Refused), "after");
     });
 }
 

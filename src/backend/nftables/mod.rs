@@ -15,6 +15,7 @@ use elements::{holds, key};
 use objects::{Data, Names, Objects, Place};
 use scaffold::TABLE;
 use serde_json::{Value, json};
+use upstream::Rule;
 
 use super::{
     Apply, Change, Desired, Leftover, Observe, Outcome, Recorded, Step, Unrecorded, Unusable,
@@ -119,9 +120,9 @@ impl Observe for Nftables {
 
     fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>> {
         let mut leftovers = lost::leftovers(records)?;
-        for (family, found) in leftovers_of_upstream(host) {
-            match found {
-                Ok(found) => leftovers.extend(found),
+        for (family, rules) in rules_of_upstream(host) {
+            match rules {
+                Ok(rules) => leftovers.extend(upstream::leftovers(family, &rules)),
                 Err(error) => host.warn(format!(
                     "table {} {} of upstream's plugin cannot be read: {error}",
                     objects::ip_name(family),
@@ -262,66 +263,81 @@ impl Apply for Nftables {
         let Unrecorded::One { attachment, .. } = unrecorded else {
             return Ok(());
         };
-        let container_id = &attachment.container_id;
-        // A kernel without nf_tables has no table to look at.
-        let Ok(mut reader) = NftReader::open() else {
-            return Ok(());
-        };
-        for family in Family::ALL {
-            let name = objects::ip_name(family);
-            // An error means that the kernel has no nf_tables, and so no table.
-            if !reader.table_exists(family.into(), upstream::TABLE).unwrap_or(false) {
-                continue;
-            }
-            let objects = match nft::list_table(host, name, upstream::TABLE) {
-                // Nobody could do it then, and runtimes would repeat the DEL of every pod for ever.
-                Err(error @ ToolError::Missing { .. }) => {
-                    host.warn(format!(
-                        "table {name} {} of upstream's portmap cannot be read, and is left as it is: {error}",
-                        upstream::TABLE
-                    ));
-                    continue;
-                }
-                other => other.map_err(failed)?,
-            };
-            let commands: Vec<Value> =
-                objects.iter().filter_map(|object| upstream::rule_of(object, container_id)).map(|(chain, handle)| {
-                    json!({"delete": {"rule": {"family": name, "table": upstream::TABLE, "chain": chain, "handle": handle}}})
-                }).collect();
-            if !commands.is_empty() {
-                nft::apply(host, &json!({ "nftables": commands }).to_string()).map_err(failed)?;
-            }
-            let found = upstream::leftovers(family, &objects);
-            removed.extend(upstream::forwards_of(container_id, found));
-        }
+        let is_theirs = |rule: &Rule| rule.container_id == attachment.container_id;
+        let gone = remove_of_upstream(host, is_theirs)?;
+        removed.extend(gone.into_iter().filter_map(|rule| rule.forward));
         Ok(())
     }
 }
 
-/// What upstream's nftables backend has made, by family, where it has a table.
-fn leftovers_of_upstream(host: &Host) -> Vec<(Family, Result<Vec<Leftover>, ToolError>)> {
+/// Takes claims away from containers of upstream's plugin, whose rules stand before ours: the newest claim
+/// wins. Returns what has gone.
+///
+/// # Errors
+///
+/// Those of nft.
+pub fn take_from_upstream(host: &Host, claims: &BTreeSet<Claim>) -> Result<Vec<Rule>> {
+    remove_of_upstream(host, |rule| {
+        rule.forward.is_some_and(|forward| claims.contains(&forward.claim))
+    })
+}
+
+fn remove_of_upstream(host: &Host, goes: impl Fn(&Rule) -> bool) -> Result<Vec<Rule>> {
+    let mut gone = Vec::new();
+    for (family, rules) in rules_of_upstream(host) {
+        let mut rules = match rules {
+            // Nobody could do it then, and runtimes would repeat the DEL of every pod for ever.
+            Err(error @ ToolError::Missing { .. }) => {
+                host.warn(format!(
+                    "table {} {} of upstream's portmap cannot be read, and is left as it is: {error}",
+                    objects::ip_name(family),
+                    upstream::TABLE
+                ));
+                continue;
+            }
+            other => other.map_err(failed)?,
+        };
+        rules.retain(&goes);
+        if !rules.is_empty() {
+            let removals: Vec<Value> = rules.iter().map(Rule::removal).collect();
+            nft::apply(host, &json!({ "nftables": removals }).to_string()).map_err(failed)?;
+            gone.extend(rules);
+        }
+    }
+    Ok(gone)
+}
+
+/// What upstream's nftables backend has made, by family, where there is something.
+fn rules_of_upstream(host: &Host) -> Vec<(Family, Result<Vec<Rule>, ToolError>)> {
     // A kernel without nf_tables has no table to look at.
     let Ok(mut reader) = NftReader::open() else {
         return Vec::new();
     };
+    // The table outlives its pods, and nft takes milliseconds.
+    let mut has_rules = |family: Family, chain: &&str| {
+        reader
+            .rule_comments(family.into(), upstream::TABLE, chain)
+            .is_ok_and(|comments| comments.iter().any(Option::is_some))
+    };
     let mut there =
-        |family: &Family| reader.table_exists((*family).into(), upstream::TABLE).unwrap_or(false);
+        |family: &Family| upstream::CHAINS.iter().any(|chain| has_rules(*family, chain));
     let list = |family| {
         nft::list_table(host, objects::ip_name(family), upstream::TABLE)
-            .map(|objects| upstream::leftovers(family, &objects))
+            .map(|objects| upstream::rules(family, &objects))
     };
     let families = Family::ALL.into_iter().filter(|family| there(family));
     families.map(|family| (family, list(family))).collect()
 }
 
-/// What of that is for a container.
+/// What of that forwards to a container.
 fn forwards_of_upstream(host: &Host, container_id: &str) -> Result<BTreeSet<Forward>> {
     let mut forwards = BTreeSet::new();
-    for (_, found) in leftovers_of_upstream(host) {
-        let found = found.map_err(|error| {
+    for (_, rules) in rules_of_upstream(host) {
+        let mut rules = rules.map_err(|error| {
             error.into_error("cannot read the rules of upstream's plugin".into())
         })?;
-        forwards.extend(upstream::forwards_of(container_id, found));
+        rules.retain(|rule| rule.container_id == container_id);
+        forwards.extend(rules.into_iter().filter_map(|rule| rule.forward));
     }
     Ok(forwards)
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::backend::Leftover;
 use crate::model::{Claim, Family, Forward, Protocol};
@@ -11,24 +11,54 @@ use crate::model::{Claim, Family, Forward, Protocol};
 /// Its name, in the families ip and ip6.
 pub const TABLE: &str = "cni_hostport";
 
-/// Chain and handle of a rule that upstream made for the container. Its comment is the container
-/// ID alone, which does not tell networks apart, so rules of a whole network cannot be found.
-#[must_use]
-pub fn rule_of(object: &Value, container_id: &str) -> Option<(String, u64)> {
-    let rule = object.get("rule")?;
-    let owner = rule.get("comment")?.as_str()?;
-    (owner == container_id)
-        .then(|| Some((rule.get("chain")?.as_str()?.to_owned(), rule.get("handle")?.as_u64()?)))?
+/// The chains that have rules of containers, each with a comment.
+pub const CHAINS: [&str; 3] = ["hostports", "hostip_hostports", "masquerading"];
+
+/// A rule that upstream made for a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    pub family: Family,
+    pub chain: String,
+    pub handle: u64,
+    /// The rule's comment, which is the container ID alone. It does not tell networks apart, so rules of a
+    /// whole network cannot be found.
+    pub container_id: String,
+    /// `None` of one that masquerades.
+    pub forward: Option<Forward>,
 }
 
-/// The containers that the table forwards to.
+impl Rule {
+    /// What takes it away.
+    #[must_use]
+    pub fn removal(&self) -> Value {
+        let family = super::objects::ip_name(self.family);
+        json!({"delete": {"rule": {"family": family, "table": TABLE, "chain": self.chain, "handle": self.handle}}})
+    }
+}
+
+/// The rules of containers in the table of a family.
 #[must_use]
-pub fn leftovers(family: Family, objects: &[Value]) -> Vec<Leftover> {
-    let mut found: BTreeMap<String, BTreeSet<Forward>> = BTreeMap::new();
-    for rule in objects.iter().filter_map(|object| object.get("rule")) {
-        if let Some(forward) = forward(rule, family) {
-            let owner = rule.get("comment").and_then(Value::as_str).unwrap_or_default();
-            found.entry(owner.to_owned()).or_default().insert(forward);
+pub fn rules(family: Family, objects: &[Value]) -> Vec<Rule> {
+    let rule = |object: &Value| {
+        let rule = object.get("rule")?;
+        Some(Rule {
+            family,
+            chain: rule.get("chain")?.as_str()?.to_owned(),
+            handle: rule.get("handle")?.as_u64()?,
+            container_id: rule.get("comment")?.as_str()?.to_owned(),
+            forward: forward(rule, family),
+        })
+    };
+    objects.iter().filter_map(rule).collect()
+}
+
+/// The containers that a family's rules forward to.
+#[must_use]
+pub fn leftovers(family: Family, rules: &[Rule]) -> Vec<Leftover> {
+    let mut found: BTreeMap<&str, BTreeSet<Forward>> = BTreeMap::new();
+    for rule in rules {
+        if let Some(forward) = rule.forward {
+            found.entry(&rule.container_id).or_default().insert(forward);
         }
     }
     found
@@ -37,21 +67,10 @@ pub fn leftovers(family: Family, objects: &[Value]) -> Vec<Leftover> {
             place: "nftables".into(),
             object: format!("table {} {TABLE}", super::objects::ip_name(family)),
             network: String::new(),
-            container_id,
+            container_id: container_id.to_owned(),
             forwards,
         })
         .collect()
-}
-
-/// What of that is for a container.
-pub fn forwards_of(
-    container_id: &str,
-    found: Vec<Leftover>,
-) -> impl Iterator<Item = Forward> + use<'_> {
-    found
-        .into_iter()
-        .filter(move |one| one.container_id == container_id)
-        .flat_map(|one| one.forwards)
 }
 
 /// Which of the forwards that an attachment asks for its container has not got, in the field's terms.
@@ -95,15 +114,13 @@ fn forward(rule: &Value, family: Family) -> Option<Forward> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
     fn rules_are_read_by_their_container() {
         let payload = |protocol: &str, field: &str, right: Value| json!({"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": field}}, "right": right}});
         let dnat = json!({"dnat": {"addr": "10.0.0.2", "port": 80}});
-        let rule = |expr: Value| json!({"rule": {"family": "ip", "comment": "c1", "handle": 4, "expr": expr}});
+        let rule = |expr: Value| json!({"rule": {"family": "ip", "chain": "hostports", "comment": "c1", "handle": 4, "expr": expr}});
         let objects = [
             json!({"table": {"family": "ip", "name": TABLE}}),
             rule(json!([payload("tcp", "dport", json!(8080)), dnat])),
@@ -114,7 +131,10 @@ mod tests {
             ])),
             rule(json!([payload("ip", "saddr", json!("10.0.0.2")), {"masquerade": null}])),
         ];
-        let found = leftovers(Family::V4, &objects);
+        let rules = rules(Family::V4, &objects);
+        let masquerades: Vec<bool> = rules.iter().map(|rule| rule.forward.is_none()).collect();
+        assert_eq!(masquerades, [false, false, true]);
+        let found = leftovers(Family::V4, &rules);
         let texts: Vec<String> = found
             .iter()
             .flat_map(|one| {
