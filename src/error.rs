@@ -62,8 +62,15 @@ pub enum Error {
         "the eBPF maps have layout {newest} of a newer portmap, this one knows layouts up to {own}: install the newer one again, or run `portmap flush --all` with it first"
     )]
     NewerMaps { newest: u32, own: u32 },
-    #[error("{what}: {} of the steps failed", errors.len())]
+    #[error("{what}{}", how_many(errors))]
     Several { what: String, errors: Vec<Error> },
+}
+
+fn how_many(errors: &[Error]) -> String {
+    match errors {
+        [_] => " failed".to_owned(),
+        several => format!(": {} of the steps failed", several.len()),
+    }
 }
 
 /// The result of everything that can end a verb.
@@ -168,6 +175,6 @@ mod tests {
         assert_eq!(several.details(), "hostPort is 0\nnot JSON");
         assert_eq!(several.code(), 105);
         let single = Error::Several { what: "GC".into(), errors: vec![one()] };
-        assert_eq!(single.code(), 7);
+        assert_eq!((single.code(), single.to_string()), (7, "GC failed".to_owned()));
     }
 }

@@ -505,6 +505,43 @@ fn a_damaged_record_stays_until_its_rules_are_gone() {
     node.assert_clean(&before);
 }
 
+/// One that cannot be removed keeps no other one, and none of them from being named.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_gc_goes_on_after_failures_and_reports_them_all() {
+    let lab = lab(Shape::Cilium, 3);
+    let mut node = Node::new(&lab.node, Variant::IptablesNft);
+    with_all_tools(&mut node);
+    node.cni_version = "1.1.0".into();
+    let before = node.snapshot();
+    let call = |pod: usize, backend: &str| {
+        let port = 8080 + u16::try_from(pod).unwrap();
+        let mut config = node.config(mappings(&[port]), prev_result(&lab, pod, "1.1.0"));
+        config["backend"] = json!(backend);
+        (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+    };
+    for (config, pod) in [call(0, "nftables"), call(1, "iptables"), call(2, "nftables")] {
+        node.ok("ADD", &config, &pod);
+    }
+    let mut gc = node.config(Value::Null, Value::Null);
+    gc["cni.dev/valid-attachments"] = json!([]);
+    let nobody = attachment(&lab.pods[0], "");
+    let (tool, elsewhere) = (node.path.join("nft"), node.path.join("nft-that-is-not-here"));
+    std::fs::rename(&tool, &elsewhere).unwrap();
+    let (code, text) = node.fails("GC", &gc, &nobody);
+    assert_eq!(code, 105, "{text}");
+    for line in ["container c0 ", "container c2 "] {
+        let line = text.lines().find(|one| one.contains(line)).unwrap_or_else(|| panic!("{text}"));
+        assert!(line.contains("nft is not installed"), "{text}");
+    }
+    assert_eq!(node.records().len(), 2);
+    std::fs::rename(&elsewhere, &tool).unwrap();
+    for _ in 0..2 {
+        node.ok("GC", &gc, &nobody);
+        node.assert_clean(&before);
+    }
+}
+
 /// Tools of both variants, those without a suffix being of `first`.
 fn path_of_both(node: &mut Node, first: Variant) {
     let dir = node.state_dir.with_file_name(format!("both-{first:?}"));

@@ -32,7 +32,11 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
                 Err(error) if error.is_newer() => {
                     host.warn(format!("{attachment} is left alone: {error}"));
                 }
-                other => errors.extend(other.err()),
+                Err(error) => errors.push(Error::Several {
+                    what: format!("removing the rules of {attachment}"),
+                    errors: vec![error],
+                }),
+                Ok(()) => {}
             }
         }
     }

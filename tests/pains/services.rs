@@ -247,3 +247,29 @@ fn pain_08_a_host_ip_need_not_be_on_a_device() {
         assert_eq!(named(&reply), Ok("pod-a"));
     });
 }
+
+/// `[::1]` leads to the pod where that can be done, and to whoever listens there where it cannot.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs iptables and nft"]
+fn pain_12_a_server_on_the_ipv6_loopback_address_answers_unless_the_pod_can() {
+    on_each(&VARIANTS, &bridge(), |site| {
+        let loopback = std::net::Ipv6Addr::LOCALHOST.into();
+        let own = Servers::start(&site.lab.node, "node", &[8080], &[8053]);
+        let expected = match site.node.variant {
+            Variant::Ebpf => "pod-a",
+            _ => "node",
+        };
+        let ask = |transport, port, by: &str| {
+            let reply = site.ask(&site.lab.node, transport, loopback, port);
+            assert_eq!(named(&reply), Ok(by), "{:?} {transport}", site.node.variant);
+        };
+        let ports = [(Transport::Tcp, 8080), (Transport::Udp, 8053)];
+        ports.iter().for_each(|(transport, port)| ask(*transport, *port, "node"));
+        site.add(0, "a", &[tcp(8080), udp(8053)]);
+        ports.iter().for_each(|(transport, port)| ask(*transport, *port, expected));
+        site.del(0, "a", &[tcp(8080), udp(8053)]);
+        ports.iter().for_each(|(transport, port)| ask(*transport, *port, "node"));
+        site.assert_clean();
+        drop(own);
+    });
+}
