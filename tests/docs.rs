@@ -7,12 +7,14 @@
     reason = "a test says by a panic that it failed"
 )]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use clap::CommandFactory;
 use portmap::backend::ebpf::layout::REASONS;
+use portmap::conf::option_keys;
 use portmap::usage::Cli;
 
 const PAGE: &str = "docs/operating.md";
@@ -84,5 +86,30 @@ fn every_command_is_explained() {
         let name = format!("portmap {}", command.get_name());
         assert!(page.contains(&name), "{PAGE} does not tell of {name}");
         assert!(readme.contains(&format!("`{name}")), "README.md does not tell of {name}");
+    }
+}
+
+/// A row of one of the README's tables: its first cell.
+fn has_row(readme: &str, cell: &str) -> bool {
+    readme.lines().any(|line| line.starts_with(&format!("| {cell} |")))
+}
+
+#[test]
+fn every_option_and_every_code_is_in_a_table() {
+    let readme = read("README.md");
+    for key in option_keys() {
+        let is_named = |line: &str| {
+            let mut cells = line.split('|').skip(1);
+            cells.next().is_some_and(|cell| cell.contains(&format!("`{key}`")))
+        };
+        assert!(readme.lines().any(is_named), "README.md has no row for {key}");
+    }
+    let errors = read("testdata/golden/errors.json");
+    let code =
+        |line: &str| line.trim().strip_prefix("\"code\": ")?.strip_suffix(',').map(String::from);
+    let codes: BTreeSet<String> = errors.lines().filter_map(code).collect();
+    assert!(codes.len() >= 12, "{codes:?}");
+    for code in codes.iter().map(String::as_str).chain(["50", "999"]) {
+        assert!(has_row(&readme, code), "README.md has no row for code {code}");
     }
 }
