@@ -385,6 +385,34 @@ fn rules_of_upstream_s_nftables_backend_go_with_the_pod() {
     }
 }
 
+/// Whether its container lives they do not tell: who is to be spared may.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs nftables"]
+fn rules_of_upstream_s_nftables_backend_are_spared_by_a_policy_of_denial() {
+    let netns = netns();
+    let node = Node::new(&netns, Variant::Nftables);
+    node.shell(&format!("nft -f - <<'END'\n{}END\n", upstream_nftables("theirs", 10)));
+    let before = node.shell("nft list ruleset");
+    let mut config = pod(&node, 11, 8010);
+    config["conflictPolicy"] = json!("deny");
+    let (code, text) = node.fails("ADD", &config, &attachment("ours"));
+    assert!(code == 103 && text.contains("8010") && text.contains("theirs"), "{code} {text}");
+    assert_same(&node.shell("nft list ruleset"), &before, "after a denied ADD");
+    // Its own are none of another's.
+    ours(&node, "ADD", &config, &attachment("theirs"));
+    ours(&node, "DEL", &config, &attachment("theirs"));
+    config["conflictPolicy"] = json!("takeover");
+    node.shell("nft flush ruleset");
+    node.shell(&format!("nft -f - <<'END'\n{}END\n", upstream_nftables("theirs", 10)));
+    // What conditions do not match stays whose it was.
+    config["conditionsV4"] = json!(["ip", "saddr", "192.0.2.0/24"]);
+    config["prevResult"] = prev_result(&["198.18.2.11/24", "fd00:18::11/64"]);
+    ours(&node, "ADD", &config, &attachment("ours"));
+    assert!(node.shell("nft list table ip cni_hostport").contains("tcp dport 8010"));
+    assert!(!node.shell("nft list table ip6 cni_hostport").contains("tcp dport 8010"));
+    assert!(node.shell("nft list table ip6 cni_hostport").contains("tcp dport 8110"));
+}
+
 #[test]
 #[ignore = "privileged: makes network namespaces, needs upstream's portmap and iptables"]
 fn garbage_collection_takes_what_upstream_left_of_this_network_alone() {

@@ -969,3 +969,54 @@ fn chains_with_conditions_go_with_their_elements_when_the_record_is_lost() {
     node.ok("DEL", &calls[1].0, &calls[1].1);
     assert!(!table().contains("chain any4_tcp_8081"), "{}", table());
 }
+
+/// Targets of a rolling update differ in their addresses alone.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_late_del_takes_nothing_from_whoever_took_the_port_over() {
+    for variant in VARIANTS {
+        let lab = lab(Shape::Cilium, 2);
+        let _servers: Vec<_> = lab.pods.iter().map(|pod| pod.serve(&[80], &[]).unwrap()).collect();
+        let node = Node::new(&lab.node, variant);
+        let call = |pod: usize| {
+            let config = node.config(mappings(&[8080]), prev_result(&lab, pod, "1.0.0"));
+            (config, attachment(&lab.pods[pod], &format!("c{pod}")))
+        };
+        let [older, newer] = [call(0), call(1)];
+        for (verb, (config, pod)) in [("ADD", &older), ("ADD", &newer), ("DEL", &older)] {
+            node.ok(verb, config, pod);
+        }
+        std::fs::remove_dir_all(&node.state_dir).unwrap();
+        node.ok("DEL", &older.0, &older.1);
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-b"), "{variant:?}");
+        assert_eq!(unrecorded(&node).len(), 1, "{variant:?}");
+        node.ok("DEL", &newer.0, &newer.1);
+        assert_eq!(who_answers(&lab, 8080), None, "{variant:?}");
+        assert_eq!(unrecorded(&node), [""; 0], "{variant:?}");
+    }
+}
+
+/// What upstream's plugin would have made for both is the other interface's.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn an_interface_s_record_may_be_lost_beside_its_sibling_s() {
+    for variant in [Variant::Nftables, Variant::Ebpf] {
+        let lab = lab(Shape::Cilium, 1);
+        let _servers = lab.pods[0].serve(&[80], &[]).unwrap();
+        let node = Node::new(&lab.node, variant);
+        let first = attachment(&lab.pods[0], "c1");
+        let second = plugin::Attachment { ifname: "net1".into(), ..first.clone() };
+        let config = |port: u16| node.config(mappings(&[port]), prev_result(&lab, 0, "1.0.0"));
+        let renamed = config(8081).to_string().replace("\"eth0\"", "\"net1\"");
+        let renamed: Value = serde_json::from_str(&renamed).unwrap();
+        node.ok("ADD", &config(8080), &first);
+        node.ok("ADD", &renamed, &second);
+        assert_eq!(who_answers(&lab, 8081).as_deref(), Some("pod-a"), "{variant:?}");
+        std::fs::remove_file(record_file(&node, "\"net1\"")).unwrap();
+        node.ok("DEL", &renamed, &second);
+        assert_eq!(who_answers(&lab, 8081), None, "{variant:?}");
+        assert_eq!(who_answers(&lab, 8080).as_deref(), Some("pod-a"), "{variant:?}");
+        node.ok("DEL", &config(8080), &first);
+        assert_eq!(unrecorded(&node), [""; 0], "{variant:?}");
+    }
+}

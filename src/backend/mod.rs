@@ -289,17 +289,25 @@ pub trait Apply {
 pub enum Unrecorded<'a> {
     One {
         attachment: &'a Attachment,
-        chain: &'a str,
+        /// Upstream's name of its chain. `None`: another interface of the container on the network, which has
+        /// a record, has what upstream's plugin would have made.
+        chain: Option<&'a str>,
     },
-    /// All of a network but these container IDs. `recorded` are chains that have a record.
+    /// All of a network but these container IDs.
     AllBut {
         network: &'a str,
         keep: &'a BTreeSet<&'a str>,
+        /// Chains that have a record.
         recorded: &'a BTreeSet<String>,
+        /// Who is to stay, as [`crate::record::owner_of`] names it.
+        owners: &'a BTreeSet<String>,
+        /// Whether there is a record, even one that cannot be read.
+        is_recorded: &'a dyn Fn(&Attachment) -> bool,
     },
 }
 
-/// All records of a backend but those of the attachments in question. Most often nobody has to read them.
+/// All records of a backend, but that of the one attachment which is in question. Most often nobody has to
+/// read them.
 pub type Recorded<'a> = &'a dyn Fn() -> Result<Vec<Record>>;
 
 /// A backend, both ways.

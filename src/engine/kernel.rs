@@ -55,7 +55,7 @@ impl Engine<'_> {
     }
 
     /// Tells the host what was found out about the kernel earlier; false if nothing was.
-    pub(super) fn recall_kernel(&self) -> Result<bool> {
+    pub fn recall_kernel(&self) -> Result<bool> {
         if self.host.knows_kernel() {
             return Ok(true);
         }

@@ -28,7 +28,7 @@ pub use gc::Collected;
 pub use health::Restored;
 use step::Lost;
 pub use survey::{lock_to_look, survey};
-pub use unrecorded::remove_unrecorded;
+pub use unrecorded::{contested_with_upstream, remove_unrecorded};
 
 /// What a flush came to.
 #[derive(Debug)]
@@ -255,11 +255,11 @@ impl<'a> Engine<'a> {
 
     /// Removes a record and its rules where they can be reached, without regard to shared ones.
     fn purge(&self, record: &Record) -> Result<()> {
-        let unrecorded = Unrecorded::One { attachment: &record.attachment, chain: &record.chain };
-        let records = || unrecorded::others(&self.store, record.backend, &unrecorded);
+        let own = Unrecorded::One { attachment: &record.attachment, chain: Some(&record.chain) };
+        let others = || unrecorded::others(&self.store, record.backend, &own);
         let mut removed = BTreeSet::new();
         let backend = self.backend(record.backend)?;
-        backend.remove_unrecorded(self.host, &unrecorded, &records, &mut removed)?;
+        backend.remove_unrecorded(self.host, &own, &others, &mut removed)?;
         self.store.remove(record)?;
         self.finish()
     }

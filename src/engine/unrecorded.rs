@@ -9,9 +9,10 @@ use crate::backend::{self, Unrecorded, nftables};
 use crate::error::{Error, Result};
 use crate::facts::NodeFacts;
 use crate::flush::{Flush, Former};
-use crate::model::{BackendKind, Family};
+use crate::model::{BackendKind, Claim, Family};
 use crate::record::{Part, Record};
 use crate::sys::Host;
+use crate::sys::iptables::{self, Variant};
 use crate::sys::store::Store;
 
 /// Removes what there is of them, from all backends, and flows that it translated. Carries on
@@ -22,7 +23,7 @@ pub fn remove_unrecorded(
     unrecorded: &Unrecorded,
 ) -> Vec<Error> {
     let mut removed = BTreeSet::new();
-    let remove = |kind| {
+    let remove = |kind: BackendKind| {
         let records = || store.map_or(Ok(Vec::new()), |store| others(store, kind, unrecorded));
         backend::of(kind).remove_unrecorded(host, unrecorded, &records, &mut removed).err()
     };
@@ -35,6 +36,21 @@ pub fn remove_unrecorded(
         }
     }
     errors
+}
+
+/// Claims for which rules of upstream's nftables backend would go before the record's: those of eBPF see packets
+/// before any rule. What a record's conditions do not match is left to whoever has it.
+#[must_use]
+pub fn contested_with_upstream(host: &Host, record: &Record) -> BTreeSet<Claim> {
+    let mut claims = record.claims();
+    claims.retain(|claim| record.options.conditions(claim.family).is_empty());
+    let is_behind = match record.backend {
+        BackendKind::Nftables => true,
+        // To ask a kernel whose iptables are legacy would load nf_tables.
+        BackendKind::Iptables => iptables::used(host, Family::V4) == Some(Variant::Nft),
+        BackendKind::Ebpf => false,
+    };
+    if is_behind { claims } else { BTreeSet::new() }
 }
 
 /// The records of a backend that are to stay.
@@ -63,11 +79,11 @@ impl Engine<'_> {
     /// Lets the record have its claims where rules of upstream's nftables backend have them, too. Whether their
     /// container lives they do not tell; one that died without a DEL would have the port for good.
     pub fn take_from_upstream(&self, record: &Record, facts: &NodeFacts) {
-        // eBPF sees packets before these rules do.
-        if record.backend == BackendKind::Ebpf {
+        let claims = contested_with_upstream(self.host, record);
+        if claims.is_empty() {
             return;
         }
-        let gone = match nftables::take_from_upstream(self.host, &record.claims()) {
+        let gone = match nftables::take_from_upstream(self.host, &claims) {
             Ok(gone) => gone,
             Err(error) => {
                 return self.host.warn(format!(
@@ -77,15 +93,13 @@ impl Engine<'_> {
                 ));
             }
         };
-        for rule in &gone {
-            if let Some(forward) = rule.forward {
-                self.host.warn(format!(
-                    "{forward} of container {}, which upstream's portmap has made, gives way to {}",
-                    rule.container_id, record.attachment
-                ));
-            }
+        for (forward, container_id) in &gone {
+            self.host.warn(format!(
+                "{forward} of container {container_id}, which upstream's portmap has made, gives way to {}",
+                record.attachment
+            ));
         }
-        let former = Former::of_rules(&gone.into_iter().filter_map(|rule| rule.forward).collect());
+        let former = Former::of_rules(&gone.into_iter().map(|(forward, _)| forward).collect());
         if !former.is_empty() {
             flush_former(self.host, Some(&self.store), &former, facts);
         }

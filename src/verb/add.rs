@@ -7,10 +7,11 @@ use ipnetwork::IpNetwork;
 use super::to_json;
 use crate::backend::ebpf::objects::is_reserved;
 use crate::backend::iptables::script;
+use crate::backend::nftables::taken_by_upstream;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
-use crate::engine::Engine;
+use crate::engine::{Engine, contested_with_upstream};
 use crate::error::{Error, Result};
 use crate::facts::{NodeFacts, is_bridge_of_pods};
 use crate::model::{BackendKind, Family};
@@ -83,10 +84,10 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
     let record = Record { view, ..plan(&engine, &request, kind, old.as_deref(), &facts)? };
     resolve_conflicts(&engine, &request, &record)?;
     engine.add(&record, old.as_deref(), &facts)?;
-    engine.take_from_upstream(&record, &facts);
     // By now it is known, without looking again, which ports nobody else has.
     let rivals = engine.remove_dead_rivals(&record)?;
     adopt_from_other_backends(&engine, record.backend, rivals, &facts)?;
+    engine.take_from_upstream(&record, &facts);
     warn_about_shadows(host, &record, &facts);
     warn_about_host_routing(host, &record);
     Ok(reply)
@@ -264,7 +265,14 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
             });
         }
     }
-    Ok(())
+    // Whether a container of upstream's plugin lives, its rules do not tell.
+    let contested = contested_with_upstream(engine.host, record);
+    match taken_by_upstream(engine.host, &contested) {
+        Some((claim, owner)) if owner != record.attachment.container_id => {
+            Err(Error::PortTaken { claim: claim.to_string(), owner })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Backends see packets in a fixed order, whatever the age of their claims. Where a port is claimed

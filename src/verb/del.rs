@@ -53,18 +53,20 @@ pub fn run(invocation: &Invocation, envelope: &Envelope, host: &Host) -> Result<
         }
         Found::None => engine.store.clear_moving(&id)?,
     }
-    // The chain of a sibling interface is not ours.
-    let chain = chain_name(&attachment.network, &attachment.container_id);
-    if engine.store.has_other(&IndexKey::Chain(chain), &id)? {
-        return Ok(());
-    }
+    engine.recall_kernel()?;
     remove_unrecorded(host, Some(&engine.store), &attachment)
 }
 
-/// There is no record: perhaps upstream's plugin made rules.
+/// There is no record: perhaps upstream's plugin made rules, or the record is lost.
 fn remove_unrecorded(host: &Host, store: Option<&Store>, attachment: &Attachment) -> Result<()> {
     let chain = chain_name(&attachment.network, &attachment.container_id);
-    let unrecorded = Unrecorded::One { attachment, chain: &chain };
+    // The chain of a sibling interface is not ours.
+    let is_siblings = match store {
+        Some(store) => store.has_other(&IndexKey::Chain(chain.clone()), &record_id(attachment))?,
+        None => false,
+    };
+    let chain = (!is_siblings).then_some(chain.as_str());
+    let unrecorded = Unrecorded::One { attachment, chain };
     let errors = engine::remove_unrecorded(host, store, &unrecorded);
     match errors.is_empty() {
         true => Ok(()),

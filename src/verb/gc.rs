@@ -3,12 +3,15 @@
 use std::collections::BTreeSet;
 
 use crate::backend::Unrecorded;
-use crate::cni::envelope::Envelope;
+use crate::cni::envelope::{Envelope, ValidAttachment};
 use crate::conf::NetConf;
 use crate::engine::{self, Engine};
 use crate::error::{Error, Result};
+use crate::model::Attachment;
+use crate::record::{owner_of, record_id};
 use crate::request;
 use crate::sys::Host;
+use crate::sys::store::is_recorded;
 
 pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
     envelope.version.require("GC", "1.1.0")?;
@@ -41,8 +44,20 @@ pub fn run(envelope: &Envelope, host: &Host) -> Result<()> {
         }
     }
     let keep: BTreeSet<&str> = valid.iter().map(|valid| valid.container_id.as_str()).collect();
-    let unrecorded =
-        Unrecorded::AllBut { network: &envelope.name, keep: &keep, recorded: &recorded };
+    let owner = |valid: &ValidAttachment| {
+        owner_of(&Attachment {
+            network: envelope.name.clone(),
+            container_id: valid.container_id.clone(),
+            ifname: valid.ifname.clone(),
+        })
+    };
+    let unrecorded = Unrecorded::AllBut {
+        network: &envelope.name,
+        keep: &keep,
+        recorded: &recorded,
+        owners: &valid.iter().map(owner).collect(),
+        is_recorded: &|attachment| is_recorded(&dir, &record_id(attachment)),
+    };
     errors.extend(engine::remove_unrecorded(host, Some(&engine.store), &unrecorded));
     match errors.is_empty() {
         true => Ok(()),

@@ -269,3 +269,18 @@ fn without_cgroup_v2_everybody_else_is_served() {
         std::fs::remove_dir_all(&scene.node.state_dir).unwrap();
     }
 }
+
+/// Somebody's pins are there, and this call may not look at them: runtimes would repeat a DEL that fails.
+#[test]
+#[ignore = "privileged: makes network namespaces, needs strace"]
+fn a_del_of_a_pod_that_nobody_knows_needs_no_rights() {
+    let lab = lab(2);
+    let scene = Scene::new(&lab);
+    scene.ok("ADD", 0);
+    let output = scene.failing("bpf", "error=EPERM", "DEL", 1);
+    assert!(output.success(), "{}", output.reason());
+    assert!(output.stderr.contains("which has no record, is left alone"), "{}", output.stderr);
+    assert_eq!(answered(&lab), (true, true));
+    scene.ok("DEL", 1);
+    scene.ok("DEL", 0);
+}

@@ -22,6 +22,7 @@ pub mod flows;
 pub mod hooks;
 pub mod layout;
 pub mod loaded;
+mod lost;
 pub mod objects;
 mod path;
 mod places;
@@ -272,36 +273,7 @@ impl Apply for Ebpf {
         records: Recorded,
         _removed: &mut BTreeSet<Forward>,
     ) -> Result<()> {
-        // Entries tell of their owner a digest alone, and nothing of networks.
-        let Unrecorded::One { attachment, .. } = unrecorded else {
-            return Ok(());
-        };
-        if !loaded::is_pinned() {
-            return Ok(());
-        }
-        let loaded = match open(host) {
-            Ok(Found::Loaded(loaded)) => loaded,
-            Ok(Found::Missing(_)) => return Ok(()),
-            // It knows these maps, and runtimes would repeat this until it is asked.
-            Err(error) if error.is_newer() => {
-                host.warn(format!("what eBPF may have of {attachment} is left alone: {error}"));
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        let owner = objects::owner_of(attachment);
-        let mut lost = entries::claims(&loaded.maps).map_err(failed("read the eBPF maps"))?;
-        lost.retain(|_, value| value.owner == owner);
-        if lost.is_empty() {
-            return Ok(());
-        }
-        let keys = lost.into_keys().collect();
-        let after = objects::claims_at(&keys, &records()?, None);
-        let former = entries::change(&loaded.maps, &keys, &after, false)
-            .map_err(failed("write the eBPF maps"))?;
-        forget(host, &loaded, Suspects::Former(&former))?;
-        rule_out(host, &loaded);
-        Ok(())
+        lost::remove(host, unrecorded, records)
     }
 
     fn welcome(&self, host: &Host, names: &[String]) -> Result<()> {

@@ -71,6 +71,9 @@ pub fn remove_unrecorded(
     unrecorded: &Unrecorded,
     removed: &mut BTreeSet<Forward>,
 ) -> Result<()> {
+    if matches!(unrecorded, Unrecorded::One { chain: None, .. }) {
+        return Ok(());
+    }
     for family in Family::ALL {
         for (variant, listing) in nat_tables(host, family) {
             let listing = match listing {
@@ -82,8 +85,10 @@ pub fn remove_unrecorded(
                 Err(_) => continue,
             };
             let chains: BTreeSet<String> = match unrecorded {
-                Unrecorded::One { chain, .. } => BTreeSet::from([(*chain).to_owned()]),
-                Unrecorded::AllBut { network, keep, recorded } => listing
+                Unrecorded::One { chain, .. } => {
+                    chain.iter().map(|chain| (*chain).to_owned()).collect()
+                }
+                Unrecorded::AllBut { network, keep, recorded, .. } => listing
                     .attachments()
                     .into_iter()
                     .filter(|found| {

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::objects::{Atom, Data, Place};
+use super::objects::{Atom, Data, Place, digit};
 use crate::model::{Family, Protocol};
 use crate::sys::netlink::nftables::Element;
 use crate::sys::netlink::nftkey::Key;
@@ -88,16 +88,28 @@ pub fn read(set: &str, key: &[u8], found: &Element) -> Option<(Place, Data)> {
     Some((Place { set: set.to_owned(), key: atoms }, data))
 }
 
-/// Keys and data of a set, by its name: letters, the family's digit, and what comes behind it.
-fn shape(set: &str) -> Option<(Family, &'static [Component], Kind)> {
-    use Component::{Ip, Port, Protocol};
+/// The family of a set's keys, by its name.
+#[must_use]
+pub fn family_of(set: &str) -> Option<Family> {
+    split(set).and_then(|(_, digit, _)| family_of_digit(digit))
+}
+
+/// Letters, the family's digit, and what comes behind it.
+fn split(set: &str) -> Option<(&str, &str, &str)> {
     let (letters, rest) = set.split_at_checked(set.find(|c: char| c.is_ascii_digit())?)?;
     let (digit, suffix) = rest.split_at_checked(1)?;
-    let family = match digit {
-        "4" => Family::V4,
-        "6" => Family::V6,
-        _ => return None,
-    };
+    Some((letters, digit, suffix))
+}
+
+fn family_of_digit(text: &str) -> Option<Family> {
+    Family::ALL.into_iter().find(|family| text.chars().eq([digit(*family)]))
+}
+
+/// Keys and data of a set, by its name.
+fn shape(set: &str) -> Option<(Family, &'static [Component], Kind)> {
+    use Component::{Ip, Port, Protocol};
+    let (letters, digit, suffix) = split(set)?;
+    let family = family_of_digit(digit)?;
     let kind = match suffix {
         "_addr" => Kind::Ip,
         "_port" => Kind::Port,

@@ -1,136 +1,198 @@
-//! What the table has of attachments whose records are lost. Comments tell whose it is.
+//! Attachments whose records are lost: the table tells by comments whose its elements and rules are. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 
-use super::elements;
-use super::objects::{Atom, Data, Element, Names, Objects, Place, digit};
+use super::elements::family_of;
+use super::objects::{Atom, Data, Element, Objects, Place, names_of_claim};
+use super::present::Present;
 use super::scaffold::TABLE;
-use super::{failed, script};
+use super::script;
 use crate::backend::{Leftover, Recorded, Unrecorded};
-use crate::error::{Error, Result};
-use crate::model::{Attachment, Claim, Family, Forward};
+use crate::error::Result;
+use crate::model::{Attachment, Claim, Forward};
 use crate::record::{Record, owner_of};
-use crate::sys::Host;
-use crate::sys::netlink::nftables::{NftFamily, NftReader};
-use crate::sys::{command::ToolError, nft};
 
-/// Takes away what attachments have of which there is no record. What that was for other attachments' claims
-/// as well leads to them now. Returns what it forwarded.
-pub fn remove(
-    host: &Host,
-    unrecorded: &Unrecorded,
-    records: Recorded,
-) -> Result<BTreeSet<Forward>> {
-    let mut before = of_owners(present()?, |owner| is_of(unrecorded, owner));
-    if before.elements.is_empty() {
-        return Ok(BTreeSet::new());
-    }
-    let records = records()?;
-    let names = Names {
-        places: before.elements.keys().cloned().collect(),
-        chains: before.chains.keys().cloned().collect(),
-    };
-    let after = Objects::of(&records.iter().collect::<Vec<_>>()).restricted_to(&names);
-    // Of several attachments that need an element the first one is named in its comment, even when it has gone.
-    before.elements.retain(|place, element| !is_in(&after, place, element));
-    if before.elements.is_empty() && before.chains.is_empty() {
-        return Ok(BTreeSet::new());
-    }
-    match nft::apply(host, &script::change(&before, &after, None, &BTreeSet::new())) {
-        // Nobody could do it then, and runtimes would repeat the DEL of every such pod for ever.
-        Err(error @ ToolError::Missing { .. }) => {
-            host.warn(format!(
-                "elements of table inet {TABLE} whose record is lost are left as they are: {error}"
-            ));
-            Ok(BTreeSet::new())
-        }
-        Err(error) => Err(failed(error)),
-        Ok(()) => Ok(forwards(&before).into_iter().map(|(forward, _)| forward).collect()),
-    }
+/// What takes away all that attachments without a record have.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Removal {
+    /// For `nft -j -f -`.
+    pub script: String,
+    /// What was forwarded.
+    pub forwards: BTreeSet<Forward>,
 }
 
-/// What forwards and is of none of the records, which are all of the backend's, by whom it is of.
-pub fn leftovers(records: &[Record]) -> Result<Vec<Leftover>> {
-    let mut strange = present()?;
+/// Where records have the same claims, these lead to them from then on. `None` if nothing is of those.
+pub fn removal(
+    present: &Present,
+    unrecorded: &Unrecorded,
+    records: Recorded,
+) -> Result<Option<Removal>> {
+    let own = Own::of(present, |owner| is_of(unrecorded, owner));
+    if own.is_nothing() {
+        return Ok(None);
+    }
+    let records = records()?;
     let wanted = Objects::of(&records.iter().collect::<Vec<_>>());
-    strange.elements.retain(|place, element| !is_in(&wanted, place, element));
-    let mut found: BTreeMap<String, BTreeSet<Forward>> = BTreeMap::new();
-    for element in strange.elements.values() {
-        found.entry(element.owner.clone()).or_default();
+    let claims = own.claims(present);
+    let (mut before, mut after) = (Objects::default(), Objects::default());
+    let mut rules: Vec<(&str, u64)> = Vec::new();
+    for claim in &claims {
+        let names = names_of_claim(claim);
+        let wanted = wanted.clone().restricted_to(&names);
+        let is_wanted = wanted != Objects::default();
+        for place in &names.places {
+            let found = if is_wanted { &present.elements } else { &own.elements };
+            before.elements.extend(found.get(place).map(|found| (place.clone(), found.clone())));
+        }
+        for (chain, all) in present.chains.iter().filter(|(chain, _)| names.chains.contains(*chain))
+        {
+            let theirs = own.chains.get(chain.as_str()).map_or(&[][..], Vec::as_slice);
+            if is_wanted || theirs.len() == all.len() {
+                before.chains.insert(chain.clone(), Vec::new());
+                before.elements.extend(leading_to(present, chain));
+            } else {
+                // Others have rules there that no record tells of, either.
+                rules.extend(theirs.iter().map(|handle| (chain.as_str(), *handle)));
+            }
+        }
+        after.elements.extend(wanted.elements);
+        after.chains.extend(wanted.chains);
     }
-    for (forward, owner) in forwards(&strange) {
-        found.entry(owner).or_default().insert(forward);
+    for (place, element) in own.elements.iter().filter(|(place, _)| claim_of(place).is_none()) {
+        before.elements.insert(place.clone(), element.clone());
+        after.elements.extend(wanted.elements.get(place).map(|one| (place.clone(), one.clone())));
     }
-    let leftover = |(owner, forwards): (String, BTreeSet<Forward>)| {
-        let (container_id, _, network) = parts_of(&owner).unwrap_or_default();
+    let script = script::removal(&rules, &before, &after);
+    Ok(Some(Removal { script, forwards: own.forwards(present) }))
+}
+
+/// What is of none of the records, which are all of the backend's, by whom it is of.
+#[must_use]
+pub fn leftovers(present: &Present, records: &[Record]) -> Vec<Leftover> {
+    let wanted = Objects::of(&records.iter().collect::<Vec<_>>());
+    let mut strange = Present::default();
+    for (place, element) in &present.elements {
+        if wanted.elements.get(place).is_none_or(|wanted| wanted.data != element.data) {
+            strange.elements.insert(place.clone(), element.clone());
+        }
+    }
+    for (chain, rules) in &present.chains {
+        let is_wanted = |owner: &str| {
+            wanted.chains.get(chain).is_some_and(|rules| rules.iter().any(|(_, of)| of == owner))
+        };
+        let rules = rules.iter().filter(|(_, owner)| !is_wanted(owner)).cloned().collect();
+        strange.chains.insert(chain.clone(), rules);
+    }
+    let of_elements = strange.elements.values().filter(|element| !is_jump(element));
+    let of_rules = strange.chains.values().flatten();
+    let owners: BTreeSet<&str> = (of_elements.map(|element| element.owner.as_str()))
+        .chain(of_rules.map(|(_, owner)| owner.as_str()))
+        .collect();
+    let leftover = |owner: &str| {
+        let (container_id, _, network) = parts_of(owner).unwrap_or_default();
         Leftover {
             place: "nftables".into(),
             object: format!("table inet {TABLE}"),
             network: network.to_owned(),
             container_id: container_id.to_owned(),
-            forwards,
+            forwards: Own::of(&strange, |of| of == owner).forwards(present),
         }
     };
-    Ok(found.into_iter().map(leftover).collect())
+    owners.into_iter().map(leftover).collect()
 }
 
-fn is_in(objects: &Objects, place: &Place, element: &Element) -> bool {
-    objects.elements.get(place).is_some_and(|wanted| wanted.data == element.data)
+/// What of the table is of some owners.
+struct Own<'a> {
+    /// Without those that lead to chains, which may be several owners'.
+    elements: BTreeMap<Place, Element>,
+    /// Handles of their rules.
+    chains: BTreeMap<&'a str, Vec<u64>>,
 }
 
-/// All elements that attachments have, and the chains that they lead to, of which nothing but the name is known.
-pub fn present() -> Result<Objects> {
-    read().map_err(|error| Error::io("read the nftables rules (netlink)", error))
-}
-
-fn read() -> io::Result<Objects> {
-    let mut objects = Objects::default();
-    // A kernel without nf_tables has no table to look at.
-    let Ok(mut reader) = NftReader::open() else {
-        return Ok(objects);
-    };
-    if !reader.table_exists(NftFamily::Inet, TABLE).unwrap_or(false) {
-        return Ok(objects);
-    }
-    for set in reader.sets(NftFamily::Inet, TABLE)? {
-        for (key, found) in reader.all_elements(NftFamily::Inet, TABLE, &set)? {
-            if let Some((place, data)) = elements::read(&set, &key, &found) {
-                if let Data::Jump(chain) = &data {
-                    objects.chains.insert(chain.clone(), Vec::new());
-                }
-                let owner = found.comment.unwrap_or_default();
-                objects.elements.insert(place, Element { data, owner });
+impl<'a> Own<'a> {
+    fn of(present: &'a Present, is_theirs: impl Fn(&str) -> bool) -> Self {
+        let elements = present
+            .elements
+            .iter()
+            .filter(|(_, element)| !is_jump(element) && is_theirs(&element.owner))
+            .map(|(place, element)| (place.clone(), element.clone()));
+        let mut chains: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+        for (chain, rules) in &present.chains {
+            for (handle, _) in rules.iter().filter(|(_, owner)| is_theirs(owner)) {
+                chains.entry(chain).or_default().push(*handle);
             }
         }
+        Own { elements: elements.collect(), chains }
     }
-    Ok(objects)
+
+    fn is_nothing(&self) -> bool {
+        self.elements.is_empty() && self.chains.is_empty()
+    }
+
+    fn claims(&self, present: &Present) -> BTreeSet<Claim> {
+        let by_rules = self.chains.keys().flat_map(|chain| leading_to(present, chain));
+        let by_rules = by_rules.filter_map(|(place, _)| claim_of(&place));
+        self.elements.keys().filter_map(claim_of).chain(by_rules).collect()
+    }
+
+    /// A rule's target is not read: the pod's port is in the key of what is masqueraded.
+    fn forwards(&self, present: &Present) -> BTreeSet<Forward> {
+        let half = |claim: &Claim, suffix: &str| {
+            let places = names_of_claim(claim).places;
+            let place = places.into_iter().find(|place| place.set.ends_with(suffix))?;
+            self.elements.get(&place).map(|element| element.data.clone())
+        };
+        let mut forwards = BTreeSet::new();
+        for claim in self.claims(present) {
+            if let (Some(Data::Ip(ip)), Some(Data::Port(port))) =
+                (half(&claim, "_addr"), half(&claim, "_port"))
+            {
+                forwards.insert(Forward { claim, target: (ip, port).into() });
+                continue;
+            }
+            for place in self.elements.keys().filter(|place| place.set.starts_with("flows")) {
+                if let [
+                    Atom::Ip(ip),
+                    Atom::Protocol(protocol),
+                    Atom::Port(port),
+                    Atom::Port(called),
+                ] = place.key[..]
+                    && family_of(&place.set) == Some(claim.family)
+                    && (protocol, called) == (claim.protocol, claim.port)
+                {
+                    forwards.insert(Forward { claim, target: (ip, port).into() });
+                }
+            }
+        }
+        forwards
+    }
 }
 
-/// The part of the objects whose elements are of these owners.
-fn of_owners(mut objects: Objects, is_theirs: impl Fn(&str) -> bool) -> Objects {
-    objects.elements.retain(|_, element| is_theirs(&element.owner));
-    let led_to: BTreeSet<&Data> = objects.elements.values().map(|element| &element.data).collect();
-    objects.chains.retain(|chain, _| led_to.contains(&Data::Jump(chain.clone())));
-    objects
+fn is_jump(element: &Element) -> bool {
+    matches!(element.data, Data::Jump(_))
+}
+
+/// The elements by which packets come into a chain.
+fn leading_to(present: &Present, chain: &str) -> Vec<(Place, Element)> {
+    let leads = |element: &Element| matches!(&element.data, Data::Jump(to) if to == chain);
+    let found = present.elements.iter().filter(|(_, element)| leads(element));
+    found.map(|(place, element)| (place.clone(), element.clone())).collect()
 }
 
 /// Whether a comment names an attachment that is to go.
 fn is_of(unrecorded: &Unrecorded, owner: &str) -> bool {
     match unrecorded {
         Unrecorded::One { attachment, .. } => owner == owner_of(attachment),
-        Unrecorded::AllBut { network, keep, .. } => {
-            parts_of(owner).is_some_and(|(container, ifname, _)| {
-                let named = |container_id: &str| {
-                    let attachment = Attachment {
-                        network: (*network).to_owned(),
-                        container_id: container_id.to_owned(),
-                        ifname: ifname.to_owned(),
-                    };
-                    owner == owner_of(&attachment)
-                };
-                named(container) && !keep.iter().any(|container_id| named(container_id))
-            })
+        Unrecorded::AllBut { network, owners, is_recorded, .. } => {
+            let Some((container_id, ifname, _)) = parts_of(owner) else {
+                return false;
+            };
+            let attachment = Attachment {
+                network: (*network).to_owned(),
+                container_id: container_id.to_owned(),
+                ifname: ifname.to_owned(),
+            };
+            owner == owner_of(&attachment) && !owners.contains(owner) && !is_recorded(&attachment)
         }
     }
 }
@@ -141,22 +203,12 @@ fn parts_of(owner: &str) -> Option<(&str, &str, &str)> {
     Some((words.next()?, words.next()?, words.next()?))
 }
 
-/// What the plain maps forward, and whom it is of.
-fn forwards(objects: &Objects) -> Vec<(Forward, String)> {
-    let forward = |(place, element): (&Place, &Element)| {
-        let Data::Ip(ip) = element.data else { return None };
-        let set = place.set.strip_suffix("_addr")?;
-        let port = Place { set: format!("{set}_port"), key: place.key.clone() };
-        let Data::Port(port) = objects.elements.get(&port)?.data else { return None };
-        let forward = Forward { claim: claim_of(place)?, target: (ip, port).into() };
-        Some((forward, element.owner.clone()))
-    };
-    objects.elements.iter().filter_map(forward).collect()
-}
-
 /// The claim that a map's element is for.
 fn claim_of(place: &Place) -> Option<Claim> {
-    let family = Family::ALL.into_iter().find(|family| place.set.contains(digit(*family)))?;
+    let family = family_of(&place.set)?;
+    if !["_addr", "_port", "_own"].iter().any(|suffix| place.set.ends_with(suffix)) {
+        return None;
+    }
     let (address, rest) = match place.key.as_slice() {
         [Atom::Ip(ip), rest @ ..] => (Some(*ip), rest),
         rest => (None, rest),
@@ -170,10 +222,74 @@ fn claim_of(place: &Place) -> Option<Claim> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use super::*;
     use crate::model::BackendKind;
-    use crate::record::samples::record;
+    use crate::record::samples;
+
+    /// Mappings are `protocol hostPort containerPort [hostIP]`.
+    fn pod(id: &str, address: &str, mapping: &str, order: u64) -> Record {
+        samples::record(id, &[address], &[mapping], BackendKind::Nftables, order)
+    }
+
+    fn conditional(mut record: Record) -> Record {
+        record.options.conditions_v4 = vec!["ip saddr 192.0.2.0/24".into()];
+        record
+    }
+
+    /// The table after ADDs of the records one after the other, of which the last ones may have gone again.
+    fn table(steps: &[&[&Record]]) -> Present {
+        let mut present = Present::default();
+        let mut before = Objects::default();
+        for records in steps {
+            let after = Objects::of(records);
+            // What `script::change` leaves: no command names a place where nothing differs.
+            for place in before.elements.keys() {
+                if !after.elements.contains_key(place) {
+                    present.elements.remove(place);
+                }
+            }
+            for (place, element) in &after.elements {
+                if before.elements.get(place) != Some(element) {
+                    present.elements.insert(place.clone(), element.clone());
+                }
+            }
+            present.chains.clear();
+            for (chain, rules) in &after.chains {
+                let owners = rules.iter().enumerate().map(|(at, (_, of))| (at as u64, of.clone()));
+                present.chains.insert(chain.clone(), owners.collect());
+            }
+            before = after;
+        }
+        present
+    }
+
+    fn del(record: &Record, present: &Present, others: &[&Record]) -> Option<Removal> {
+        let attachment = &record.attachment;
+        let unrecorded = Unrecorded::One { attachment, chain: None };
+        let others = || Ok(others.iter().map(|record| (*record).clone()).collect());
+        removal(present, &unrecorded, &others).unwrap()
+    }
+
+    /// Commands as `verb set key`, or `verb chain`.
+    fn commands(removal: Option<&Removal>) -> Vec<String> {
+        let script = removal.map_or("{\"nftables\": []}", |removal| removal.script.as_str());
+        let script: serde_json::Value = serde_json::from_str(script).unwrap();
+        let mut lines = Vec::new();
+        for command in script["nftables"].as_array().unwrap() {
+            let (verb, object) = command.as_object().unwrap().iter().next().unwrap();
+            let (kind, object) = object.as_object().unwrap().iter().next().unwrap();
+            let name = object.get("name").or_else(|| object.get("chain")).unwrap().as_str();
+            let handle = object.get("handle").map(|handle| format!(" {handle}"));
+            lines.push(format!("{verb} {kind} {}{}", name.unwrap(), handle.unwrap_or_default()));
+        }
+        lines
+    }
+
+    fn texts(removal: &Removal) -> Vec<String> {
+        removal.forwards.iter().map(ToString::to_string).collect()
+    }
 
     #[test]
     fn owners_are_told_by_their_comments() {
@@ -187,42 +303,151 @@ mod tests {
         for (network, id) in [("net", "c1"), ("a net", "c1"), (&network, &long), ("net", &long)] {
             let one = attachment(network, id);
             let owner = owner_of(&one);
-            assert!(is_of(&Unrecorded::One { attachment: &one, chain: "" }, &owner));
+            assert!(is_of(&Unrecorded::One { attachment: &one, chain: None }, &owner));
             let other = attachment(network, "c2");
-            assert!(!is_of(&Unrecorded::One { attachment: &other, chain: "" }, &owner));
+            assert!(!is_of(&Unrecorded::One { attachment: &other, chain: None }, &owner));
+            let sibling = Attachment { ifname: "net1".into(), ..one.clone() };
+            assert!(!is_of(&Unrecorded::One { attachment: &sibling, chain: None }, &owner));
 
-            let recorded = BTreeSet::new();
-            let of = |network, keep: &[&'static str]| {
-                let keep = keep.iter().copied().collect();
-                is_of(&Unrecorded::AllBut { network, keep: &keep, recorded: &recorded }, &owner)
+            let gc = |network, valid: &[&Attachment], is_recorded: bool, owner: &str| {
+                let unrecorded = Unrecorded::AllBut {
+                    network,
+                    keep: &BTreeSet::new(),
+                    recorded: &BTreeSet::new(),
+                    owners: &valid.iter().map(|one| owner_of(one)).collect(),
+                    is_recorded: &|_| is_recorded,
+                };
+                is_of(&unrecorded, owner)
             };
-            assert!(of(network, &[]));
-            assert!(of(network, &["c2", ""]));
-            assert!(!of("another", &[]));
-            let keep = BTreeSet::from([id]);
-            assert!(!is_of(
-                &Unrecorded::AllBut { network, keep: &keep, recorded: &recorded },
-                &owner
-            ));
+            assert!(gc(network, &[], false, &owner));
+            assert!(gc(network, &[&other, &sibling], false, &owner));
+            assert!(!gc(network, &[&one], false, &owner));
+            assert!(!gc(network, &[], true, &owner));
+            assert!(!gc("another", &[], false, &owner));
             for strange in ["", "hostports 1 0123abcd", "a b"] {
-                assert!(!is_of(&Unrecorded::One { attachment: &one, chain: "" }, strange));
-                assert!(!is_of(
-                    &Unrecorded::AllBut { network, keep: &BTreeSet::new(), recorded: &recorded },
-                    strange
-                ));
+                assert!(!is_of(&Unrecorded::One { attachment: &one, chain: None }, strange));
+                assert!(!gc(network, &[], false, strange));
             }
         }
     }
 
     #[test]
-    fn what_elements_forward_is_what_the_record_asks_for() {
-        let mappings = ["tcp 80 8080", "udp 53 54 192.0.2.1", "sctp 9 10 2001:db8::1"];
-        let one = record("a", &["10.0.0.2/24", "fd00::2/64"], &mappings, BackendKind::Nftables, 1);
-        let found: BTreeSet<Forward> =
-            forwards(&Objects::of(&[&one])).into_iter().map(|(forward, _)| forward).collect();
-        let asked: BTreeSet<Forward> =
-            Family::ALL.into_iter().flat_map(|family| one.forwards(family)).collect();
-        assert_eq!(found, asked);
-        assert_eq!(found.len(), 4);
+    fn everything_of_a_lost_record_goes_and_nothing_else() {
+        let a = samples::record(
+            "a",
+            &["10.0.0.2/24", "fd00::2/64"],
+            &["tcp 80 8080", "udp 53 54 192.0.2.1"],
+            BackendKind::Nftables,
+            1,
+        );
+        let b = pod("b", "10.0.0.3/24", "tcp 81 8080", 2);
+        let present = table(&[&[&a], &[&a, &b]]);
+        let mut whole = del(&a, &present, &[]).unwrap();
+        let forwards = ["tcp 0.0.0.0:80 -> 10.0.0.2:8080", "udp 192.0.2.1:53 -> 10.0.0.2:54"];
+        assert_eq!(texts(&whole)[..2], forwards);
+        assert_eq!(commands(Some(&whole)).iter().filter(|one| one.starts_with("add")).count(), 0);
+        assert_eq!(del(&a, &table(&[&[&b]]), &[]), None);
+        // Whether others' records are there or not.
+        let with = del(&a, &present, &[&b]).unwrap();
+        assert_eq!(commands(Some(&with)), commands(Some(&whole)));
+        whole.forwards.retain(|forward| forward.claim.port == 80);
+        assert_eq!(texts(&whole)[1], "tcp [::]:80 -> [fd00::2]:8080");
+    }
+
+    /// One container port: of a takeover's target only the address differs.
+    #[test]
+    fn a_takeover_leaves_nothing_in_the_former_owner_s_name() {
+        let b = pod("b", "10.0.0.3/24", "udp 80 8080", 1);
+        let a = pod("a", "10.0.0.2/24", "udp 80 8080", 2);
+        let present = table(&[&[&b], &[&b, &a], &[&a]]);
+        assert_eq!(del(&b, &present, &[]), None);
+        let gone = del(&a, &present, &[]).unwrap();
+        assert_eq!(texts(&gone), ["udp 0.0.0.0:80 -> 10.0.0.2:8080"]);
+        // A former version left the port's half in the former owner's name.
+        let mut older = present.clone();
+        for (place, element) in &mut older.elements {
+            if place.set == "any4_port" {
+                element.owner = b.owner();
+            }
+        }
+        older.join_halves();
+        assert_eq!(older, present);
+    }
+
+    #[test]
+    fn an_address_that_is_used_again_has_its_new_owner_s_name() {
+        let dead = pod("dead", "10.0.0.2/24", "tcp 80 8080", 1);
+        let live = pod("live", "10.0.0.2/24", "tcp 80 8080", 2);
+        let present = table(&[&[&dead], &[&dead, &live], &[&live]]);
+        assert_eq!(del(&dead, &present, &[]), None);
+        assert_eq!(del(&live, &present, &[]).unwrap().forwards.len(), 1);
+    }
+
+    #[test]
+    fn of_a_chain_the_rules_of_others_stay() {
+        let b = conditional(pod("b", "10.0.0.3/24", "udp 80 8080", 1));
+        let a = conditional(pod("a", "10.0.0.2/24", "udp 80 8080", 2));
+        let present = table(&[&[&b], &[&b, &a]]);
+        let of_sets = ["delete element flows4", "delete element near4_24"];
+        for (lost, handle) in [(&a, 0), (&b, 1)] {
+            // All records are lost: rule by rule.
+            let gone = del(lost, &present, &[]).unwrap();
+            let rule = format!("delete rule any4_udp_80 {handle}");
+            assert_eq!(commands(Some(&gone)), [&[rule.as_str()][..], &of_sets].concat());
+            assert_eq!(gone.forwards.len(), 1, "flows4 tells the pod's port");
+        }
+        // The other's record tells what is to be there.
+        let gone = del(&a, &present, &[&b]).unwrap();
+        let again = ["flush chain any4_udp_80", "add rule any4_udp_80"];
+        assert_eq!(commands(Some(&gone)), [&of_sets[..], &again].concat());
+        // The last one takes the chain along.
+        let gone = del(&b, &table(&[&[&b]]), &[]).unwrap();
+        let all = ["delete element any4_own", of_sets[0], of_sets[1], "delete chain any4_udp_80"];
+        assert_eq!(commands(Some(&gone)), all);
+    }
+
+    #[test]
+    fn an_older_claim_has_its_port_back_whatever_it_is_made_of() {
+        let plain = |id, address, order| pod(id, address, "tcp 80 8080", order);
+        let older = conditional(plain("b", "10.0.0.3/24", 1));
+        let lost = plain("a", "10.0.0.2/24", 2);
+        let gone = del(&lost, &table(&[&[&older], &[&older, &lost]]), &[&older]).unwrap();
+        let lines = commands(Some(&gone));
+        for line in ["delete element any4_addr", "add chain any4_tcp_80", "add element any4_own"] {
+            assert!(lines.iter().any(|one| one == line), "{line}: {lines:?}");
+        }
+        let (older, lost) = (plain("b", "10.0.0.3/24", 1), conditional(lost));
+        let gone = del(&lost, &table(&[&[&older], &[&older, &lost]]), &[&older]).unwrap();
+        let lines = commands(Some(&gone));
+        for line in ["delete element any4_own", "delete chain any4_tcp_80"] {
+            assert!(lines.iter().any(|one| one == line), "{line}: {lines:?}");
+        }
+        assert!(!lines.iter().any(|one| one.contains("_addr")), "{lines:?}");
+    }
+
+    #[test]
+    fn whom_what_is_left_was_of() {
+        let a = pod("a", "10.0.0.2/24", "tcp 80 8080", 1);
+        let b = conditional(pod("b", "10.0.0.3/24", "udp 53 54", 2));
+        let present = table(&[&[&a], &[&a, &b]]);
+        let shown = |records: &[&Record]| -> Vec<String> {
+            let records: Vec<Record> = records.iter().map(|record| (*record).clone()).collect();
+            leftovers(&present, &records)
+                .iter()
+                .map(|one| {
+                    let forwards: Vec<String> =
+                        one.forwards.iter().map(ToString::to_string).collect();
+                    format!("{} {}: {}", one.network, one.container_id, forwards.join(", "))
+                })
+                .collect()
+        };
+        let (of_a, of_b) = (
+            "portmap a: tcp 0.0.0.0:80 -> 10.0.0.2:8080",
+            "portmap b: udp 0.0.0.0:53 -> 10.0.0.3:54",
+        );
+        assert_eq!(shown(&[]), [of_a, of_b]);
+        assert_eq!(shown(&[&a]), [of_b]);
+        assert_eq!(shown(&[&b]), [of_a]);
+        assert_eq!(shown(&[&a, &b]), [""; 0]);
     }
 }

@@ -2,8 +2,9 @@
 //! back element by element over netlink. Nothing is listed for an attachment that has a record.
 
 mod elements;
-pub mod lost;
+mod lost;
 pub mod objects;
+pub mod present;
 pub mod scaffold;
 pub mod script;
 mod table;
@@ -12,10 +13,13 @@ pub mod upstream;
 use std::collections::BTreeSet;
 
 use elements::{holds, key};
+use lost::Removal;
 use objects::{Data, Names, Objects, Place};
+use present::Present;
 use scaffold::TABLE;
-use serde_json::{Value, json};
 use upstream::Rule;
+use upstream::table::{forwards_of_upstream, remove_of_upstream, rules_of_upstream};
+pub use upstream::table::{take_from_upstream, taken_by_upstream};
 
 use super::{
     Apply, Change, Desired, Leftover, Observe, Outcome, Recorded, Step, Unrecorded, Unusable,
@@ -119,8 +123,8 @@ impl Observe for Nftables {
     }
 
     fn leftovers(&self, host: &Host, records: &[Record]) -> Result<Vec<Leftover>> {
-        let mut leftovers = lost::leftovers(records)?;
-        for (family, rules) in rules_of_upstream(host) {
+        let mut leftovers = lost::leftovers(&Present::read()?, records);
+        for (family, rules) in rules_of_upstream(host, &upstream::HOST_PORTS) {
             match rules {
                 Ok(rules) => leftovers.extend(upstream::leftovers(family, &rules)),
                 Err(error) => host.warn(format!(
@@ -258,88 +262,35 @@ impl Apply for Nftables {
         records: Recorded,
         removed: &mut BTreeSet<Forward>,
     ) -> Result<()> {
-        removed.extend(lost::remove(host, unrecorded, records)?);
+        if let Some(lost) = lost::removal(&Present::read()?, unrecorded, records)? {
+            removed.extend(remove_lost(host, lost)?);
+        }
         // Upstream's rules name their container, and not its network.
-        let Unrecorded::One { attachment, .. } = unrecorded else {
+        let Unrecorded::One { attachment, chain: Some(_) } = unrecorded else {
             return Ok(());
         };
         let is_theirs = |rule: &Rule| rule.container_id == attachment.container_id;
-        let gone = remove_of_upstream(host, is_theirs)?;
+        let gone = remove_of_upstream(host, &upstream::CHAINS, is_theirs)?;
         removed.extend(gone.into_iter().filter_map(|rule| rule.forward));
         Ok(())
     }
 }
 
-/// Takes claims away from containers of upstream's plugin, whose rules stand before ours: the newest claim
-/// wins. Returns what has gone.
-///
-/// # Errors
-///
-/// Those of nft.
-pub fn take_from_upstream(host: &Host, claims: &BTreeSet<Claim>) -> Result<Vec<Rule>> {
-    remove_of_upstream(host, |rule| {
-        rule.forward.is_some_and(|forward| claims.contains(&forward.claim))
-    })
-}
-
-fn remove_of_upstream(host: &Host, goes: impl Fn(&Rule) -> bool) -> Result<Vec<Rule>> {
-    let mut gone = Vec::new();
-    for (family, rules) in rules_of_upstream(host) {
-        let mut rules = match rules {
-            // Nobody could do it then, and runtimes would repeat the DEL of every pod for ever.
-            Err(error @ ToolError::Missing { .. }) => {
-                host.warn(format!(
-                    "table {} {} of upstream's portmap cannot be read, and is left as it is: {error}",
-                    objects::ip_name(family),
-                    upstream::TABLE
-                ));
-                continue;
-            }
-            other => other.map_err(failed)?,
-        };
-        rules.retain(&goes);
-        if !rules.is_empty() {
-            let removals: Vec<Value> = rules.iter().map(Rule::removal).collect();
-            nft::apply(host, &json!({ "nftables": removals }).to_string()).map_err(failed)?;
-            gone.extend(rules);
+fn remove_lost(host: &Host, lost: Removal) -> Result<BTreeSet<Forward>> {
+    if lost.script.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    match nft::apply(host, &lost.script) {
+        Ok(()) => Ok(lost.forwards),
+        // Nobody could do it then, and runtimes would repeat the DEL of every such pod for ever.
+        Err(error @ ToolError::Missing { .. }) => {
+            host.warn(format!(
+                "what table inet {TABLE} has of an attachment whose record is lost is left as it is: {error}"
+            ));
+            Ok(BTreeSet::new())
         }
+        Err(error) => Err(failed(error)),
     }
-    Ok(gone)
-}
-
-/// What upstream's nftables backend has made, by family, where there is something.
-fn rules_of_upstream(host: &Host) -> Vec<(Family, Result<Vec<Rule>, ToolError>)> {
-    // A kernel without nf_tables has no table to look at.
-    let Ok(mut reader) = NftReader::open() else {
-        return Vec::new();
-    };
-    // The table outlives its pods, and nft takes milliseconds.
-    let mut has_rules = |family: Family, chain: &&str| {
-        reader
-            .rule_comments(family.into(), upstream::TABLE, chain)
-            .is_ok_and(|comments| comments.iter().any(Option::is_some))
-    };
-    let mut there =
-        |family: &Family| upstream::CHAINS.iter().any(|chain| has_rules(*family, chain));
-    let list = |family| {
-        nft::list_table(host, objects::ip_name(family), upstream::TABLE)
-            .map(|objects| upstream::rules(family, &objects))
-    };
-    let families = Family::ALL.into_iter().filter(|family| there(family));
-    families.map(|family| (family, list(family))).collect()
-}
-
-/// What of that forwards to a container.
-fn forwards_of_upstream(host: &Host, container_id: &str) -> Result<BTreeSet<Forward>> {
-    let mut forwards = BTreeSet::new();
-    for (_, rules) in rules_of_upstream(host) {
-        let mut rules = rules.map_err(|error| {
-            error.into_error("cannot read the rules of upstream's plugin".into())
-        })?;
-        rules.retain(|rule| rule.container_id == container_id);
-        forwards.extend(rules.into_iter().filter_map(|rule| rule.forward));
-    }
-    Ok(forwards)
 }
 
 fn warn_of_devices(host: &Host, facts: &NodeFacts) {

@@ -92,15 +92,31 @@ fn fact_elements(places: Vec<Place>) -> Vec<(Place, Element)> {
         .collect()
 }
 
-/// Element by element. Owners alone are no difference: an element that another record goes on
-/// needing keeps its comment.
+/// Takes rules away by their chains and handles, and goes from one state of some objects to another. Empty if
+/// there is nothing to be done.
+#[must_use]
+pub fn removal(rules: &[(&str, u64)], before: &Objects, after: &Objects) -> String {
+    let rule = |(chain, handle): &(&str, u64)| json!({"delete": {"rule": {"family": "inet", "table": TABLE, "chain": chain, "handle": handle}}});
+    let mut commands: Vec<Value> = rules.iter().map(rule).collect();
+    commands.extend(difference(before, after));
+    match commands.is_empty() {
+        true => String::new(),
+        false => document(commands),
+    }
+}
+
+/// Element by element. An element that leads to a chain has an owner only for people: the chain's rules have
+/// their own. Any other that another record goes on needing gets its name, which a lost record is found by.
 fn difference(before: &Objects, after: &Objects) -> Vec<Value> {
     let missing_in = |these: &Objects, those: &Objects| -> Vec<(Place, Element)> {
         these
             .elements
             .iter()
             .filter(|(place, element)| {
-                those.elements.get(*place).is_none_or(|other| other.data != element.data)
+                those.elements.get(*place).is_none_or(|other| {
+                    let is_jump = matches!(element.data, Data::Jump(_));
+                    other.data != element.data || !is_jump && other.owner != element.owner
+                })
             })
             .map(|(place, element)| (place.clone(), element.clone()))
             .collect()

@@ -1,4 +1,6 @@
-//! The table of upstream's nftables backend (1.6.0 and later), as nft lists it. Pure.
+//! The table of upstream's nftables backend (1.6.0 and later), as nft lists it. All but [`table`] is pure.
+
+pub mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +13,9 @@ use crate::model::{Claim, Family, Forward, Protocol};
 /// Its name, in the families ip and ip6.
 pub const TABLE: &str = "cni_hostport";
 
-/// The chains that have rules of containers, each with a comment.
+/// The chains whose rules forward to containers. Each rule of one has a comment.
+pub const HOST_PORTS: [&str; 2] = ["hostports", "hostip_hostports"];
+/// All chains that have rules of containers.
 pub const CHAINS: [&str; 3] = ["hostports", "hostip_hostports", "masquerading"];
 
 /// A rule that upstream made for a container.
@@ -91,6 +95,9 @@ fn forward(rule: &Value, family: Family) -> Option<Forward> {
     let (mut address, mut port, mut target) = (None, None, None);
     for statement in rule.get("expr")?.as_array()? {
         if let Some(found) = statement.get("match") {
+            if found.get("op").and_then(Value::as_str) != Some("==") {
+                return None;
+            }
             let payload = found.get("left")?.get("payload")?;
             let field = payload.get("field")?.as_str()?;
             let protocol = payload.get("protocol")?.as_str()?;

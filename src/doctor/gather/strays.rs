@@ -11,8 +11,8 @@ use super::tables::{Tables, named};
 use crate::backend;
 use crate::backend::iptables::listing::Listing;
 use crate::backend::iptables::rules::DNAT;
-use crate::backend::nftables::lost;
 use crate::backend::nftables::objects::Objects;
+use crate::backend::nftables::present::Present;
 use crate::backend::nftables::scaffold::TABLE;
 use crate::backend::nftables::upstream::TABLE as UPSTREAM_TABLE;
 use crate::error::Result;
@@ -137,7 +137,7 @@ fn in_nftables(host: &Host, records: &[&Record], facts: &mut Facts) {
 fn own_elements(records: &[&Record]) -> Result<Option<Orphan>> {
     let expected = Objects::of(records).elements;
     let mut strays = Vec::new();
-    for place in lost::present()?.elements.into_keys() {
+    for place in Present::read()?.elements.into_keys() {
         if !expected.contains_key(&place) {
             strays.push(format!("{} in {}", place.key_text(), place.set));
         }
@@ -146,7 +146,7 @@ fn own_elements(records: &[&Record]) -> Result<Option<Orphan>> {
     Ok(match (strays.is_empty(), records.is_empty()) {
         (false, _) => Some(Orphan {
             what: format!(
-                "table inet {TABLE} has {} of no attachment: {}",
+                "table inet {TABLE} has {} of no attachment that is recorded (the DEL of a container takes its own away): {}",
                 count(strays.len(), "element", "elements"),
                 some_of(&strays)
             ),

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use netlink_packet_core::{DefaultNla, Nla, parse_u32_be};
+use netlink_packet_core::{DefaultNla, Nla, parse_u32_be, parse_u64_be};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, DataAttribute, ListAttribute, RuleAttribute, SetAttribute, SetElementAttribute,
     SetElementList, TableAttribute,
@@ -26,6 +26,7 @@ const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
+const NFTA_RULE_HANDLE: u16 = 3;
 const NFTA_RULE_EXPRESSIONS: u16 = 4;
 const NFTA_RULE_USERDATA: u16 = 7;
 const NFTA_EXPR_DATA: u16 = 2;
@@ -162,6 +163,22 @@ impl NftReader {
         chain: &str,
     ) -> io::Result<Vec<Option<String>>> {
         self.rules(family, table, chain, |rule| find(rule, NFTA_RULE_USERDATA).and_then(comment))
+    }
+
+    /// Handle and comment of every rule of a chain, in the order of the rules; an empty comment for none.
+    pub fn rule_owners(
+        &mut self,
+        family: NftFamily,
+        table: &str,
+        chain: &str,
+    ) -> io::Result<Vec<(u64, String)>> {
+        let decode = |rule: &[u8]| {
+            let handle = parse_u64_be(find(rule, NFTA_RULE_HANDLE)?).ok()?;
+            let comment = find(rule, NFTA_RULE_USERDATA).and_then(comment);
+            Some((handle, comment.unwrap_or_default()))
+        };
+        let rules = self.rules(family, table, chain, decode)?;
+        Ok(rules.into_iter().flatten().collect())
     }
 
     /// The chain that every rule of a chain leads to, in the order of the rules, `None` for a rule
