@@ -42,6 +42,8 @@ pub struct Wish {
     masq_all: bool,
     mark: Option<u8>,
     conditions: bool,
+    /// Container ports of all containers that wish so are the same.
+    alike: bool,
 }
 
 /// One call.
@@ -62,16 +64,20 @@ fn wish() -> impl Strategy<Value = Wish> {
         prop::bool::weighted(0.2),
         prop::option::weighted(0.3, 13_u8..15),
         prop::bool::weighted(0.2),
+        any::<bool>(),
     )
-        .prop_map(|(mappings, families, host_prefix, snat, masq_all, mark, conditions)| Wish {
-            mappings,
-            families,
-            host_prefix,
-            snat,
-            masq_all,
-            mark,
-            conditions,
-        })
+        .prop_map(
+            |(mappings, families, host_prefix, snat, masq_all, mark, conditions, alike)| Wish {
+                mappings,
+                families,
+                host_prefix,
+                snat,
+                masq_all,
+                mark,
+                conditions,
+                alike,
+            },
+        )
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -139,8 +145,8 @@ fn record(container: usize, wish: &Wish, backend: BackendKind, order: u64) -> Re
         let mapping = Mapping {
             protocol: if *udp { Protocol::Udp } else { Protocol::Tcp },
             host_port: PORTS[*port],
-            // Tells the containers' mappings apart.
-            container_port: 1000 * u16::try_from(container + 1).unwrap()
+            container_port: 1000
+                * u16::try_from(if wish.alike { 1 } else { container + 2 }).unwrap()
                 + u16::try_from(number).unwrap(),
             host_ip: HOST_IPS[*host_ip].parse().ok(),
         };
@@ -305,6 +311,15 @@ proptest! {
     #[test]
     fn nftables_keeps_to_the_records(steps in steps()) {
         run(nftables::Fake::default(), &steps, true);
+    }
+
+    #[test]
+    fn nftables_tells_whose_everything_is(wishes in prop::collection::vec(wish(), 0..CONTAINERS)) {
+        let numbered = wishes.iter().enumerate().zip(1..);
+        let records: Vec<Record> = numbered
+            .map(|((id, wish), order)| record(id, wish, BackendKind::Nftables, order))
+            .collect();
+        nftables::assert_lost(&records);
     }
 
     #[test]

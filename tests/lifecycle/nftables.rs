@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use portmap::backend::nftables::objects::{Names, Objects, names_of};
+use portmap::backend::Unrecorded;
+use portmap::backend::nftables::lost::removal;
+use portmap::backend::nftables::objects::{Atom, Data, Element, Names, Objects, Place, names_of};
+use portmap::backend::nftables::present::Present;
 use portmap::backend::nftables::{scaffold, script};
 use portmap::facts::NodeFacts;
-use portmap::model::{BackendKind, Family};
+use portmap::model::{BackendKind, Family, Protocol};
 use portmap::record::{Part, Record};
 use serde_json::{Value, json};
 
@@ -15,14 +18,15 @@ use super::{Change, Packet, Table, parts};
 /// Stands for any match in a rule.
 pub const CONDITION: &str = "condition";
 
-/// The table `inet portmap`, if there is one. Comments of elements are left out: which of several
-/// records an element is said to belong to may depend on history.
+/// The table `inet portmap`, if there is one.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Fake(Option<Content>);
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 struct Content {
-    sets: BTreeMap<String, BTreeMap<String, Value>>,
+    /// Data and comment of each element.
+    sets: BTreeMap<String, BTreeMap<String, (Value, Value)>>,
+    /// Statements and comment of each rule, whose handle is its place.
     chains: BTreeMap<String, Vec<Value>>,
 }
 
@@ -33,6 +37,9 @@ impl Fake {
         let mut next = self.clone();
         for command in document["nftables"].as_array().unwrap() {
             next.command(command).map_err(|error| format!("{error}: {command}"))?;
+        }
+        for rules in next.0.iter_mut().flat_map(|table| table.chains.values_mut()) {
+            rules.retain(|rule| !rule.is_null());
         }
         next.complete()?;
         *self = next;
@@ -65,16 +72,28 @@ impl Fake {
                 let rules = table.chains.get_mut(chain).ok_or("ENOENT: the rule's chain")?;
                 rules.push(json!([object["expr"], object["comment"]]));
             }
+            ("delete", "rule") => {
+                let rules = table.chains.get_mut(object["chain"].as_str().unwrap());
+                let handle = usize::try_from(object["handle"].as_u64().unwrap()).unwrap();
+                let rule =
+                    rules.and_then(|rules| rules.get_mut(handle)).ok_or("ENOENT: the rule")?;
+                // Handles of the others stay what they are until the transaction's end.
+                *rule = Value::Null;
+            }
             (_, "element") => {
                 let set = table.sets.get_mut(&name).ok_or("ENOENT: the set")?;
                 for element in object["elem"].as_array().unwrap() {
-                    let (key, data) = element_of(element);
+                    let (key, data, comment) = element_of(element);
                     match verb.as_str() {
                         "delete" => drop(set.remove(&key).ok_or("ENOENT: the element")?),
-                        "add" if set.get(&key).is_some_and(|known| *known != data) => {
-                            return Err("EEXIST: an element with other data");
-                        }
-                        "add" => drop(set.insert(key, data)),
+                        "add" => match set.get(&key) {
+                            Some((known, _)) if *known != data => {
+                                return Err("EEXIST: an element with other data");
+                            }
+                            // As it is, with the comment that it has.
+                            Some(_) => {}
+                            None => drop(set.insert(key, (data, comment))),
+                        },
                         _ => return Err("an unknown verb"),
                     }
                 }
@@ -90,7 +109,7 @@ impl Fake {
             return Ok(());
         };
         let (mut jumps, mut lookups) = (BTreeSet::new(), BTreeSet::new());
-        let all = table.sets.values().flat_map(BTreeMap::values);
+        let all = table.sets.values().flat_map(BTreeMap::values).map(|(data, _)| data);
         for value in all.chain(table.chains.values().flatten()) {
             references(value, &mut jumps, &mut lookups);
         }
@@ -110,7 +129,52 @@ impl Fake {
     }
 
     fn element(&self, set: &str, key: &Value) -> Option<&Value> {
-        self.0.as_ref()?.sets.get(set)?.get(&key.to_string())
+        self.0.as_ref()?.sets.get(set)?.get(&key.to_string()).map(|(data, _)| data)
+    }
+
+    /// What attachments have, as it is read over netlink.
+    fn present(&self) -> Present {
+        let mut present = Present::default();
+        let table = self.0.clone().unwrap_or_default();
+        for (set, elements) in table.sets {
+            if ["uplinks", "listed_only", "nodes4", "nodes6"].contains(&set.as_str()) {
+                continue;
+            }
+            for (key, (data, comment)) in elements {
+                let key: Value = serde_json::from_str(&key).unwrap();
+                let atoms = key.get("concat").and_then(Value::as_array).cloned();
+                let atoms = atoms.unwrap_or_else(|| vec![key]).iter().map(atom).collect();
+                let data = match (&data, data.pointer("/jump/target").and_then(Value::as_str)) {
+                    (_, Some(chain)) => Data::Jump(chain.to_owned()),
+                    (Value::Null, _) => Data::None,
+                    (data, _) => match atom(data) {
+                        Atom::Ip(ip) => Data::Ip(ip),
+                        Atom::Port(port) => Data::Port(port),
+                        other => panic!("{other:?}"),
+                    },
+                };
+                if let Data::Jump(chain) = &data {
+                    let rules = table.chains[chain].iter().enumerate();
+                    let owner = |rule: &Value| rule[1].as_str().unwrap().to_owned();
+                    let rules = rules.map(|(at, rule)| (at as u64, owner(rule))).collect();
+                    present.chains.insert(chain.clone(), rules);
+                }
+                let owner = comment.as_str().unwrap_or_default().to_owned();
+                present
+                    .elements
+                    .insert(Place { set: set.clone(), key: atoms }, Element { data, owner });
+            }
+        }
+        present
+    }
+
+    /// DEL of an attachment without a record.
+    fn remove_lost(&mut self, lost: &Record, records: &[Record]) {
+        let unrecorded = Unrecorded::One { attachment: &lost.attachment, chain: None };
+        let records = || Ok(records.to_vec());
+        if let Some(removal) = removal(&self.present(), &unrecorded, &records).unwrap() {
+            self.apply(&removal.script).unwrap();
+        }
     }
 
     /// The first rule of a claim's chain that translates.
@@ -127,12 +191,30 @@ impl Fake {
     }
 }
 
-fn element_of(element: &Value) -> (String, Value) {
+/// Key, data and comment. That of an element which leads to a chain says nothing: its rules have their own.
+fn element_of(element: &Value) -> (String, Value, Value) {
     let (key, data) = match element.as_array().map(Vec::as_slice) {
         Some([key, data]) => (key, data.clone()),
         _ => (element, Value::Null),
     };
-    (key.pointer("/elem/val").unwrap_or(key).to_string(), data)
+    let comment = match data.get("jump") {
+        Some(_) => Value::Null,
+        None => key.pointer("/elem/comment").cloned().unwrap_or_default(),
+    };
+    (key.pointer("/elem/val").unwrap_or(key).to_string(), data, comment)
+}
+
+/// A component of a key, or what a map has.
+fn atom(value: &Value) -> Atom {
+    match value {
+        Value::Number(port) => Atom::Port(port.as_u64().unwrap().try_into().unwrap()),
+        Value::String(text) => match (text.parse(), Protocol::parse(text)) {
+            (Ok(ip), _) => Atom::Ip(ip),
+            (_, Some(protocol)) => Atom::Protocol(protocol),
+            _ => panic!("{text}"),
+        },
+        other => panic!("{other}"),
+    }
 }
 
 fn references(value: &Value, jumps: &mut BTreeSet<String>, sets: &mut BTreeSet<String>) {
@@ -209,23 +291,75 @@ impl Table for Fake {
     }
 }
 
+/// A table with all sets that any of the records needs, after transactions from some objects to others.
+fn built(records: &[Record], steps: &[(&Objects, &Objects)]) -> Fake {
+    let parts: BTreeSet<Part> = records.iter().flat_map(Record::parts).collect();
+    let mut commands = vec![json!({"add": {"table": {"family": "inet", "name": scaffold::TABLE}}})];
+    commands.extend(scaffold::commands(&parts));
+    let mut fake = Fake::default();
+    fake.apply(&json!({ "nftables": commands }).to_string()).unwrap();
+    for (before, after) in steps {
+        fake.apply(&script::change(before, after, None, &parts)).unwrap();
+    }
+    fake
+}
+
+fn of(records: &[Record]) -> Objects {
+    Objects::of(&records.iter().collect::<Vec<_>>())
+}
+
+/// Of one of the records, or of all: the kernel tells whose everything is.
+pub fn assert_lost(records: &[Record]) {
+    let none = Objects::default();
+    let whole = built(records, &[(&none, &of(records))]);
+    for (at, lost) in records.iter().enumerate() {
+        let mut others = records.to_vec();
+        others.remove(at);
+        let mut table = whole.clone();
+        table.remove_lost(lost, &others);
+        assert_eq!(table, built(records, &[(&none, &of(&others))]), "{:?}", lost.attachment);
+        let after = table.clone();
+        table.remove_lost(lost, &others);
+        assert_eq!(table, after, "twice");
+        // More are lost than this one.
+        others.retain(|other| other.order % 2 == 0);
+        let mut table = whole.clone();
+        table.remove_lost(lost, &others);
+        assert!(table.present().elements.values().all(|element| element.owner != lost.owner()));
+    }
+    let mut table = whole;
+    for lost in records {
+        let of_others = |present: &Present| {
+            let owner = lost.owner();
+            let is_others = |(_, element): &(_, &Element)| {
+                !matches!(element.data, Data::Jump(_)) && element.owner != owner
+            };
+            let elements: Vec<_> = present
+                .elements
+                .iter()
+                .filter(is_others)
+                .map(|(place, element)| (place.clone(), element.clone()))
+                .collect();
+            let rules = present.chains.iter().flat_map(|(chain, rules)| {
+                rules.iter().map(move |(_, of)| (chain.clone(), of.clone()))
+            });
+            (elements, rules.filter(|(_, of)| *of != owner).collect::<Vec<_>>())
+        };
+        let before = of_others(&table.present());
+        table.remove_lost(lost, &[]);
+        let after = table.present();
+        assert_eq!(of_others(&after), before, "{:?}", lost.attachment);
+        assert!(after.elements.values().all(|element| element.owner != lost.owner()));
+    }
+    assert_eq!(table, built(records, &[]), "something is left");
+}
+
 /// One transaction from the objects of these records to those of others, in a table that has all
 /// sets that either needs.
 pub fn assert_change(from: &[Record], to: &[Record]) {
-    let parts: BTreeSet<Part> = from.iter().chain(to).flat_map(Record::parts).collect();
-    let of = |records: &[Record]| Objects::of(&records.iter().collect::<Vec<_>>());
+    let all = [from, to].concat();
     let (none, from, to) = (Objects::default(), of(from), of(to));
-    let built = |steps: &[(&Objects, &Objects)]| {
-        let mut commands =
-            vec![json!({"add": {"table": {"family": "inet", "name": scaffold::TABLE}}})];
-        commands.extend(scaffold::commands(&parts));
-        let mut fake = Fake::default();
-        fake.apply(&json!({ "nftables": commands }).to_string()).unwrap();
-        for (before, after) in steps {
-            fake.apply(&script::change(before, after, None, &parts)).unwrap();
-        }
-        fake
-    };
+    let built = |steps: &[(&Objects, &Objects)]| built(&all, steps);
     assert_eq!(built(&[(&none, &from), (&from, &to)]), built(&[(&none, &to)]));
     assert_eq!(built(&[(&none, &from), (&from, &none)]), built(&[]), "ADD and DEL leave nothing");
     assert_eq!(built(&[(&none, &to), (&to, &to)]), built(&[(&none, &to)]));

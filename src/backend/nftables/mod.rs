@@ -2,7 +2,7 @@
 //! back element by element over netlink. Nothing is listed for an attachment that has a record.
 
 mod elements;
-mod lost;
+pub mod lost;
 pub mod objects;
 pub mod present;
 pub mod scaffold;
