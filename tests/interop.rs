@@ -398,7 +398,13 @@ fn rules_of_upstream_s_nftables_backend_are_spared_by_a_policy_of_denial() {
     let (code, text) = node.fails("ADD", &config, &attachment("ours"));
     assert!(code == 103 && text.contains("8010") && text.contains("theirs"), "{code} {text}");
     assert_same(&node.shell("nft list ruleset"), &before, "after a denied ADD");
-    // Its own are none of another's.
+    // Its own are none of another's, beside which they do not hide these.
+    node.shell(&format!("nft -f - <<'END'\n{}END\n", upstream_nftables("others", 11)));
+    let mut both = config.clone();
+    both["runtimeConfig"]["portMappings"] =
+        json!([mapping(8010, 80, "tcp"), mapping(8011, 80, "tcp")]);
+    let (code, text) = node.fails("ADD", &both, &attachment("theirs"));
+    assert!(code == 103 && text.contains("8011") && text.contains("others"), "{code} {text}");
     ours(&node, "ADD", &config, &attachment("theirs"));
     ours(&node, "DEL", &config, &attachment("theirs"));
     config["conflictPolicy"] = json!("takeover");
@@ -407,7 +413,8 @@ fn rules_of_upstream_s_nftables_backend_are_spared_by_a_policy_of_denial() {
     // What conditions do not match stays whose it was.
     config["conditionsV4"] = json!(["ip", "saddr", "192.0.2.0/24"]);
     config["prevResult"] = prev_result(&["198.18.2.11/24", "fd00:18::11/64"]);
-    ours(&node, "ADD", &config, &attachment("ours"));
+    let said = ours(&node, "ADD", &config, &attachment("ours")).stderr;
+    assert!(said.contains("which goes before the conditions of"), "{said}");
     assert!(node.shell("nft list table ip cni_hostport").contains("tcp dport 8010"));
     assert!(!node.shell("nft list table ip6 cni_hostport").contains("tcp dport 8010"));
     assert!(node.shell("nft list table ip6 cni_hostport").contains("tcp dport 8110"));

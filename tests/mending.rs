@@ -1000,7 +1000,7 @@ fn a_late_del_takes_nothing_from_whoever_took_the_port_over() {
 #[test]
 #[ignore = "privileged: makes network namespaces"]
 fn an_interface_s_record_may_be_lost_beside_its_sibling_s() {
-    for variant in [Variant::Nftables, Variant::Ebpf] {
+    for variant in VARIANTS {
         let lab = lab(Shape::Cilium, 1);
         let _servers = lab.pods[0].serve(&[80], &[]).unwrap();
         let node = Node::new(&lab.node, variant);

@@ -28,7 +28,7 @@ pub use gc::Collected;
 pub use health::Restored;
 use step::Lost;
 pub use survey::{lock_to_look, survey};
-pub use unrecorded::{contested_with_upstream, remove_unrecorded};
+pub use unrecorded::{behind_upstream, remove_unrecorded};
 
 /// What a flush came to.
 #[derive(Debug)]

@@ -38,19 +38,17 @@ pub fn remove_unrecorded(
     errors
 }
 
-/// Claims for which rules of upstream's nftables backend would go before the record's: those of eBPF see packets
-/// before any rule. What a record's conditions do not match is left to whoever has it.
+/// Claims for which rules of upstream's nftables backend would go before the record's, if there are any: programs
+/// of eBPF see packets before rules do.
 #[must_use]
-pub fn contested_with_upstream(host: &Host, record: &Record) -> BTreeSet<Claim> {
-    let mut claims = record.claims();
-    claims.retain(|claim| record.options.conditions(claim.family).is_empty());
+pub fn behind_upstream(host: &Host, record: &Record) -> BTreeSet<Claim> {
     let is_behind = match record.backend {
         BackendKind::Nftables => true,
         // To ask a kernel whose iptables are legacy would load nf_tables.
         BackendKind::Iptables => iptables::used(host, Family::V4) == Some(Variant::Nft),
         BackendKind::Ebpf => false,
     };
-    if is_behind { claims } else { BTreeSet::new() }
+    if is_behind { record.claims() } else { BTreeSet::new() }
 }
 
 /// The records of a backend that are to stay.
@@ -79,7 +77,18 @@ impl Engine<'_> {
     /// Lets the record have its claims where rules of upstream's nftables backend have them, too. Whether their
     /// container lives they do not tell; one that died without a DEL would have the port for good.
     pub fn take_from_upstream(&self, record: &Record, facts: &NodeFacts) {
-        let claims = contested_with_upstream(self.host, record);
+        let claims = behind_upstream(self.host, record);
+        // What conditions do not match is left to whoever has it.
+        let (claims, conditional): (BTreeSet<Claim>, _) = claims
+            .into_iter()
+            .partition(|claim| record.options.conditions(claim.family).is_empty());
+        let own = &record.attachment.container_id;
+        if let Some((claim, owner)) = nftables::taken_by_upstream(self.host, &conditional, own) {
+            self.host.warn(format!(
+                "{claim} belongs to container {owner} by upstream's portmap, which goes before the conditions of {}: `portmap doctor` says how to remove it",
+                record.attachment
+            ));
+        }
         if claims.is_empty() {
             return;
         }

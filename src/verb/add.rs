@@ -11,7 +11,7 @@ use crate::backend::nftables::taken_by_upstream;
 use crate::cni::envelope::Envelope;
 use crate::cni::invocation::Invocation;
 use crate::conf::{ConflictPolicy, DEFAULT_MARK_MASQ_BIT};
-use crate::engine::{Engine, contested_with_upstream};
+use crate::engine::{Engine, behind_upstream};
 use crate::error::{Error, Result};
 use crate::facts::{NodeFacts, is_bridge_of_pods};
 use crate::model::{BackendKind, Family};
@@ -266,12 +266,10 @@ fn resolve_conflicts(engine: &Engine, request: &Request, record: &Record) -> Res
         }
     }
     // Whether a container of upstream's plugin lives, its rules do not tell.
-    let contested = contested_with_upstream(engine.host, record);
-    match taken_by_upstream(engine.host, &contested) {
-        Some((claim, owner)) if owner != record.attachment.container_id => {
-            Err(Error::PortTaken { claim: claim.to_string(), owner })
-        }
-        _ => Ok(()),
+    let contested = behind_upstream(engine.host, record);
+    match taken_by_upstream(engine.host, &contested, &record.attachment.container_id) {
+        Some((claim, owner)) => Err(Error::PortTaken { claim: claim.to_string(), owner }),
+        None => Ok(()),
     }
 }
 

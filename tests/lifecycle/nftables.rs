@@ -308,6 +308,24 @@ fn of(records: &[Record]) -> Objects {
     Objects::of(&records.iter().collect::<Vec<_>>())
 }
 
+/// Elements at their places, and owners of rules with their chains.
+type Parts = (Vec<(Place, Element)>, Vec<(String, String)>);
+
+/// Elements and rules of owners, by their places and chains. Elements that lead to chains are nobody's.
+fn parts_of(present: &Present, is_theirs: impl Fn(&str) -> bool) -> Parts {
+    let elements = present
+        .elements
+        .iter()
+        .filter(|(_, element)| !matches!(element.data, Data::Jump(_)) && is_theirs(&element.owner));
+    let rules = present.chains.iter().flat_map(|(chain, rules)| {
+        rules.iter().map(move |(_, owner)| (chain.clone(), owner.clone()))
+    });
+    (
+        elements.map(|(place, element)| (place.clone(), element.clone())).collect(),
+        rules.filter(|(_, owner)| is_theirs(owner)).collect(),
+    )
+}
+
 /// Of one of the records, or of all: the kernel tells whose everything is.
 pub fn assert_lost(records: &[Record]) {
     let none = Objects::default();
@@ -321,35 +339,26 @@ pub fn assert_lost(records: &[Record]) {
         let after = table.clone();
         table.remove_lost(lost, &others);
         assert_eq!(table, after, "twice");
-        // More are lost than this one.
+        // More are lost than this one: they keep what they have.
+        let strangers: Vec<String> =
+            others.iter().filter(|other| other.order % 2 != 0).map(Record::owner).collect();
         others.retain(|other| other.order % 2 == 0);
+        let is_strangers = |owner: &str| strangers.iter().any(|stranger| stranger == owner);
+        let before = parts_of(&whole.present(), is_strangers);
         let mut table = whole.clone();
         table.remove_lost(lost, &others);
-        assert!(table.present().elements.values().all(|element| element.owner != lost.owner()));
+        assert_eq!(parts_of(&table.present(), is_strangers), before, "{:?}", lost.attachment);
+        let own = parts_of(&table.present(), |owner| owner == lost.owner());
+        assert_eq!(own, Default::default(), "{:?}", lost.attachment);
     }
     let mut table = whole;
     for lost in records {
-        let of_others = |present: &Present| {
-            let owner = lost.owner();
-            let is_others = |(_, element): &(_, &Element)| {
-                !matches!(element.data, Data::Jump(_)) && element.owner != owner
-            };
-            let elements: Vec<_> = present
-                .elements
-                .iter()
-                .filter(is_others)
-                .map(|(place, element)| (place.clone(), element.clone()))
-                .collect();
-            let rules = present.chains.iter().flat_map(|(chain, rules)| {
-                rules.iter().map(move |(_, of)| (chain.clone(), of.clone()))
-            });
-            (elements, rules.filter(|(_, of)| *of != owner).collect::<Vec<_>>())
-        };
-        let before = of_others(&table.present());
+        let is_others = |owner: &str| owner != lost.owner();
+        let before = parts_of(&table.present(), is_others);
         table.remove_lost(lost, &[]);
-        let after = table.present();
-        assert_eq!(of_others(&after), before, "{:?}", lost.attachment);
-        assert!(after.elements.values().all(|element| element.owner != lost.owner()));
+        assert_eq!(parts_of(&table.present(), is_others), before, "{:?}", lost.attachment);
+        let own = parts_of(&table.present(), |owner| owner == lost.owner());
+        assert_eq!(own, Default::default(), "{:?}", lost.attachment);
     }
     assert_eq!(table, built(records, &[]), "something is left");
 }

@@ -4,7 +4,7 @@ use super::flows::Suspects;
 use super::loaded::{self, Found};
 use super::{entries, failed, forget, objects, open, rule_out};
 use crate::backend::{Recorded, Unrecorded};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sys::Host;
 
 /// Takes an attachment's claims away. Where `records` have the same, they lead to these from then on.
@@ -20,13 +20,14 @@ pub fn remove(host: &Host, unrecorded: &Unrecorded, records: Recorded) -> Result
         Ok(Found::Loaded(loaded)) => loaded,
         Ok(Found::Missing(_)) => return Ok(()),
         // A newer portmap's maps, or a right that is lacking: runtimes would repeat this for ever.
-        Err(error) => {
+        Err(error) if error.is_newer() || is_refusal(&error) => {
             let details = error.details();
             host.warn(format!(
                 "what eBPF may have of {attachment}, which has no record, is left alone: {error}: {details}"
             ));
             return Ok(());
         }
+        Err(error) => return Err(error),
     };
     let owner = objects::owner_of(attachment);
     let mut lost = entries::claims(&loaded.maps).map_err(failed("read the eBPF maps"))?;
@@ -41,4 +42,14 @@ pub fn remove(host: &Host, unrecorded: &Unrecorded, records: Recorded) -> Result
     forget(host, &loaded, Suspects::Former(&former))?;
     rule_out(host, &loaded);
     Ok(())
+}
+
+/// Whether the kernel does not let this process use eBPF, or has none.
+fn is_refusal(error: &Error) -> bool {
+    use std::io::ErrorKind::{PermissionDenied, Unsupported};
+    let refuses = |kind| matches!(kind, PermissionDenied | Unsupported);
+    match error {
+        Error::Io { source, .. } => refuses(source.kind()),
+        other => matches!(other, Error::BackendUnusable { .. }),
+    }
 }

@@ -7,6 +7,7 @@ use super::{Listing, failed, marks, script};
 use crate::backend::{Desired, Unrecorded};
 use crate::error::Result;
 use crate::model::{Family, Forward};
+use crate::record::chain_name_of_interface;
 use crate::sys::Host;
 use crate::sys::command::ToolError;
 use crate::sys::iptables::{Variant, nat_tables, other_variant, restore_in, table_in};
@@ -71,37 +72,44 @@ pub fn remove_unrecorded(
     unrecorded: &Unrecorded,
     removed: &mut BTreeSet<Forward>,
 ) -> Result<()> {
-    if matches!(unrecorded, Unrecorded::One { chain: None, .. }) {
-        return Ok(());
-    }
+    let mut tables = Vec::new();
     for family in Family::ALL {
         for (variant, listing) in nat_tables(host, family) {
-            let listing = match listing {
-                Ok(listing) => listing,
+            match listing {
+                Ok(listing) => tables.push((family, variant, listing)),
                 Err(error @ ToolError::Busy { .. }) => {
                     return Err(failed("read the rules", family, error));
                 }
                 // What cannot be read holds nothing: no record says otherwise.
-                Err(_) => continue,
-            };
-            let chains: BTreeSet<String> = match unrecorded {
-                Unrecorded::One { chain, .. } => {
-                    chain.iter().map(|chain| (*chain).to_owned()).collect()
-                }
-                Unrecorded::AllBut { network, keep, recorded, .. } => listing
-                    .attachments()
-                    .into_iter()
-                    .filter(|found| {
-                        found.network == *network && !keep.contains(found.container_id.as_str())
-                    })
-                    .map(|found| found.chain)
-                    .filter(|chain| !recorded.contains(chain))
-                    .collect(),
-            };
-            restore_in(host, variant, family, &script::purge(&chains, &listing))
-                .map_err(|error| failed("remove the rules", family, error))?;
-            removed.extend(chains.iter().flat_map(|chain| listing.forwards(chain, family)));
+                Err(_) => {}
+            }
         }
+    }
+    // Which name an interface's chain got, its record said.
+    let own = match unrecorded {
+        Unrecorded::One { attachment, chain } => {
+            let of_interface = chain_name_of_interface(attachment);
+            let is_there = tables.iter().any(|(_, _, listing)| listing.has_chain(&of_interface));
+            if is_there { Some(of_interface) } else { chain.map(ToOwned::to_owned) }
+        }
+        Unrecorded::AllBut { .. } => None,
+    };
+    for (family, variant, listing) in tables {
+        let chains: BTreeSet<String> = match unrecorded {
+            Unrecorded::One { .. } => own.iter().cloned().collect(),
+            Unrecorded::AllBut { network, keep, recorded, .. } => listing
+                .attachments()
+                .into_iter()
+                .filter(|found| {
+                    found.network == *network && !keep.contains(found.container_id.as_str())
+                })
+                .map(|found| found.chain)
+                .filter(|chain| !recorded.contains(chain))
+                .collect(),
+        };
+        restore_in(host, variant, family, &script::purge(&chains, &listing))
+            .map_err(|error| failed("remove the rules", family, error))?;
+        removed.extend(chains.iter().flat_map(|chain| listing.forwards(chain, family)));
     }
     Ok(())
 }

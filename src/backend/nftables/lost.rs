@@ -27,43 +27,71 @@ pub fn removal(
     unrecorded: &Unrecorded,
     records: Recorded,
 ) -> Result<Option<Removal>> {
-    let own = Own::of(present, |owner| is_of(unrecorded, owner));
+    let is_theirs = |owner: &str| is_of(unrecorded, owner);
+    let own = Own::of(present, is_theirs);
     if own.is_nothing() {
         return Ok(None);
     }
     let records = records()?;
     let wanted = Objects::of(&records.iter().collect::<Vec<_>>());
-    let claims = own.claims(present);
-    let (mut before, mut after) = (Objects::default(), Objects::default());
-    let mut rules: Vec<(&str, u64)> = Vec::new();
-    for claim in &claims {
-        let names = names_of_claim(claim);
-        let wanted = wanted.clone().restricted_to(&names);
-        let is_wanted = wanted != Objects::default();
-        for place in &names.places {
-            let found = if is_wanted { &present.elements } else { &own.elements };
-            before.elements.extend(found.get(place).map(|found| (place.clone(), found.clone())));
+    let known: BTreeSet<String> = records.iter().map(Record::owner).collect();
+    // Of more attachments than these the records may be lost, or of a format that only a newer version reads.
+    let is_strangers = |owner: &str| !is_theirs(owner) && !known.contains(owner);
+    let ways = ways_into(present);
+    let mut change = Difference::default();
+    for claim in own.claims(&ways) {
+        let names = names_of_claim(&claim);
+        let (own_ways, halves): (Vec<&Place>, Vec<&Place>) =
+            names.places.iter().partition(|place| place.set.ends_with("_own"));
+        let is_left = |place: &Place| {
+            present.elements.get(place).is_some_and(|found| is_strangers(&found.owner))
+        };
+        if !halves.iter().any(|place| is_left(place)) {
+            halves.iter().for_each(|place| change.exchange(place, present, &wanted));
         }
-        for (chain, all) in present.chains.iter().filter(|(chain, _)| names.chains.contains(*chain))
-        {
-            let theirs = own.chains.get(chain.as_str()).map_or(&[][..], Vec::as_slice);
-            if is_wanted || theirs.len() == all.len() {
-                before.chains.insert(chain.clone(), Vec::new());
-                before.elements.extend(leading_to(present, chain));
-            } else {
-                // Others have rules there that no record tells of, either.
-                rules.extend(theirs.iter().map(|handle| (chain.as_str(), *handle)));
+        for chain in &names.chains {
+            let rules = present.chains.get(chain).map_or(&[][..], Vec::as_slice);
+            let of_others = || rules.iter().map(|(_, owner)| owner).filter(|of| !is_theirs(of));
+            let wanted_rules = wanted.chains.get(chain);
+            let are_right =
+                wanted_rules.is_some_and(|wanted| of_others().eq(wanted.iter().map(|(_, of)| of)));
+            if are_right || of_others().any(|owner| is_strangers(owner)) {
+                let handles = own.chains.get(chain.as_str()).into_iter().flatten();
+                change.rules.extend(handles.map(|handle| (chain.clone(), *handle)));
+                continue;
             }
+            own_ways.iter().for_each(|place| change.exchange(place, present, &wanted));
+            if present.chains.contains_key(chain) {
+                change.before.chains.insert(chain.clone(), Vec::new());
+            }
+            change.after.chains.extend(wanted_rules.map(|rules| (chain.clone(), rules.clone())));
         }
-        after.elements.extend(wanted.elements);
-        after.chains.extend(wanted.chains);
     }
-    for (place, element) in own.elements.iter().filter(|(place, _)| claim_of(place).is_none()) {
-        before.elements.insert(place.clone(), element.clone());
-        after.elements.extend(wanted.elements.get(place).map(|one| (place.clone(), one.clone())));
+    for place in own.elements.keys().filter(|place| claim_of(place).is_none()) {
+        change.exchange(place, present, &wanted);
     }
-    let script = script::removal(&rules, &before, &after);
-    Ok(Some(Removal { script, forwards: own.forwards(present) }))
+    let Difference { rules, before, after } = &change;
+    let script = script::removal(rules, before, after);
+    Ok(Some(Removal { script, forwards: own.forwards(&ways) }))
+}
+
+/// From what there is to what should be.
+#[derive(Default)]
+struct Difference {
+    /// Chains and handles.
+    rules: Vec<(String, u64)>,
+    before: Objects,
+    after: Objects,
+}
+
+impl Difference {
+    fn exchange(&mut self, place: &Place, present: &Present, wanted: &Objects) {
+        let at = |elements: &BTreeMap<Place, Element>| {
+            elements.get(place).map(|element| (place.clone(), element.clone()))
+        };
+        self.before.elements.extend(at(&present.elements));
+        self.after.elements.extend(at(&wanted.elements));
+    }
 }
 
 /// What is of none of the records, which are all of the backend's, by whom it is of.
@@ -88,6 +116,7 @@ pub fn leftovers(present: &Present, records: &[Record]) -> Vec<Leftover> {
     let owners: BTreeSet<&str> = (of_elements.map(|element| element.owner.as_str()))
         .chain(of_rules.map(|(_, owner)| owner.as_str()))
         .collect();
+    let ways = ways_into(present);
     let leftover = |owner: &str| {
         let (container_id, _, network) = parts_of(owner).unwrap_or_default();
         Leftover {
@@ -95,7 +124,7 @@ pub fn leftovers(present: &Present, records: &[Record]) -> Vec<Leftover> {
             object: format!("table inet {TABLE}"),
             network: network.to_owned(),
             container_id: container_id.to_owned(),
-            forwards: Own::of(&strange, |of| of == owner).forwards(present),
+            forwards: Own::of(&strange, |of| of == owner).forwards(&ways),
         }
     };
     owners.into_iter().map(leftover).collect()
@@ -129,21 +158,20 @@ impl<'a> Own<'a> {
         self.elements.is_empty() && self.chains.is_empty()
     }
 
-    fn claims(&self, present: &Present) -> BTreeSet<Claim> {
-        let by_rules = self.chains.keys().flat_map(|chain| leading_to(present, chain));
-        let by_rules = by_rules.filter_map(|(place, _)| claim_of(&place));
+    fn claims(&self, ways: &Ways) -> BTreeSet<Claim> {
+        let by_rules = self.chains.keys().filter_map(|chain| ways.get(chain)).copied();
         self.elements.keys().filter_map(claim_of).chain(by_rules).collect()
     }
 
     /// A rule's target is not read: the pod's port is in the key of what is masqueraded.
-    fn forwards(&self, present: &Present) -> BTreeSet<Forward> {
+    fn forwards(&self, ways: &Ways) -> BTreeSet<Forward> {
         let half = |claim: &Claim, suffix: &str| {
             let places = names_of_claim(claim).places;
             let place = places.into_iter().find(|place| place.set.ends_with(suffix))?;
             self.elements.get(&place).map(|element| element.data.clone())
         };
         let mut forwards = BTreeSet::new();
-        for claim in self.claims(present) {
+        for claim in self.claims(ways) {
             if let (Some(Data::Ip(ip)), Some(Data::Port(port))) =
                 (half(&claim, "_addr"), half(&claim, "_port"))
             {
@@ -172,11 +200,17 @@ fn is_jump(element: &Element) -> bool {
     matches!(element.data, Data::Jump(_))
 }
 
-/// The elements by which packets come into a chain.
-fn leading_to(present: &Present, chain: &str) -> Vec<(Place, Element)> {
-    let leads = |element: &Element| matches!(&element.data, Data::Jump(to) if to == chain);
-    let found = present.elements.iter().filter(|(_, element)| leads(element));
-    found.map(|(place, element)| (place.clone(), element.clone())).collect()
+/// The claims whose packets come into chains, by the names of these.
+type Ways<'a> = BTreeMap<&'a str, Claim>;
+
+fn ways_into(present: &Present) -> Ways<'_> {
+    let mut ways = Ways::new();
+    for (place, element) in &present.elements {
+        if let (Data::Jump(chain), Some(claim)) = (&element.data, claim_of(place)) {
+            ways.insert(chain, claim);
+        }
+    }
+    ways
 }
 
 /// Whether a comment names an attachment that is to go.
@@ -396,8 +430,12 @@ mod tests {
             assert_eq!(commands(Some(&gone)), [&[rule.as_str()][..], &of_sets].concat());
             assert_eq!(gone.forwards.len(), 1, "flows4 tells the pod's port");
         }
-        // The other's record tells what is to be there.
-        let gone = del(&a, &present, &[&b]).unwrap();
+        // The other's record says the same.
+        assert_eq!(del(&a, &present, &[&b]).unwrap(), del(&a, &present, &[]).unwrap());
+        // It says more than is there.
+        let mut damaged = present.clone();
+        damaged.chains.values_mut().for_each(|rules| rules.truncate(1));
+        let gone = del(&a, &damaged, &[&b]).unwrap();
         let again = ["flush chain any4_udp_80", "add rule any4_udp_80"];
         assert_eq!(commands(Some(&gone)), [&of_sets[..], &again].concat());
         // The last one takes the chain along.
@@ -423,6 +461,26 @@ mod tests {
             assert!(lines.iter().any(|one| one == line), "{line}: {lines:?}");
         }
         assert!(!lines.iter().any(|one| one.contains("_addr")), "{lines:?}");
+    }
+
+    /// Its record is lost, too: no older record has its port.
+    #[test]
+    fn a_living_stranger_keeps_what_it_has() {
+        let mapping = "tcp 80 8080";
+        let older = pod("older", "10.0.0.2/24", mapping, 1);
+        let stranger = pod("stranger", "10.0.0.3/24", mapping, 2);
+        let lost = conditional(pod("lost", "10.0.0.4/24", mapping, 3));
+        let all = [&older, &stranger, &lost];
+        for older in [older.clone(), conditional(older.clone())] {
+            let gone = del(&lost, &table(&[&all]), &[&older]).unwrap();
+            let lines = commands(Some(&gone));
+            assert!(!lines.iter().any(|line| line.contains("_addr") || line.contains("_port")));
+        }
+        let stranger = conditional(stranger);
+        let gone = del(&lost, &table(&[&[&older, &stranger, &lost]]), &[&older]).unwrap();
+        let lines = commands(Some(&gone));
+        assert!(lines.contains(&"delete rule any4_tcp_80 0".to_owned()), "{lines:?}");
+        assert!(!lines.iter().any(|line| line.contains("chain")), "{lines:?}");
     }
 
     #[test]

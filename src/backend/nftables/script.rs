@@ -95,8 +95,8 @@ fn fact_elements(places: Vec<Place>) -> Vec<(Place, Element)> {
 /// Takes rules away by their chains and handles, and goes from one state of some objects to another. Empty if
 /// there is nothing to be done.
 #[must_use]
-pub fn removal(rules: &[(&str, u64)], before: &Objects, after: &Objects) -> String {
-    let rule = |(chain, handle): &(&str, u64)| json!({"delete": {"rule": {"family": "inet", "table": TABLE, "chain": chain, "handle": handle}}});
+pub fn removal(rules: &[(String, u64)], before: &Objects, after: &Objects) -> String {
+    let rule = |(chain, handle): &(String, u64)| json!({"delete": {"rule": {"family": "inet", "table": TABLE, "chain": chain, "handle": handle}}});
     let mut commands: Vec<Value> = rules.iter().map(rule).collect();
     commands.extend(difference(before, after));
     match commands.is_empty() {

@@ -24,19 +24,24 @@ pub fn take_from_upstream(host: &Host, claims: &BTreeSet<Claim>) -> Result<Vec<(
     Ok(gone.into_iter().filter_map(|rule| Some((rule.forward?, rule.container_id))).collect())
 }
 
-/// Which of the claims a container of upstream's plugin has, and its ID. What cannot be read is a warning of the
-/// host.
-pub fn taken_by_upstream(host: &Host, claims: &BTreeSet<Claim>) -> Option<(Claim, String)> {
-    let (_, rules): (Vec<_>, Vec<_>) = rules_of_upstream(host, &HOST_PORTS).into_iter().unzip();
-    for rules in rules {
-        match rules {
-            Ok(rules) => {
-                let taken = rules.into_iter().find(|rule| has_one_of(rule, claims));
-                if let Some(Rule { forward: Some(forward), container_id, .. }) = taken {
-                    return Some((forward.claim, container_id));
-                }
-            }
-            Err(error) => host.warn(format!("rules of upstream's portmap cannot be read: {error}")),
+/// Which of the claims another container than this one has by upstream's plugin, and its ID. What cannot be read is a
+/// warning of the host.
+pub fn taken_by_upstream(
+    host: &Host,
+    claims: &BTreeSet<Claim>,
+    container_id: &str,
+) -> Option<(Claim, String)> {
+    if claims.is_empty() {
+        return None;
+    }
+    for (_, rules) in rules_of_upstream(host, &HOST_PORTS) {
+        let rules = rules.unwrap_or_else(|error| {
+            host.warn(format!("rules of upstream's portmap cannot be read: {error}"));
+            Vec::new()
+        });
+        let is_others = |rule: &Rule| rule.container_id != container_id && has_one_of(rule, claims);
+        if let Some(rule) = rules.into_iter().find(is_others) {
+            return rule.forward.map(|forward| (forward.claim, rule.container_id));
         }
     }
     None
