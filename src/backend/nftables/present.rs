@@ -21,9 +21,7 @@ impl Present {
     /// Everything there is; nothing where the kernel has no nf_tables.
     pub fn read() -> Result<Self> {
         let failed = |error| Error::io("read the nftables rules (netlink)", error);
-        let mut present = Present::of_kernel().map_err(failed)?;
-        present.join_halves();
-        Ok(present)
+        Present::of_kernel().map_err(failed)
     }
 
     fn of_kernel() -> io::Result<Self> {
@@ -53,22 +51,5 @@ impl Present {
             }
         }
         Ok(present)
-    }
-
-    /// A claim's target is in two maps. Only one of the halves may have been written anew when it changed
-    /// hands (by versions before 0.1): the address tells whose both are.
-    pub(super) fn join_halves(&mut self) {
-        let owner_of_address = |place: &Place| {
-            let set = format!("{}_addr", place.set.strip_suffix("_port")?);
-            let address = self.elements.get(&Place { set, key: place.key.clone() })?;
-            Some((place.clone(), address.owner.clone()))
-        };
-        let owners: Vec<(Place, String)> =
-            self.elements.keys().filter_map(owner_of_address).collect();
-        for (place, owner) in owners {
-            if let Some(port) = self.elements.get_mut(&place) {
-                port.owner = owner;
-            }
-        }
     }
 }
