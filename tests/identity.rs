@@ -303,7 +303,10 @@ fn without_pins(node: &Node, before: &State) {
 /// Every file below a directory as the node's mount namespace shows it, with its content.
 fn files(node: &Node, dir: &Path) -> String {
     node.shell(&format!("find {} -type f | sort | xargs md5sum", dir.join("records").display()))
-        + &node.shell(&format!("find {} -type f | sort", dir.join("index").display()))
+        + &node.shell(&format!(
+            "find {} ! -type d -printf '%p %l\\n' | sort",
+            dir.join("index").display()
+        ))
 }
 
 #[test]
@@ -344,6 +347,36 @@ fn a_full_state_directory_fails_add_and_leaves_everything_as_it_was() {
         assert!(files(&node, &dir).lines().count() <= 1);
         node.shell(&format!("rm {}", fill.display()));
         node.ok("ADD", &config(1, 8081), &second);
+        node.ok("DEL", &config(1, 8081), &second);
+
+        // One of two who share a port, where there is no room for another file.
+        let shared = |pod: usize| {
+            let mut of_address = mapping(8080, 80, "tcp");
+            of_address["hostIP"] = json!(format!("127.0.0.{}", pod + 2));
+            node.config(json!([of_address]), support::prev_result(&lab, pod, "1.0.0"))
+        };
+        let empty = state(&node);
+        node.ok("ADD", &shared(0), &first);
+        let before = state(&node);
+        node.ok("ADD", &shared(1), &second);
+        let many = dir.join("many");
+        node.shell(&format!(
+            "mkdir {0}; mount -o remount,nr_inodes=1000 {1}
+             seq 1000 | (cd {0}; xargs -n 1 touch 2>/dev/null) || true",
+            many.display(),
+            dir.display()
+        ));
+        node.ok("DEL", &shared(1), &second);
+        assert_as_before(&node, &before, "with a full state directory");
+        node.ok("CHECK", &shared(0), &first);
+        node.shell(&format!("rm -r {}", many.display()));
+        node.ok("ADD", &shared(1), &second);
+        node.ok("CHECK", &shared(1), &second);
+        for (pod, attachment) in [&first, &second].into_iter().enumerate() {
+            node.ok("DEL", &shared(pod), attachment);
+        }
+        assert_as_before(&node, &empty, "after all of them");
+        assert_eq!(files(&node, &dir).lines().count(), 1, "{variant:?}");
     }
 }
 

@@ -26,7 +26,7 @@ mod support;
 mod upgrade;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -243,8 +243,14 @@ impl<'a> Trial<'a> {
         };
         lines.extend(self.lab.node.run(read).unwrap());
         for kind in ["records", "index"] {
-            let found = raw::files_below(&self.node.state_dir.join(kind));
-            let mut names: Vec<_> = found.iter().map(|path| path.display().to_string()).collect();
+            let mut found = raw::files_below(&self.node.state_dir.join(kind));
+            // What is written anew under this name: one at most is left, and the next takes its place.
+            found.retain(|path| !path.ends_with(".tmp"));
+            let name = |path: &PathBuf| {
+                let target = std::fs::read_link(path).unwrap_or_default();
+                format!("{} {}", path.display(), target.display())
+            };
+            let mut names: Vec<_> = found.iter().map(name).collect();
             names.sort();
             lines.extend(names);
         }

@@ -84,7 +84,14 @@ impl IndexKey {
         Some((Protocol::parse(protocol)?, port.parse().ok()?))
     }
 
-    /// Directory and name of the key.
+    /// Whether so many records have one key of a kind, named as in [`IndexKey::path`], as have something to do
+    /// with each other: often one, seldom several. Of other kinds all records of a node may have the same.
+    #[must_use]
+    pub fn is_of_few(kind: &str) -> bool {
+        matches!(kind, "ports" | "pods" | "chains")
+    }
+
+    /// Kind and name of the key.
     #[must_use]
     pub fn path(&self) -> (Cow<'_, str>, Cow<'_, str>) {
         match self {

@@ -18,6 +18,7 @@ pub mod programs;
 pub mod strace;
 pub mod versions;
 
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -303,15 +304,20 @@ impl Drop for Node<'_> {
     }
 }
 
-/// Content of every file below a directory, by its path.
+/// Content of every file below a directory, or where a link leads, by its path.
 pub fn files_of(dir: &Path) -> std::collections::BTreeMap<PathBuf, Vec<u8>> {
     let mut files = std::collections::BTreeMap::new();
     for entry in std::fs::read_dir(dir).into_iter().flatten() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => files.extend(files_of(&path)),
-            false => drop(files.insert(path.clone(), std::fs::read(&path).unwrap())),
+        if path.is_dir() {
+            files.extend(files_of(&path));
+            continue;
         }
+        let content = match std::fs::read_link(&path) {
+            Ok(target) => target.into_os_string().into_vec(),
+            Err(_) => std::fs::read(&path).unwrap(),
+        };
+        files.insert(path, content);
     }
     files
 }

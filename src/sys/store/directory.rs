@@ -7,11 +7,10 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, open};
 
-use super::index::dir_of;
+use super::index::dir_of_backend;
 use super::{MOVING, moving_name, record_path};
 use crate::error::{Error, Result};
 use crate::model::BackendKind;
-use crate::record::IndexKey;
 use crate::sys::file::read_to_string;
 
 /// Whether there is anything of a record, without a lock: for the calls that have nothing to do.
@@ -57,8 +56,7 @@ pub(super) fn is_another(known: &str, boot_id: &str) -> bool {
 /// Whether some record has this backend, without a lock: for the calls that have nothing to do.
 #[must_use]
 pub fn uses_backend(dir: &Path, kind: BackendKind) -> bool {
-    fs::read_dir(dir.join(dir_of(&IndexKey::Backend(kind))))
-        .is_ok_and(|mut entries| entries.next().is_some())
+    fs::read_dir(dir.join(dir_of_backend(kind))).is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// A note, without a lock and whenever it was made: a whole one, or none.

@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     Access, AtFlags, FileType, Mode, OFlags, accessat, fsync, linkat, mkdirat, mknodat, openat,
-    renameat, unlinkat,
+    readlinkat, renameat, symlinkat, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Result};
 use crate::sys::{directory, file};
+
+/// The longest text for a symbolic link: XFS takes the shortest ones (`XFS_SYMLINK_MAXLEN`, 1024).
+const LONGEST_LINK: usize = 1000;
 
 /// The state directory, and its files by their names below it. It is open: its own path is walked once
 /// and not for each of them.
@@ -140,14 +143,48 @@ impl Files {
     /// Old or new content, never half: temporary file, fsync, rename. The name of the temporary file is
     /// fixed, since the lock admits one writer, so a kill leaves at most one behind.
     pub fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        let dir = name.rfind('/').map_or("", |end| &name[..=end]);
-        let temporary = [dir, ".tmp"].concat();
+        let temporary = temporary(name);
         let written = self.write(&temporary, content).and_then(|()| self.rename(&temporary, name));
         if written.is_err() {
             // The error of the write is the one to report.
             drop(self.remove(&temporary));
         }
         written
+    }
+
+    /// Makes a file of one short line if there is none by the name, and its directory, and says whether there
+    /// was none. It is a symbolic link to nowhere with the line for a target, as long as that is short enough:
+    /// one system call makes it, reads it or removes it.
+    pub fn make_line(&self, name: &str, line: &str) -> io::Result<bool> {
+        let make = || match symlinkat(line, &self.dir, name) {
+            Ok(()) => Ok(true),
+            Err(Errno::EXIST) => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+        self.with_parent(name, make).map(|(made, _)| made)
+    }
+
+    /// What [`Files::make_line`] or [`Files::replace_line`] has written, if it is there.
+    pub fn read_line(&self, name: &str) -> io::Result<Option<String>> {
+        match readlinkat(&self.dir, name, Vec::new()) {
+            Ok(line) => line.into_string().map(Some).map_err(io::Error::other),
+            Err(Errno::NOENT) => Ok(None),
+            // No link.
+            Err(Errno::INVAL) => self.read(name)?.map(file::text).transpose(),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Puts another line in the place of one, at once.
+    pub fn replace_line(&self, name: &str, line: &str) -> io::Result<()> {
+        let temporary = temporary(name);
+        // A kill may have left one, which would be followed or be in the way.
+        self.remove(&temporary)?;
+        if line.len() > LONGEST_LINK {
+            return self.replace(name, line.as_bytes());
+        }
+        symlinkat(line, &self.dir, &temporary)?;
+        self.rename(&temporary, name)
     }
 
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
@@ -176,6 +213,11 @@ impl Files {
     pub fn failed(&self, action: &str, name: &str, error: io::Error) -> Error {
         Error::io(format!("{action} {}", self.path(name).display()), error)
     }
+}
+
+fn temporary(name: &str) -> String {
+    let dir = name.rfind('/').map_or("", |end| &name[..=end]);
+    [dir, ".tmp"].concat()
 }
 
 pub(super) fn ignore_absent(result: io::Result<()>) -> io::Result<()> {

@@ -85,6 +85,7 @@ fn share(mut file: File) -> Result<Option<Flock<File>>, Errno> {
 #[allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::symlink;
 
     use super::*;
     use crate::model::BackendKind;
@@ -104,8 +105,10 @@ mod tests {
         store.set_note("pending", Some("x")).unwrap();
         // What kills leave.
         fs::write(dir.join("records/b.in"), "half").unwrap();
-        fs::create_dir_all(dir.join("index/ports/tcp-80")).unwrap();
-        fs::write(dir.join("index/ports/tcp-80/gone"), "").unwrap();
+        let port = dir.join("index/ports/tcp-80");
+        let line = format!("{}/gone", one.id());
+        fs::remove_file(&port).unwrap();
+        symlink(&line, &port).unwrap();
         let busy = Store::look(&dir, "boot").unwrap();
         let own = format!("process {} (", std::process::id());
         assert!(
@@ -121,9 +124,10 @@ mod tests {
         store.set_note("pending", None).unwrap();
         // Readers do not exclude each other.
         assert!(matches!(Store::look(&dir, "boot").unwrap(), Looked::Store(_)));
-        for left in ["records/b.in", "index/ports/tcp-80/gone", "notes/pending"] {
+        for left in ["records/b.in", "notes/pending"] {
             assert!(dir.join(left).exists(), "{left}");
         }
+        assert_eq!(fs::read_link(&port).unwrap().to_str(), Some(&*line));
         assert!(matches!(Store::look(&dir, "next").unwrap(), Looked::OtherBoot(1)));
         assert!(dir.join("records").exists());
         drop(store);

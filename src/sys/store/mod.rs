@@ -5,7 +5,8 @@
 //! boot                          boot id for which the rest holds
 //! records/<id>.json             one record per attachment
 //! records/<id>.in, <id>.out     one on its way in or out: its index entries may still exist
-//! index/<kind>/<key>/<id>       empty files: which records have this port, pod address, chain …
+//! index/<kind>/<key>            which records have this port, pod address, chain …: a link with their
+//!                               ids for a target, or a directory with empty files
 //! notes/<name>                  small facts, such as the backend that was found to work; one that is a
 //!                               record may be a second name of the record's file
 //! ```
@@ -39,7 +40,7 @@ pub use directory::{
     check_usable, has_records, is_of_another_boot, is_recorded, note_of, refusal, uses_backend,
 };
 use file::{Files, ignore_absent};
-use index::index_dir;
+use index::Place;
 use lock::{LOCK_DEADLINE, lock};
 pub use look::Looked;
 
@@ -319,8 +320,9 @@ impl Store {
         self.clear_moving(id)?;
         self.remove_file(id)?;
         self.users.borrow_mut().clear();
-        keys.iter()
-            .try_for_each(|(kind, name)| self.index_entry_remove(&index_dir(kind, name), id, false))
+        keys.iter().try_for_each(|(kind, name)| {
+            self.index_entry_remove(&Place::new(kind, name), id, None).map(drop)
+        })
     }
 }
 
@@ -463,6 +465,42 @@ mod tests {
     }
 
     #[test]
+    fn a_key_may_have_more_users_than_a_link_has_room_for() {
+        let dir = Dir::new("users");
+        let store = Store::open(&dir.0, "boot").unwrap();
+        let before = dir.files();
+        let ids: Vec<String> = (0..50).map(|number| format!("{number:032x}")).collect();
+        let key = IndexKey::Port(Protocol::Tcp, 80);
+        let path = dir.0.join("index/ports/tcp-80");
+        let again = || Store::new(Files::new(&dir.0, open_state_dir(&dir.0).unwrap()), None);
+        let listed = |store: &Store| {
+            let of_all = ids.iter().filter(|id| !store.index_of(id).unwrap().is_empty());
+            of_all.cloned().collect::<Vec<_>>()
+        };
+        for (number, id) in ids.iter().enumerate() {
+            // Of a store that knows what it has written, and of one that reads it.
+            let other = again();
+            let store = if number % 2 == 0 { &store } else { &other };
+            store.index_add(&key, id).unwrap();
+            store.index_add(&key, id).unwrap();
+            // What a kill has left is neither followed nor in the way.
+            let left = dir.0.join("index/ports/.tmp");
+            std::os::unix::fs::symlink("../../boot", left).unwrap();
+            assert_eq!(listed(&again()), ids[..=number]);
+        }
+        assert!(path.is_file() && !path.is_symlink());
+        assert_eq!(fs::read_to_string(dir.0.join("boot")).unwrap(), "boot");
+        for (number, id) in ids.iter().enumerate() {
+            again().index_remove(&key, id).unwrap();
+            again().index_remove(&key, id).unwrap();
+            assert_eq!(listed(&again()), ids[number + 1..]);
+        }
+        assert!(!path.is_file() && !path.is_symlink());
+        fs::remove_file(dir.0.join("index/ports/.tmp")).ok();
+        assert_eq!(dir.files(), before);
+    }
+
+    #[test]
     fn what_a_kill_leaves_of_a_record_goes_with_the_next_change() {
         let with = |ports: &[&str], order| {
             record("a", &["10.0.0.2/24"], ports, BackendKind::Iptables, order)
@@ -483,7 +521,7 @@ mod tests {
                 if does_put {
                     put(&store, &new, None);
                     let port = dir.0.join("index/ports/tcp-80");
-                    assert!(!port.exists(), "{way}: {:?}", dir.files());
+                    assert!(!port.is_symlink(), "{way}: {:?}", dir.files());
                 }
                 store.remove(&new).unwrap();
                 assert_eq!(dir.files(), before, "{way} {does_put}");
