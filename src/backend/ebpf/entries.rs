@@ -46,15 +46,26 @@ pub fn change(
     Ok(former)
 }
 
+/// A port that programs skip has no claims, whatever its number says (see [`plan`]): most that come need one
+/// look for 64 of them.
 fn present_at(maps: &Maps, keys: &BTreeSet<ClaimKey>, after: &Claims) -> io::Result<Present> {
+    let words = words(maps, after.keys().filter(|key| keys.contains(key)).map(ClaimKey::port))?;
+    let is_skipped = |port: u16| {
+        let (index, bit) = port_bit(port);
+        words.get(&index).is_some_and(|word| word & bit == 0)
+    };
     let mut present = Present::default();
-    for key in keys {
+    for key in keys.iter().filter(|key| !is_skipped(key.port())) {
         present.claims.extend(get(maps, key)?.map(|value| (*key, value)));
     }
-    for key in plan::also_asked(&present.claims, keys, after) {
+    let mut asked = plan::also_asked(&present.claims, keys, after);
+    asked.retain(|key| !is_skipped(key.port()));
+    for key in asked {
         present.claims.extend(get(maps, &key)?.map(|value| (key, value)));
     }
-    for port in plan::counted_anew(&present.claims, keys, after) {
+    let mut counted = plan::counted_anew(&present.claims, keys, after);
+    counted.retain(|port| !is_skipped(*port));
+    for port in counted {
         present.uses.insert(port, read_uses(maps, port)?);
     }
     Ok(present)
@@ -311,23 +322,27 @@ fn write_uses(maps: &Maps, uses: &[(u16, u32)]) -> io::Result<()> {
     Ok(())
 }
 
-fn word(maps: &Maps, index: u32) -> io::Result<u64> {
-    let value = maps.ports.get(index.as_bytes())?;
-    Ok(value.and_then(|value| u64::read_from_bytes(&value).ok()).unwrap_or_default())
+/// The words in which the ports have their bits.
+fn words(maps: &Maps, ports: impl Iterator<Item = u16>) -> io::Result<BTreeMap<u32, u64>> {
+    let indices: BTreeSet<u32> = ports.map(|port| port_bit(port).0).collect();
+    let word = |index: u32| {
+        let value = maps.ports.get(index.as_bytes())?;
+        let word = value.and_then(|value| u64::read_from_bytes(&value).ok());
+        Ok((index, word.unwrap_or_default()))
+    };
+    indices.into_iter().map(word).collect()
 }
 
 fn is_watched(maps: &Maps, port: u16) -> io::Result<bool> {
     let (index, bit) = port_bit(port);
-    Ok(word(maps, index)? & bit != 0)
+    Ok(words(maps, [port].into_iter())?.get(&index).is_some_and(|word| word & bit != 0))
 }
 
 fn set_bits(maps: &Maps, ports: impl Iterator<Item = u16>, on: bool) -> io::Result<()> {
-    let mut words: BTreeMap<u32, u64> = BTreeMap::new();
-    for (index, bit) in ports.map(port_bit) {
-        *words.entry(index).or_default() |= bit;
-    }
-    for (index, bits) in words {
-        let before = word(maps, index)?;
+    let ports: Vec<u16> = ports.collect();
+    for (index, before) in words(maps, ports.iter().copied())? {
+        let of_word = ports.iter().map(|port| port_bit(*port)).filter(|(of, _)| *of == index);
+        let bits = of_word.fold(0, |bits, (_, bit)| bits | bit);
         let after = if on { before | bits } else { before & !bits };
         if before != after {
             maps.ports.put(index.as_bytes(), after.as_bytes())?;
