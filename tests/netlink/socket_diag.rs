@@ -44,11 +44,17 @@ fn own() -> BTreeSet<IpAddr> {
     ADDRESSES.map(|address| address.parse().unwrap()).into()
 }
 
+/// Of many claims sockets are listed, of few they are looked up; a claim's answer is the same.
 fn ask(protocol: Protocol, port: u16) -> Answers {
     let one = |family, address: Option<&str>| {
         let address: Option<IpAddr> = address.map(|text| text.parse().unwrap());
-        let claims = BTreeSet::from([Claim { family, protocol, address, port }]);
-        socket_diag::served(&claims, &own()).unwrap() == claims
+        let claim = Claim { family, protocol, address, port };
+        let alone = socket_diag::served(&BTreeSet::from([claim]), &own()).unwrap();
+        // Below and above, where nobody listens.
+        let others = (1000..1020).chain(65500..65520).map(|port| Claim { port, ..claim });
+        let among_others = others.chain([claim]).collect();
+        assert_eq!(socket_diag::served(&among_others, &own()).unwrap(), alone, "{claim:?}");
+        alone.contains(&claim)
     };
     let [first4, second4, first6, second6] = ADDRESSES.map(Some);
     (

@@ -33,6 +33,17 @@ fn domains(family: Family) -> &'static [u8] {
 /// `struct inet_diag_req_v2`. `states` has a bit for each one of `TCP_*`. A dump heeds the ports of
 /// `id` and ignores its addresses.
 fn request(kind: u16, domain: u8, protocol: Protocol, states: u32, id: &SocketId) -> Message {
+    request_with(kind, domain, protocol, states, id, &[])
+}
+
+fn request_with(
+    kind: u16,
+    domain: u8,
+    protocol: Protocol,
+    states: u32,
+    id: &SocketId,
+    attributes: &[DefaultNla],
+) -> Message {
     let request = InetRequest {
         family: domain,
         protocol: protocol.number(),
@@ -41,7 +52,7 @@ fn request(kind: u16, domain: u8, protocol: Protocol, states: u32, id: &SocketId
         states: StateFlags::from_bits_retain(states),
         socket_id: id.clone(),
     };
-    Message::new::<DefaultNla>(kind, &request, &[])
+    Message::new(kind, &request, attributes)
 }
 
 /// The answers to a request; none if the kernel cannot say.

@@ -1,18 +1,18 @@
 //! Whether processes of the node wait for traffic to ports.
 //!
 //! Which socket would get a packet to an address the kernel looks up as it does for the packet itself
-//! (`inet_diag_find_one_icsk`, `udp_dump_one`). All sockets of a port come by a dump, for which the
-//! kernel goes through its table of listening sockets, or of all sockets of UDP: a tenth of a millisecond for
-//! either family. It compares family, state and source port (`inet_diag_dump_icsk`, `udp_dump`,
-//! `sctp_ep_dump`), and leaves the table of TCP connections and that of SCTP associations alone if
-//! nothing but `TCP_LISTEN` is asked for. This needs no INET_DIAG_REQ_BYTECODE. Everything is
-//! checked here as well.
+//! (`inet_diag_find_one_icsk`, `udp_dump_one`). All sockets of some ports come by a dump, for which the
+//! kernel goes through its table of listening sockets, or of all sockets of UDP, once for either family: that
+//! takes it as long as a dozen lookups or two. It compares family, state and source port
+//! (`inet_diag_dump_icsk`, `udp_dump`, `sctp_ep_dump`), and leaves the table of TCP connections and that of
+//! SCTP associations alone if nothing but `TCP_LISTEN` is asked for. Everything is checked here as well.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 
-use netlink_packet_core::ParseableParametrized;
+use netlink_packet_core::{DefaultNla, ParseableParametrized};
 use netlink_packet_sock_diag::constants::{
     AF_INET, AF_INET6, INET_DIAG_LOCALS, INET_DIAG_SKV6ONLY, SOCK_DIAG_BY_FAMILY, TCP_CLOSE,
     TCP_LISTEN,
@@ -22,7 +22,7 @@ use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
 use super::super::attributes::find;
 use super::super::socket::{Message, NetlinkSocket};
-use super::{IDENTITY, STATE, ask, domains, request};
+use super::{IDENTITY, STATE, ask, domains, request, request_with};
 use crate::model::{Claim, Family, Protocol};
 
 /// The last member of `struct inet_diag_msg`.
@@ -31,8 +31,13 @@ const INODE: usize = 68;
 const ATTRIBUTES: usize = 72;
 
 const DNS: u16 = 53;
-/// From here on a dump is quicker.
-const LOOKUPS: usize = 32;
+/// For more lookups than these of a protocol, dumps are quicker: of IPv4 and IPv6 sockets.
+const LOOKUPS: usize = 16;
+
+// linux/inet_diag.h.
+const INET_DIAG_REQ_BYTECODE: u16 = 1;
+const INET_DIAG_BC_S_GE: u8 = 2;
+const INET_DIAG_BC_S_LE: u8 = 3;
 
 /// `sizeof(struct sockaddr_storage)`.
 const SOCKADDR_STORAGE: usize = 128;
@@ -56,24 +61,39 @@ const SOCKADDR_STORAGE: usize = 128;
 pub fn served(claims: &BTreeSet<Claim>, own: &BTreeSet<IpAddr>) -> io::Result<BTreeSet<Claim>> {
     let mut socket = NetlinkSocket::open_for_short(NETLINK_SOCK_DIAG)?;
     let mut served = BTreeSet::new();
-    let (mut asked, mut lookups) = (Vec::new(), Vec::new());
-    // In a request, source port 0 is every port.
-    for claim in claims.iter().filter(|claim| claim.port != 0) {
-        match addresses(claim, own) {
-            Some(addresses) => {
-                let lookup = |ip: &IpAddr| lookup(claim.protocol, *ip, claim.port);
-                asked.resize(asked.len() + addresses.len(), claim);
-                lookups.extend(addresses.iter().map(lookup));
+    for protocol in Protocol::ALL {
+        // In a request, source port 0 is every port.
+        let asked: Vec<&Claim> =
+            claims.iter().filter(|claim| claim.protocol == protocol && claim.port != 0).collect();
+        let addresses: Vec<_> = asked.iter().map(|claim| addresses(claim, own)).collect();
+        let together = addresses.iter().flatten().map(BTreeSet::len).sum::<usize>() > LOOKUPS;
+        let (mut lookups, mut listed) = (Vec::new(), Vec::new());
+        for (claim, addresses) in asked.into_iter().zip(addresses) {
+            match addresses {
+                Some(addresses) if !together => {
+                    lookups.extend(addresses.into_iter().map(|ip| (claim, ip)));
+                }
+                addresses => listed.push((claim, addresses)),
             }
-            None if has_waiting(&mut socket, claim)? => drop(served.insert(*claim)),
-            None => {}
         }
+        served.extend(looked_up(&mut socket, &lookups)?);
+        served.extend(listed_as_waiting(&mut socket, protocol, &listed)?);
     }
+    Ok(served)
+}
+
+fn looked_up(
+    socket: &mut NetlinkSocket,
+    lookups: &[(&Claim, IpAddr)],
+) -> io::Result<BTreeSet<Claim>> {
+    let requests: Vec<Message> =
+        lookups.iter().map(|(claim, ip)| lookup(claim.protocol, *ip, claim.port)).collect();
     let answers =
-        socket.ask_all(&lookups, |kind, _| (kind == SOCK_DIAG_BY_FAMILY).then_some(()))?;
-    for (claim, answer) in asked.into_iter().zip(answers) {
+        socket.ask_all(&requests, |kind, _| (kind == SOCK_DIAG_BY_FAMILY).then_some(()))?;
+    let mut served = BTreeSet::new();
+    for ((claim, _), answer) in lookups.iter().zip(answers) {
         match answer {
-            Ok(Some(())) => drop(served.insert(*claim)),
+            Ok(Some(())) => drop(served.insert(**claim)),
             Ok(None) => {}
             // No socket, or no kernel that could say: EINVAL is one without IPv6.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {}
@@ -83,17 +103,35 @@ pub fn served(claims: &BTreeSet<Claim>, own: &BTreeSet<IpAddr>) -> io::Result<BT
     Ok(served)
 }
 
-fn has_waiting(socket: &mut NetlinkSocket, claim: &Claim) -> io::Result<bool> {
-    for domain in domains(claim.family) {
-        let found = dump(socket, *domain, claim.protocol, claim.port)?;
-        if found.iter().any(|waiting| waiting.gets(claim)) {
-            return Ok(true);
-        }
+fn listed_as_waiting(
+    socket: &mut NetlinkSocket,
+    protocol: Protocol,
+    claims: &[(&Claim, Option<BTreeSet<IpAddr>>)],
+) -> io::Result<BTreeSet<Claim>> {
+    let ports = || claims.iter().map(|(claim, _)| claim.port);
+    let Some((first, last)) = ports().min().zip(ports().max()) else {
+        return Ok(BTreeSet::new());
+    };
+    let families: BTreeSet<Family> = claims.iter().map(|(claim, _)| claim.family).collect();
+    let domains: BTreeSet<u8> = families.into_iter().flat_map(domains).copied().collect();
+    let mut found = Vec::new();
+    for domain in domains {
+        found.extend(dump(socket, domain, protocol, first..=last)?);
     }
-    Ok(false)
+    let is_served = |(claim, addresses): &&(&Claim, Option<BTreeSet<IpAddr>>)| {
+        found.iter().filter(|found| found.port == claim.port).any(|found| match addresses {
+            None => found.socket.gets(claim),
+            // As a lookup would tell.
+            Some(addresses) => {
+                let at = |ip: &IpAddr| Claim { address: Some(*ip), ..**claim };
+                !found.is_of_device && addresses.iter().any(|ip| found.socket.gets(&at(ip)))
+            }
+        })
+    };
+    Ok(claims.iter().filter(is_served).map(|(claim, _)| **claim).collect())
 }
 
-/// The addresses to look up for a claim; `None` where a dump tells more, or sooner.
+/// The addresses to look up for a claim; `None` where a dump tells more.
 fn addresses(claim: &Claim, own: &BTreeSet<IpAddr>) -> Option<BTreeSet<IpAddr>> {
     let loopback = match claim.family {
         Family::V4 => IpAddr::from(Ipv4Addr::LOCALHOST),
@@ -108,9 +146,7 @@ fn addresses(claim: &Claim, own: &BTreeSet<IpAddr>) -> Option<BTreeSet<IpAddr>> 
         }
     };
     // It can look up associations of SCTP, and no sockets that listen (`sctp_diag_dump_one`).
-    let is_for_dump = claim.protocol == Protocol::Sctp
-        || addresses.len() > LOOKUPS
-        || addresses.len() > 1 && claim.port == DNS;
+    let is_for_dump = claim.protocol == Protocol::Sctp || addresses.len() > 1 && claim.port == DNS;
     (!is_for_dump).then_some(addresses)
 }
 
@@ -139,21 +175,40 @@ pub fn waiting_on(protocol: Protocol, port: u16) -> io::Result<Vec<Waiting>> {
     let mut socket = NetlinkSocket::open(NETLINK_SOCK_DIAG)?;
     let mut found = Vec::new();
     for domain in [AF_INET, AF_INET6] {
-        found.extend(dump(&mut socket, domain, protocol, port)?);
+        found.extend(dump(&mut socket, domain, protocol, port..=port)?);
     }
-    Ok(found)
+    Ok(found.into_iter().map(|found| found.socket).collect())
 }
 
+/// The sockets that wait for traffic to some ports.
 fn dump(
     socket: &mut NetlinkSocket,
     domain: u8,
     protocol: Protocol,
-    port: u16,
-) -> io::Result<Vec<Waiting>> {
+    ports: RangeInclusive<u16>,
+) -> io::Result<Vec<Found>> {
+    let (first, last) = (*ports.start(), *ports.end());
+    let (port, filter) = match first == last {
+        true => (first, Vec::new()),
+        false => (0, vec![DefaultNla::new(INET_DIAG_REQ_BYTECODE, between(first, last))]),
+    };
     let id = SocketId { source_port: port, ..SocketId::new_v6() };
     let states = 1 << waiting_state(protocol);
-    let request = request(SOCK_DIAG_BY_FAMILY, domain, protocol, states, &id);
-    ask(socket, &request, |kind, payload| waiting(protocol, port, kind, payload))
+    let request = request_with(SOCK_DIAG_BY_FAMILY, domain, protocol, states, &id, &filter);
+    ask(socket, &request, |kind, payload| {
+        waiting(protocol, kind, payload).filter(|found| ports.contains(&found.port))
+    })
+}
+
+/// Two comparisons of the source port, each a `struct inet_diag_bc_op` and one with nothing but the port. One
+/// that holds leads 8 bytes on, to the next or the end; one that does not, 4 bytes past the end
+/// (`inet_diag_bc_run`). The kernel asks none of this of SCTP's sockets.
+fn between(first: u16, last: u16) -> Vec<u8> {
+    let comparison = |code: u8, past_end: u16, port: u16| {
+        let [no, port] = [past_end.to_ne_bytes(), port.to_ne_bytes()];
+        [[code, 8], no, [0, 0], port].concat()
+    };
+    [comparison(INET_DIAG_BC_S_GE, 20, first), comparison(INET_DIAG_BC_S_LE, 12, last)].concat()
 }
 
 /// The state of a socket that waits for anybody. A UDP socket is in `TCP_CLOSE`, and in
@@ -193,15 +248,19 @@ impl Waiting {
     }
 }
 
-/// `payload`: `struct inet_diag_msg` and attributes. `None` for a socket that was not asked for.
-fn waiting(protocol: Protocol, port: u16, kind: u16, payload: &[u8]) -> Option<Waiting> {
+struct Found {
+    port: u16,
+    /// Bound to a device.
+    is_of_device: bool,
+    socket: Waiting,
+}
+
+/// `payload`: `struct inet_diag_msg` and attributes. `None` for a socket that does not wait.
+fn waiting(protocol: Protocol, kind: u16, payload: &[u8]) -> Option<Found> {
     if kind != SOCK_DIAG_BY_FAMILY || *payload.get(STATE)? != waiting_state(protocol) {
         return None;
     }
     let identity = SocketId::parse_with_param(payload.get(IDENTITY)?, *payload.first()?).ok()?;
-    if identity.source_port != port {
-        return None;
-    }
     let attributes = payload.get(ATTRIBUTES..)?;
     // Sent unasked for every IPv6 socket in one of the two states, by Linux 4.3 at the latest. Older
     // kernels leave it open; taking both families is the default.
@@ -210,11 +269,12 @@ fn waiting(protocol: Protocol, port: u16, kind: u16, payload: &[u8]) -> Option<W
     // An SCTP socket can have several addresses, of which the identity names one.
     let more = find(attributes, INET_DIAG_LOCALS).unwrap_or_default();
     let more = more.chunks_exact(SOCKADDR_STORAGE).filter_map(socket_address);
-    Some(Waiting {
+    let socket = Waiting {
         addresses: std::iter::once(identity.source_address).chain(more).collect(),
         v6only,
         inode: u32::from_ne_bytes(*payload.get(INODE..)?.first_chunk()?),
-    })
+    };
+    Some(Found { port: identity.source_port, is_of_device: identity.interface_id != 0, socket })
 }
 
 /// The address in a `struct sockaddr_in` (behind family and port) or `struct sockaddr_in6` (behind
@@ -266,7 +326,9 @@ mod tests {
 
     fn tcp(bound: &str, attributes: &[u8]) -> Waiting {
         let answer = answer(TCP_LISTEN, 8080, bound, attributes);
-        waiting(Protocol::Tcp, 8080, SOCK_DIAG_BY_FAMILY, &answer).unwrap()
+        let found = waiting(Protocol::Tcp, SOCK_DIAG_BY_FAMILY, &answer).unwrap();
+        assert!(found.port == 8080 && !found.is_of_device);
+        found.socket
     }
 
     fn claim(family: Family, address: Option<&str>, port: u16) -> Claim {
@@ -285,7 +347,9 @@ mod tests {
 
     #[test]
     fn what_was_not_asked_for_is_left_out() {
-        let read = |protocol, port, kind, bytes: &[u8]| waiting(protocol, port, kind, bytes);
+        let read = |protocol, port, kind, bytes: &[u8]| {
+            waiting(protocol, kind, bytes).filter(|found| found.port == port)
+        };
         let listening = answer(TCP_LISTEN, 53, "0.0.0.0", &[]);
         let closed = answer(TCP_CLOSE, 53, "0.0.0.0", &[]);
         let connected = answer(1, 53, "192.0.2.1", &[]);
@@ -358,7 +422,7 @@ mod tests {
         locals[155] = 9;
         locals[260] = 1; // no such family
         let answer = answer(TCP_LISTEN, 8080, "192.0.2.7", &locals);
-        let socket = waiting(Protocol::Sctp, 8080, SOCK_DIAG_BY_FAMILY, &answer).unwrap();
+        let socket = waiting(Protocol::Sctp, SOCK_DIAG_BY_FAMILY, &answer).unwrap().socket;
         assert_eq!(socket.addresses, [ip("192.0.2.7"), ip("192.0.2.1"), ip("2001::9")]);
         assert!(socket.gets(&claim(Family::V4, Some("192.0.2.1"), 8080)));
         assert!(socket.gets(&claim(Family::V6, Some("2001::9"), 8080)));
@@ -380,6 +444,14 @@ mod tests {
         assert_eq!(identity(Protocol::Tcp, "::1").0, 10);
         let asked = lookup(Protocol::Tcp, ip("::1"), 8080);
         assert_eq!(asked.payload()[48..56], [0xff; 8]);
+    }
+
+    #[test]
+    fn a_range_of_ports_is_two_comparisons() {
+        let [first, last] = [0x1f90_u16, 0x2000].map(u16::to_ne_bytes);
+        let [twenty, twelve] = [20_u16, 12].map(u16::to_ne_bytes);
+        let expected = [[2, 8], twenty, [0, 0], first, [3, 8], twelve, [0, 0], last].concat();
+        assert_eq!(between(0x1f90, 0x2000), expected);
     }
 
     #[test]
